@@ -1,0 +1,205 @@
+"""The judge: features of a substitution -> the probability that it changes the meaning.
+
+In: the scalars of [`candidate_scalars`] and the target's last hidden states before and after the candidate. Out: one
+number for each candidate. Knows nothing of generation. Saved as `config.json` and `model.safetensors`, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from .features import SCALARS
+from .sources import fingerprint
+
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class JudgeInfo:
+    """
+    What a judge is and which models it belongs to; the content of `config.json`.
+
+    Args:
+        target (`str`): Hub id of the target.
+        target_fingerprint (`str`): Of its weights, see [`fingerprint`].
+        hidden_size (`int`): Of the target.
+        vocab_size (`int`): Of the target.
+        draft (`str`): Hub id of the draft whose mismatches it was trained on.
+        special_tokens (`list[int]`): Tokens that are never accepted against the target, nor overruled.
+        components (`int`): Dimensions kept of each hidden state.
+        threshold (`float`): A candidate is accepted if its probability of changing the meaning is below this.
+        scalars (`list[str]`): Names of the scalar features, in order.
+        training (`dict`): How it was made and what it measured: for the reader, not for the code.
+    """
+
+    target: str
+    target_fingerprint: str
+    hidden_size: int
+    vocab_size: int
+    draft: str
+    special_tokens: list[int]
+    components: int
+    threshold: float
+    scalars: list[str] = field(default_factory=lambda: list(SCALARS))
+    training: dict = field(default_factory=dict)
+
+
+class Judge(torch.nn.Module):
+    """
+    A linear head over normalised scalars and a few principal components of the two hidden states. Normalisation and
+    projection are part of it, so that it takes raw features.
+
+    Args:
+        info ([`JudgeInfo`]): Sizes and the models it belongs to.
+    """
+
+    def __init__(self, info: JudgeInfo):
+        super().__init__()
+        self.info = info
+        hidden, components, scalars = info.hidden_size, info.components, len(info.scalars)
+        self.register_buffer("scalar_mean", torch.zeros(scalars))
+        self.register_buffer("scalar_scale", torch.ones(scalars))
+        self.register_buffer("hidden_mean", torch.zeros(2, hidden))
+        self.register_buffer("projection", torch.zeros(2, hidden, components))
+        self.head = torch.nn.Linear(scalars + 2 * components, 1)
+
+    def forward(self, scalars: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            scalars (`torch.Tensor` of shape `(candidates, len(SCALARS))`): See [`candidate_scalars`].
+            hidden (`torch.Tensor` of shape `(candidates, 2, hidden_size)`): The target's last hidden state before and
+                after each candidate.
+
+        Returns:
+            `torch.FloatTensor` of shape `(candidates,)`: log-odds that accepting the candidate changes the meaning.
+        """
+        scalars = (scalars.float() - self.scalar_mean) / self.scalar_scale
+        components = torch.einsum("nsh,shc->nsc", hidden.float() - self.hidden_mean, self.projection)
+        return self.head(torch.cat([scalars, components.flatten(1)], dim=-1)).squeeze(-1)
+
+    # -- which target it belongs to --------------------------------------------------------------------------------
+
+    def check_target(self, target: PreTrainedModel, allow_other_weights: bool = False) -> None:
+        """
+        Raises:
+            ValueError: If the judge was made for another target; says which of id, hidden size, vocabulary and
+                fingerprint differs. With `allow_other_weights`, id and fingerprint may.
+        """
+        config, info = target.config.get_text_config(), self.info
+        sizes = {
+            "hidden size": (info.hidden_size, config.hidden_size),
+            "vocabulary": (info.vocab_size, config.vocab_size),
+        }
+        weights = {
+            "id": (info.target, target.config.name_or_path),
+            "fingerprint": (info.target_fingerprint, fingerprint(target)),
+        }
+        different = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+        # A folder is not an id: the same model may lie anywhere. Its fingerprint tells.
+        other = {n: p for n, p in weights.items() if p[0] != p[1] and not (n == "id" and Path(p[1]).is_dir())}
+        if not allow_other_weights and "fingerprint" in other:
+            different |= other
+        if not different:
+            return
+        found = "; ".join(f"{name}: judge {made!r}, target {given!r}" for name, (made, given) in different.items())
+        advice = f"Load {info.target}, or a judge made for this target."
+        if not different.keys() & sizes.keys():
+            advice += " Same model in another precision, or a light fine-tune? Pass `allow_other_weights=True`."
+        raise ValueError(f"`judge` was made for another target. What differs: {found}. {advice}")
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Write `config.json` and `model.safetensors`, each under a temporary name first.
+
+        Raises:
+            OSError: If `folder` cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / f"{WEIGHTS}.tmp")
+        (folder / f"{CONFIG}.tmp").write_text(json.dumps(asdict(self.info), indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            (folder / f"{name}.tmp").rename(folder / name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> Judge:
+        """
+        Load a judge from a folder or a Hub repo. Reads safetensors only, never a pickle.
+
+        Raises:
+            FileNotFoundError: If `config.json` or `model.safetensors` is missing.
+            ValueError: If one of them is damaged, or its content is not a judge of this version.
+        """
+        paths = {}
+        for name in (CONFIG, WEIGHTS):
+            if Path(reference).is_dir():
+                path = Path(reference) / name
+            else:
+                try:
+                    path = Path(
+                        hf_hub_download(
+                            str(reference), name, revision=revision, token=token, cache_dir=cache_dir,
+                            local_files_only=local_files_only,
+                        )
+                    )  # fmt: skip
+                except LocalEntryNotFoundError as error:
+                    raise FileNotFoundError(
+                        f"`judge`: {reference} is neither a folder nor in the cache, and the Hub is out of reach."
+                    ) from error
+                except EntryNotFoundError as error:
+                    raise FileNotFoundError(_missing(reference, name)) from error
+            if not path.is_file():
+                raise FileNotFoundError(_missing(reference, name))
+            paths[name] = path
+        judge = cls(_read_info(paths[CONFIG]))
+        try:
+            judge.load_state_dict(load_file(paths[WEIGHTS]))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"`judge`: {paths[WEIGHTS]} is not the whole safetensors file of this judge ({error}). It is "
+                "truncated, of another format (a pickle is never loaded), or does not fit config.json. Fetch it again."
+            ) from error
+        return judge.eval()
+
+
+def _missing(reference: str | os.PathLike, name: str) -> str:
+    return (
+        f"`judge`: {reference} has no {name}. A judge is a folder or Hub repo with {CONFIG} and {WEIGHTS}, as "
+        "`Judge.save_pretrained` writes them; other weight formats are not loaded."
+    )
+
+
+def _read_info(path: Path) -> JudgeInfo:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {f.name for f in fields(JudgeInfo)}
+        info = JudgeInfo(**{name: value for name, value in content.items() if name in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
+    if tuple(info.scalars) != SCALARS:
+        raise ValueError(
+            f"`judge`: {path} names the scalars {info.scalars}, this version of hf_selfjudge computes "
+            f"{list(SCALARS)}. Install the version that the judge was made with, or train it again."
+        )
+    return info
