@@ -1,0 +1,30 @@
+"""
+Judge decoding for transformers: `generate(assistant_model=draft)` that also keeps draft tokens which differ from the
+target's choice but not from its meaning.
+
+prompts -> mismatches   where the draft disagrees with the target's own answer
+        -> labels       what each substitution does to that answer, told by the target itself
+        -> judge        the probability that a substitution changes the meaning
+        -> generation   stock `generate`, with the judge inside
+        -> report       speed beside quality
+"""
+
+from .generation import JudgedModel, Stats
+from .judge import Judge, JudgeInfo
+from .labels import MiningConfig, load_labels, mine
+from .sources import Prompt, SourceError, load_model, read_prompts
+
+
+__all__ = [
+    "Judge",
+    "JudgeInfo",
+    "JudgedModel",
+    "MiningConfig",
+    "Prompt",
+    "SourceError",
+    "Stats",
+    "load_labels",
+    "load_model",
+    "mine",
+    "read_prompts",
+]
