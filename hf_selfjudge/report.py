@@ -1,0 +1,176 @@
+"""Speed beside quality: plain greedy, stock assisted and judged decoding on the same prompts in one run.
+
+In: a judged target, a draft, prompts. Out: one [`Run`] for each prompt and decoding, their summary, and tables. The
+decodings take turns prompt by prompt, since a shared machine is never equally fast for long.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .generation import JudgedModel, Stats
+from .hidden import HiddenTap
+from .labels import reconvergence
+from .mismatches import greedy
+from .sources import Prompt, encode
+
+
+DECODINGS = ("greedy", "assisted", "judged")
+COLOURS = {"target": "default", "matched": "green", "judged": "bold yellow"}
+
+
+@dataclass
+class Run:
+    """
+    One answer.
+
+    Args:
+        decoding (`str`): One of `DECODINGS`.
+        prompt ([`Prompt`]): What was asked.
+        tokens (`list[int]`): The answer.
+        seconds (`float`): Wall time of `generate`.
+        rounds (`int`): Forwards of the target.
+        logprob (`float`): Sum of the tokens' log-probabilities under the target, nats.
+        agreement (`float`): Share of the plain greedy answer's 4-grams that this answer has, in [0, 1].
+        stats ([`Stats`]): Of a judged run; empty otherwise.
+    """
+
+    decoding: str
+    prompt: Prompt
+    tokens: list[int]
+    seconds: float
+    rounds: int
+    logprob: float
+    agreement: float
+    stats: Stats
+
+
+def compare(
+    judged: JudgedModel,
+    draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+) -> Iterator[list[Run]]:
+    """
+    Answer each prompt with every decoding, in an order that rotates from prompt to prompt.
+
+    Yields:
+        `list[Run]` in the order of `DECODINGS`, for one prompt at a time.
+    """
+    target = judged.target
+    context = target.config.get_text_config().max_position_embeddings
+    rows = [encode(tokenizer, prompt.text, context, max_new_tokens).to(target.device) for prompt in prompts]
+    for decoding in DECODINGS:  # warm up, so that no decoding pays for first touches of the weights
+        _answer(decoding, judged, draft, rows[0], 8)
+    for turn, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
+        order = [DECODINGS[(turn + i) % len(DECODINGS)] for i in range(len(DECODINGS))]
+        answers = {decoding: _answer(decoding, judged, draft, ids, max_new_tokens) for decoding in order}
+        reference = answers["greedy"][0]
+        logprobs: dict[tuple[int, ...], float] = {}  # lossless runs give the same text: score it once
+        runs = []
+        for decoding in DECODINGS:
+            tokens, seconds, rounds, stats = answers[decoding]
+            if tuple(tokens) not in logprobs:
+                logprobs[tuple(tokens)] = answer_logprob(target, ids, tokens)
+            agreement = reconvergence(reference, tokens)
+            runs.append(Run(decoding, prompt, tokens, seconds, rounds, logprobs[tuple(tokens)], agreement, stats))
+        yield runs
+
+
+def _answer(
+    decoding: str, judged: JudgedModel, draft: PreTrainedModel, ids: torch.LongTensor, max_new_tokens: int
+) -> tuple[list[int], float, int, Stats]:
+    model = judged if decoding == "judged" else judged.target
+    assistant = {} if decoding == "greedy" else {"assistant_model": draft}
+    forwards: list[None] = []
+    start = time.perf_counter()
+    with HiddenTap(judged.target, lambda hidden, logits: forwards.append(None)):
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy(judged.target, max_new_tokens),
+            **assistant,
+        )
+    seconds = time.perf_counter() - start
+    stats = judged.stats if decoding == "judged" else Stats()
+    return output.sequences[0, ids.shape[1] :].tolist(), seconds, len(forwards), stats
+
+
+@torch.inference_mode()
+def answer_logprob(target: PreTrainedModel, ids: torch.LongTensor, tokens: list[int]) -> float:
+    """Log-probability of `tokens` behind the prompt `ids` of shape `(1, prompt_length)` under the target, nats."""
+    answer = torch.tensor([tokens], device=ids.device)
+    keep = len(tokens) + 1
+    logits = target(torch.cat([ids, answer], dim=1), logits_to_keep=keep).logits[:, -keep:-1]
+    return logits.float().log_softmax(-1).gather(-1, answer[..., None]).sum().item()
+
+
+def summarise(runs: list[Run]) -> list[dict]:
+    """One `dict` for each decoding: the figures of `quickstart --json`."""
+    rows = []
+    for decoding in DECODINGS:
+        mine = [run for run in runs if run.decoding == decoding]
+        tokens, seconds = sum(len(run.tokens) for run in mine), sum(run.seconds for run in mine)
+        rows.append(
+            {
+                "decoding": decoding,
+                "tokens_per_second": tokens / seconds,
+                "seconds_per_answer": seconds / len(mine),
+                "tokens_per_answer": tokens / len(mine),
+                "tokens_per_round": tokens / sum(run.rounds for run in mine),
+                "judged_share": sum(run.stats.judged for run in mine) / tokens,
+                "agreement": sum(run.agreement for run in mine) / len(mine),
+                "logprob_per_token": sum(run.logprob for run in mine) / tokens,
+            }
+        )
+    return rows
+
+
+def results_table(rows: list[dict], title: str) -> Table:
+    """The summary as a table for the console."""
+    table = Table(title=title)
+    headings = (
+        "decoding",
+        "tokens/s",
+        "s/answer",
+        "tokens/answer",
+        "tokens/round",
+        "judged",
+        "agreement",
+        "logprob/token",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "decoding" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["decoding"], f"{row['tokens_per_second']:.2f}", f"{row['seconds_per_answer']:.1f}",
+            f"{row['tokens_per_answer']:.0f}", f"{row['tokens_per_round']:.2f}", f"{row['judged_share']:.1%}",
+            f"{row['agreement']:.3f}", f"{row['logprob_per_token']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def print_answer(console: Console, run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A judged answer, each token coloured by who decided it."""
+    # Tokens of one source are decoded together: a character may be spread over several tokens.
+    text, start = Text(), 0
+    sources = run.stats.sources
+    for end in range(1, len(sources) + 1):
+        if end == len(sources) or sources[end] != sources[start]:
+            text.append(
+                tokenizer.decode(run.tokens[start:end], skip_special_tokens=True), style=COLOURS[sources[start]]
+            )
+            start = end
+    legend = Text("target's own choice  ")
+    legend.append("draft, matched  ", style=COLOURS["matched"]).append("draft, judged", style=COLOURS["judged"])
+    console.print(Text(f"\n{run.prompt.text}", style="dim"), text, legend, sep="\n")
