@@ -1,0 +1,106 @@
+"""Tiny random models, built from a config and a seed: nothing is downloaded."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from hf_selfjudge import Judge, JudgeInfo
+from hf_selfjudge.features import SCALARS
+from hf_selfjudge.sources import fingerprint
+
+
+torch.set_num_threads(1)  # for models this small a second thread only waits
+
+VOCAB, HIDDEN = 64, 32
+SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+NO_EOS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+
+
+def build(architecture: str, **sizes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes, **HEADS, **NO_EOS))
+    elif architecture == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, **NO_EOS))
+    elif architecture == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(**SIZES, **HEADS, **NO_EOS, head_dim=8, sliding_window=8, layer_types=layers)
+        )
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **NO_EOS)
+        )
+    model.config.name_or_path = f"tiny/{architecture}"
+    # Sharper than at initialisation, so that choices are clear and the draft's noise flips only some of them.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def perturbed(model: torch.nn.Module, noise: float = 0.02, seed: int = 1) -> torch.nn.Module:
+    """A draft that agrees with the target most of the time."""
+    draft = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    draft.config.name_or_path = f"{model.config.name_or_path}-draft"
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), seed: int = 0) -> Judge:
+    config = target.config.get_text_config()
+    judge = Judge(
+        JudgeInfo(
+            target=target.config.name_or_path,
+            target_fingerprint=fingerprint(target),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            draft=f"{target.config.name_or_path}-draft",
+            special_tokens=list(special_tokens),
+            components=4,
+            threshold=0.5,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        judge.projection.copy_(torch.randn(judge.projection.shape, generator=generator) / config.hidden_size**0.5)
+        judge.head.weight.copy_(torch.randn(judge.head.weight.shape, generator=generator))
+        judge.head.weight[:, : len(SCALARS)] *= 0.1
+    return judge
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2", "gemma3", "gpt2"])
+def pair(request):
+    """A target and its draft; tests must not change them."""
+    target = build(request.param)
+    return target, perturbed(target)
+
+
+@pytest.fixture(scope="session")
+def llama():
+    target = build("llama")
+    return target, perturbed(target)
+
+
+@pytest.fixture
+def prompt():
+    return torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))
