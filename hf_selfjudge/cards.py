@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,6 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from .judge import Judge
 
 
+# In a wheel the cards lie inside the package, in a checkout beside it.
+HUB_CARDS = next(
+    folder / "hub_cards" for folder in Path(__file__).resolve().parents[:2] if (folder / "hub_cards").is_dir()
+)
 # Shipped judges: one folder each in `hub_cards/`, for the known pairs.
 SHIPPED = {"qwen2.5-coder": "qwen2.5-coder-1.5b-selfjudge"}
 
@@ -28,7 +31,7 @@ def shipped_judge(pair: str) -> Path:
             f"`pair`: no judge is shipped for {pair!r} (only for {sorted(SHIPPED)}). Name one with `--judge`, or make "
             "one with `--train`."
         )
-    return Path(str(files("hf_selfjudge.hub_cards") / SHIPPED[pair]))
+    return HUB_CARDS / SHIPPED[pair]
 
 
 def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = None) -> Path:
@@ -58,10 +61,14 @@ def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = N
             "arxiv:2510.02329",
         ],
     )
-    with as_file(files("hf_selfjudge.hub_cards") / "judge_card.md") as template:
-        card = ModelCard.from_template(
-            data, template_path=str(template), name=folder.resolve().name, info=info, **info.training, results=results
-        )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(HUB_CARDS / "judge_card.md"),
+        name=folder.resolve().name,
+        info=info,
+        **info.training,
+        results=results,
+    )
     path = folder / "README.md"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(str(card), encoding="utf-8")

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +27,7 @@ from .trainer import FitConfig, fit_judge
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(width=max(110, Console().width))
 
-PROMPTS = files("hf_selfjudge") / "prompts"
+PROMPTS = Path(__file__).parent / "prompts"
 # Two thirds of `quickstart --train` is rewriting; these sizes end within 25 minutes on two cores.
 QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, answer_batch=24)
 
@@ -129,7 +128,9 @@ def mine_command(
     target, draft, tokenizer = load_pair(pair, draft_length=1)
     config = MiningConfig(max_new_tokens, per_answer, answer_batch, rewrite_batch, seed)
     labels = mine(target, draft, tokenizer, questions, config, output)
-    console.print(f"{len(labels)} substitutions from {len(set(labels['prompt_id']))} prompts in {output}")
+    console.print(
+        f"{len(labels)} substitutions from {len(set(labels['prompt_id']))} prompts in {output}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -152,7 +153,7 @@ def card(
 ) -> None:
     """Write a judge's card anew, with results of decoding."""
     path = write_card(Judge.from_pretrained(judge), judge, read_results(results) if results else None)
-    console.print(f"Card written to {path}")
+    console.print(f"Card written to {path}", soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +179,8 @@ def save_judge(labels: list[Path], folder: Path, config: FitConfig) -> None:
     accepted = held_out["scores"]["judge"]["mean_label_among_accepted"]["0.5"]
     console.print(
         f"Judge in {folder}: {held_out['rows']} substitutions from {held_out['prompts']} prompts; held out, the mean "
-        f"label is {held_out['mean_label']:.3f}, among the half that the judge accepts {accepted:.3f}."
+        f"label is {held_out['mean_label']:.3f}, among the half that the judge accepts {accepted:.3f}.",
+        soft_wrap=True,
     )
 
 

@@ -112,7 +112,7 @@ def prefix_cache(answers: list[Answer], lengths: list[int]) -> DynamicCache | No
     return batch
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def substitute(
     target: PreTrainedModel, batch: list[tuple[Mismatches, int]], max_new_tokens: int
 ) -> list[Substitution]:

@@ -105,7 +105,7 @@ def left_pad(rows: list[torch.LongTensor], pad: int) -> tuple[torch.LongTensor, 
     return ids, mask
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def target_answers(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,7 +133,7 @@ def target_answers(
     return answers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_mismatches(draft: PreTrainedModel, answer: Answer, never: list[int], limit: int, seed: int) -> Mismatches:
     """
     Run the draft once over the answer (teacher-forced) and sample from the positions where its first choice differs

@@ -106,7 +106,7 @@ def _answer(
     return output.sequences[0, ids.shape[1] :].tolist(), seconds, len(forwards), stats
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_logprob(target: PreTrainedModel, ids: torch.LongTensor, tokens: list[int]) -> float:
     """Log-probability of `tokens` behind the prompt `ids` of shape `(1, prompt_length)` under the target, nats."""
     answer = torch.tensor([tokens], device=ids.device)

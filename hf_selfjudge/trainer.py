@@ -114,6 +114,14 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
     """
     config = config or FitConfig()
     mining = [_settings(folder) for folder in folders]
+    first = mining[0]
+    for other in mining[1:]:
+        for name in ("target", "target_fingerprint", "draft"):
+            if other[name] != first[name]:
+                raise ValueError(
+                    f"`labels`: the folders are of different models ({name}: {first[name]!r} and {other[name]!r}). "
+                    "Fit one judge for each pair."
+                )
     table = Table.of(datasets.concatenate_datasets([load_labels(folder) for folder in folders]))
     if len(set(table.prompt)) < 2 * config.folds:
         raise ValueError(
@@ -123,7 +131,6 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
     most = min(max(COMPONENTS), table.hidden.shape[-1], len(table.changed) // 2)
     components, penalty, held_out = _select(table, most, config)
     threshold = float(np.quantile(held_out, config.accept_share))
-    first = mining[0]
     info = JudgeInfo(
         target=first["target"],
         target_fingerprint=first["target_fingerprint"],

@@ -1,9 +1,12 @@
 """Tiny random models, built from a config and a seed: nothing is downloaded."""
 
 import copy
+import string
 
 import pytest
 import torch
+from huggingface_hub import constants
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -11,6 +14,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -101,6 +105,43 @@ def llama():
     return target, perturbed(target)
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """Tests do not ask the Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture
 def prompt():
     return torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a character; 0 is unknown, 1 ends the text."""
+    characters = string.ascii_lowercase + string.digits + " .,?!:;-+*/()=\n"
+    vocabulary = {"<unk>": 0, "<eos>": 1} | {c: i for i, c in enumerate(characters, start=2)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def pair_folders(tmp_path_factory, llama, tokenizer):
+    """The tiny Llama pair on disk, as `TARGET,DRAFT`."""
+    folders = []
+    for name, model in zip(("target", "draft"), llama, strict=True):
+        folder = tmp_path_factory.mktemp("pair") / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders.append(str(folder))
+    return ",".join(folders)
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [f'{{"prompt": "why is {i} not {i + 1}?", "check": "{"number" if i % 2 else "text"}"}}' for i in range(12)]
+    path.write_text("\n".join(rows) + "\n")
+    return path

@@ -1,0 +1,119 @@
+"""The command line from end to end on the tiny pair: mine, train, quickstart, card."""
+
+import json
+import sys
+
+import pytest
+
+from hf_selfjudge import Judge, cli, load_labels
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the console script; returns exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-selfjudge", *map(str, arguments)])
+        monkeypatch.setattr(cli.torch, "set_num_threads", lambda threads: None)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+MINE = ("--max-new-tokens", 24, "--per-answer", 4, "--answer-batch", 6)
+
+
+@pytest.fixture
+def judge(run, pair_folders, prompts_file, tmp_path):
+    code, out, err = run("mine", "--pair", pair_folders, "--prompts", prompts_file, "--output", tmp_path / "l", *MINE)
+    assert code == 0, err
+    assert f"{len(load_labels(tmp_path / 'l'))} substitutions from" in out
+    code, out, err = run("train", tmp_path / "l", "--output", tmp_path / "j")
+    assert code == 0, err
+    assert "held out" in out
+    return tmp_path / "j"
+
+
+def test_mine_train_quickstart_card(run, judge, pair_folders, prompts_file, tmp_path):
+    figures = tmp_path / "figures.json"
+    code, out, err = run(
+        *("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", prompts_file, "--limit", 3),
+        *("--max-new-tokens", 24, "--threshold", 1, "--json", figures),
+    )
+    assert code == 0, err
+    assert "tokens/round" in out
+    assert "draft, judged" in out
+    results = json.loads(figures.read_text())
+    assert results["pair"] == pair_folders
+    assert results["prompts"] == 3
+    runs = {run["decoding"]: run for run in results["runs"]}
+    assert list(runs) == ["greedy", "assisted", "judged"]
+    assert runs["greedy"]["tokens_per_round"] == 1
+    assert runs["judged"]["tokens_per_round"] > runs["assisted"]["tokens_per_round"] > 1
+    assert runs["greedy"]["agreement"] == runs["assisted"]["agreement"] == 1 > runs["judged"]["agreement"]
+    assert runs["greedy"]["judged_share"] == runs["assisted"]["judged_share"] == 0 < runs["judged"]["judged_share"]
+    assert runs["judged"]["logprob_per_token"] < runs["greedy"]["logprob_per_token"] < 0
+    assert all(run["tokens_per_second"] > 0 and run["seconds_per_answer"] > 0 for run in results["runs"])
+    code, _, err = run("card", judge, "--results", figures)
+    assert code == 0, err
+    assert "Measured in decoding" in (judge / "README.md").read_text()
+
+
+def test_quickstart_trains(run, pair_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "QUICK_MINING", cli.MiningConfig(max_new_tokens=16, per_answer=3, answer_batch=12))
+    output = tmp_path / "out"
+    arguments = ("quickstart", "--pair", pair_folders, "--train", "--output", output, "--max-new-tokens", 16)
+    monkeypatch.setattr(cli, "PROMPTS", tmp_path)
+    for name, count in (("quickstart", 2), ("train", 12)):
+        rows = [json.dumps({"prompt": f"what is {i} {name}?"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert Judge.from_pretrained(output / "judge").info.target == pair_folders.split(",")[0]
+    assert (output / "judge" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quickstart", "--prompts", "none.jsonl"), "none.jsonl does not exist"),
+        (("quickstart", "--pair", "a,b", "--limit", "1"), "no judge is shipped for 'a,b'"),
+        (("quickstart", "--train", "--judge", "x"), "Use one of the two"),
+        (("mine", "--prompts", "none.jsonl", "--output", "labels"), "none.jsonl does not exist"),
+        (("train", "labels", "--output", "judge"), "no mining.json"),
+        (("card", "nothing/here"), "nothing/here is neither a folder nor in the cache"),
+        (("quickstart", "--pair", "a/b,c/d", "--judge", "e/f", "--limit", "1"), "No source has the model `a/b`"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_unwritable_paths_fail_before_the_work(run, prompts_file, tmp_path):
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    for arguments in (
+        ("mine", "--prompts", prompts_file, "--output", below),
+        ("train", tmp_path, "--output", below),
+        ("quickstart", "--prompts", prompts_file, "--json", below / "f.json"),
+        ("quickstart", "--prompts", prompts_file, "--train", "--output", below),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert f"cannot write to {below}" in err
+
+
+def test_empty_and_long_prompts(run, judge, pair_folders, tmp_path):
+    path = tmp_path / "p.jsonl"
+    for content, message in (("", "is empty"), (json.dumps({"prompt": "a" * 250}), "exceeds the target's context")):
+        path.write_text(content)
+        code, _, err = run("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", path)
+        assert code == 1
+        assert message in err

@@ -1,0 +1,47 @@
+"""The real pair and its shipped judge: `pytest -m slow`. Downloads 1.6 GB on first use."""
+
+import pytest
+import torch
+
+from hf_selfjudge import JudgedModel, load_model
+from hf_selfjudge.cards import shipped_judge
+from hf_selfjudge.mismatches import greedy
+from hf_selfjudge.sources import PAIRS, encode
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def real():
+    (target, tokenizer), (draft, _) = (load_model(reference) for reference in PAIRS["qwen2.5-coder"])
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return target, draft, tokenizer
+
+
+@pytest.fixture
+def no_hub():
+    """Here the Hub may be asked."""
+
+
+def test_the_target_answers(real):
+    target, _, tokenizer = real
+    ids = encode(tokenizer, "What is 12 * 7? Answer with the number only.", 1024, 8)
+    output = target.generate(ids, generation_config=greedy(target, 8)).sequences
+    assert tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == "84"
+
+
+def test_the_shipped_judge_belongs_to_it_and_accepts(real):
+    target, draft, tokenizer = real
+    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder"))  # checks the fingerprint
+    ids = encode(tokenizer, "Why is the sky blue?", 1024, 48)
+    mask = torch.ones_like(ids)
+    rounds = {}
+    for threshold in (0.0, judged.judge.info.threshold, 1.0):
+        judged.threshold = threshold
+        judged.generate(ids, attention_mask=mask, assistant_model=draft, generation_config=greedy(target, 48))
+        rounds[threshold] = judged.stats.rounds
+        assert (judged.stats.judged > 0) == (threshold > 0)
+    assert rounds[1.0] < rounds[0.0]

