@@ -27,7 +27,7 @@ from .judge import Judge, JudgeInfo
 from .labels import load_labels
 
 
-COMPONENTS = (4, 8, 16, 32)
+COMPONENTS = (8, 16, 32, 64)
 INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0)
 ACCEPT_SHARES = (0.25, 0.5, 0.75)
 
