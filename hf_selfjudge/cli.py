@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(width=max(110, Console().width))
 
 PROMPTS = Path(__file__).parent / "prompts"
-# Two thirds of `quickstart --train` is rewriting; these sizes end within 25 minutes on two cores.
+# Small enough for a first try on two cores.
 QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, answer_batch=24)
 
 Pair = Annotated[str, typer.Option(help="A known pair or 'TARGET,DRAFT', each a Hub id or a folder.")]

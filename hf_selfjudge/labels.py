@@ -38,7 +38,7 @@ from .mismatches import (
 from .sources import Prompt, fingerprint
 
 
-NGRAM = 4  # tokens; the length at which DESIGN's pilots measured re-convergence
+NGRAM = 4  # tokens
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -276,7 +276,7 @@ def mine(
                 progress.advance(bar, len(chunk))
                 continue
             answers = target_answers(target, tokenizer, chunk, config.max_new_tokens)
-            progress.advance(bar, len(chunk) * 0.2)  # about a fifth of the work; the rewrites are the rest
+            progress.advance(bar, len(chunk) * 0.2)  # the rewrites are most of the work
             found = [find_mismatches(draft, a, never, config.per_answer, config.seed) for a in answers]
             rows: list[dict] = []
             for labelled, of in _label([m for m in found if len(m)], target, tokenizer, config):
