@@ -5,19 +5,22 @@ target's choice but not from its meaning.
 prompts -> mismatches   where the draft disagrees with the target's own answer
         -> labels       what each substitution does to that answer, told by the target itself
         -> judge        the probability that a substitution changes the meaning
-        -> generation   stock `generate`, with the judge inside
+        -> generation   stock `generate`, with the judge (or another of the rules) inside
         -> report       speed beside quality
 """
 
-from .generation import JudgedModel, Stats
+from .generation import JudgedModel
 from .judge import Judge, JudgeInfo
 from .labels import MiningConfig, load_labels, mine
+from .rules import JudgeRule
 from .sources import Prompt, SourceError, load_model, read_prompts
+from .stats import Stats
 
 
 __all__ = [
     "Judge",
     "JudgeInfo",
+    "JudgeRule",
     "JudgedModel",
     "MiningConfig",
     "Prompt",

