@@ -145,3 +145,28 @@ def prompts_file(tmp_path):
     rows = [f'{{"prompt": "why is {i} not {i + 1}?", "check": "{"number" if i % 2 else "text"}"}}' for i in range(12)]
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+# The matrix of architectures, printed at the end of a run ------------------------------------------------------------
+
+MATRIX: dict[tuple[str, str], dict[str, str]] = {}
+
+
+@pytest.fixture
+def record_matrix():
+    """Note the outcome of one cell: `record_matrix(kind, architecture, decoding, drafter, outcome)`."""
+
+    def record(kind, name, decoding, drafter, outcome):
+        MATRIX.setdefault((kind, name), {})[f"{decoding}, {drafter}"] = outcome
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not MATRIX:
+        return
+    columns = list(next(iter(MATRIX.values())))
+    terminalreporter.section("tokens a round: never (= stock) → always (= whole drafts)")
+    terminalreporter.write_line(f"{'':20}{'':18}" + "".join(f"{c:>23}" for c in columns))
+    for (kind, name), cells in MATRIX.items():
+        terminalreporter.write_line(f"{kind:20}{name:18}" + "".join(f"{cells.get(c, '-'):>23}" for c in columns))
