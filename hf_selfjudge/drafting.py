@@ -11,44 +11,49 @@ from transformers.generation import AssistedCandidateGenerator, CandidateGenerat
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 
-class FastAssistedCandidateGenerator(AssistedCandidateGenerator):
+class FastDraft:
     """
-    The same candidates as its parent's, drafted without a call of `generate` in each round.
+    Drafts the same candidates as [`~transformers.generation.AssistedCandidateGenerator`] without a call of `generate`
+    in each round.
 
-    The parent prepares a generation config, processors, criteria and masks anew for every few tokens. Here `generate`
-    prepares them once, in the first round, and hands them over instead of decoding. Rounds that must not end yet
-    (`min_length`) and encoder-decoder drafts go the parent's way.
+    transformers prepares a generation config, processors, criteria and masks anew for every few tokens. Here
+    `generate` prepares them once, in the first round, and hands them over instead of decoding. Rounds that must not
+    end yet (`min_length`) and encoder-decoder drafts go the stock way.
+
+    Args:
+        generator ([`~transformers.generation.AssistedCandidateGenerator`]): Its `_generate_candidates` is replaced;
+            lengths, masks and thresholds remain its own.
     """
 
-    prepared: tuple | None = None
+    def __init__(self, generator: AssistedCandidateGenerator):
+        self.generator, self.stock = generator, generator._generate_candidates
+        self.prepared: tuple | None = None
+        generator._generate_candidates = self
 
-    def _generate_candidates(self, generation_args: dict) -> tuple[torch.LongTensor, torch.Tensor]:
-        if self.input_ids_key != "input_ids" or "encoder_outputs" in self.assistant_kwargs:
-            return super()._generate_candidates(generation_args)
-        if generation_args["min_new_tokens"]:
-            return super()._generate_candidates(generation_args)
+    def __call__(self, generation_args: dict) -> tuple[torch.LongTensor, torch.Tensor]:
+        draft, kwargs = self.generator.assistant_model, self.generator.assistant_kwargs
+        if generation_args["min_new_tokens"] or draft.config.is_encoder_decoder or "encoder_outputs" in kwargs:
+            return self.stock(generation_args)
         if self.prepared is None:
-            self.prepared = self.assistant_model.generate(
-                **generation_args, **self.assistant_kwargs, custom_generate=_prepared
-            )
-            self.assistant_kwargs["past_key_values"] = self.prepared[2]["past_key_values"]
-        return self._draft(generation_args["input_ids"], generation_args["max_new_tokens"])
+            self.prepared = draft.generate(**generation_args, **kwargs, custom_generate=_prepared)
+            kwargs["past_key_values"] = self.prepared[2]["past_key_values"]
+        return self._decode(generation_args["input_ids"], generation_args["max_new_tokens"])
 
     @torch.no_grad()
-    def _draft(self, ids: torch.LongTensor, count: int) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Decode up to `count` tokens behind `ids` of shape `(1, length)`; the draft's cache holds all but the last
-        tokens of them."""
-        model, (processors, config, prepared) = self.assistant_model, self.prepared
-        # Masks and positions grow with the text; the parent keeps them up to date.
-        kwargs = prepared | {key: self.assistant_kwargs[key] for key in prepared if key in self.assistant_kwargs}
-        cache, ends = kwargs["past_key_values"], config._eos_token_tensor
-        threshold, scores = self.generation_config.assistant_confidence_threshold, []
+    def _decode(self, ids: torch.LongTensor, count: int) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Up to `count` tokens behind `ids` of shape `(1, length)`; the draft's cache holds all but the last of
+        them."""
+        generator, (processors, config, prepared) = self.generator, self.prepared
+        draft, threshold = generator.assistant_model, generator.generation_config.assistant_confidence_threshold
+        # Masks and positions grow with the text; the generator keeps them up to date.
+        kwargs = prepared | {key: value for key, value in generator.assistant_kwargs.items() if key in prepared}
+        cache, ends, scores = kwargs["past_key_values"], config._eos_token_tensor, []
         for _ in range(count):
-            inputs = model.prepare_inputs_for_generation(
+            inputs = draft.prepare_inputs_for_generation(
                 ids, next_sequence_length=ids.shape[1] - cache.get_seq_length(), is_first_iteration=False, **kwargs
             )
-            outputs = model(**inputs, return_dict=True)
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+            outputs = draft(**inputs, return_dict=True)
+            kwargs = draft._update_model_kwargs_for_generation(outputs, kwargs)
             row = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device))
             if config.do_sample:
                 token = torch.multinomial(row.softmax(dim=-1), num_samples=1)
@@ -58,7 +63,7 @@ class FastAssistedCandidateGenerator(AssistedCandidateGenerator):
             scores.append(row)
             if threshold:
                 probability = row.softmax(dim=-1)[0, token[0, 0]].item()
-                self.probs.append(probability)  # the parent adapts the threshold to these
+                generator.probs.append(probability)  # it adapts the threshold to these
                 if probability < threshold:
                     break
             if ends is not None and torch.isin(token, ends).any():

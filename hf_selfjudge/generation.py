@@ -25,7 +25,7 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
-from .drafting import AutoLength, FastAssistedCandidateGenerator, set_draft_length
+from .drafting import AutoLength, FastDraft, set_draft_length
 from .hidden import HiddenTap
 from .judge import Judge
 from .rules import JudgeRule, Rows, Rule
@@ -337,7 +337,7 @@ class JudgedModel:
                 p for p in arguments["logits_processor"] if not isinstance(p, ours)
             )
             round.prepare(arguments["generation_config"], target.device)
-            generators.append(self._wrap(build_generator(**arguments), arguments, round))
+            generators.append(self._wrap(build_generator(**arguments), round))
             return generators[0]
 
         target._get_logits_processor, target._get_candidate_generator = with_judge, wrap
@@ -354,7 +354,7 @@ class JudgedModel:
                     config.num_assistant_tokens = inner.num_assistant_tokens
         return output
 
-    def _wrap(self, inner: CandidateGenerator, arguments: dict, round: Round) -> JudgeCandidateGenerator:
+    def _wrap(self, inner: CandidateGenerator, round: Round) -> JudgeCandidateGenerator:
         """Decorate what transformers built; say now what could not work later."""
         if self.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS):
             raise ValueError(
@@ -362,9 +362,7 @@ class JudgedModel:
                 "come without probabilities. Use a draft model with the target's tokenizer, or another rule."
             )
         if type(inner) is AssistedCandidateGenerator:
-            names = ("input_ids", "assistant_model", "generation_config", "model_kwargs", "inputs_tensor")
-            names += ("logits_processor",)
-            inner = FastAssistedCandidateGenerator(**{name: arguments[name] for name in names})
+            FastDraft(inner)
         length = AutoLength() if self.draft_length == "auto" else None
         if self.draft_length is not None:
             set_draft_length(inner, length.length if length else self.draft_length)
@@ -386,7 +384,7 @@ class JudgedModel:
                     f"`input_ids` has {length} tokens, the target's context is {context}. Shorten the prompt."
                 )
         draft = kwargs.get("assistant_model")
-        if draft is None:
+        if draft is None or draft.get_output_embeddings() is None:  # some drafts use the target's own embeddings
             return
         draft_size = draft.config.get_text_config().vocab_size
         if draft_size != config.vocab_size and kwargs.get("assistant_tokenizer") is None:
