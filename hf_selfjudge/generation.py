@@ -65,8 +65,9 @@ class Round:
         self.since, self.verify_seconds = time.perf_counter(), 0.0
 
     def observe(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-        """Keep the last `k + 1` rows of the verification forward: row `i` chooses candidate `i`."""
-        if self.verifying:
+        """Keep the last `k + 1` rows of the verification forward: row `i` chooses candidate `i`. A processor may run
+        the target again (classifier-free guidance); the verification is the first forward behind the draft."""
+        if self.verifying and self.logits is None:
             rows = len(self.candidates) + 1
             self.hidden, self.logits = hidden[0, -rows:], logits[0, -rows:]
             self.verify_seconds = time.perf_counter() - self.since
@@ -361,6 +362,9 @@ class JudgedModel:
                 f"`rule` {type(self.rule).__name__} compares target and draft, but drafts of {type(inner).__name__} "
                 "come without probabilities. Use a draft model with the target's tokenizer, or another rule."
             )
+        if isinstance(inner, AssistedCandidateGenerator):
+            # The target's criteria end the text. transformers would ask the draft for a tokenizer that it cannot give.
+            inner.generation_config.stop_strings = None
         if type(inner) is AssistedCandidateGenerator:
             FastDraft(inner)
         length = AutoLength() if self.draft_length == "auto" else None
