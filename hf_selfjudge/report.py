@@ -1,7 +1,7 @@
-"""Speed beside quality: plain greedy, stock assisted and judged decoding on the same prompts in one run.
+"""Speed beside quality: several ways of decoding the same prompts in one run.
 
-In: a judged target, a draft, prompts. Out: one [`Run`] for each prompt and decoding, their summary, and tables. The
-decodings take turns prompt by prompt, since a shared machine is never equally fast for long.
+In: models, drafts, prompts. Out: one [`Run`] for each prompt and decoding, their summary, and tables. The decodings
+take turns prompt by prompt, since a shared machine is never equally fast for long.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,6 @@ from .sources import Prompt, encode
 from .stats import Stats
 
 
-DECODINGS = ("greedy", "assisted", "judged")
 COLOURS = {"target": "default", "matched": "green", "judged": "bold yellow"}
 
 
@@ -35,7 +35,7 @@ class Run:
     One answer.
 
     Args:
-        decoding (`str`): One of `DECODINGS`.
+        decoding (`str`): Its name.
         prompt ([`Prompt`]): What was asked.
         tokens (`list[int]`): The answer.
         seconds (`float`): Wall time of `generate`.
@@ -56,8 +56,8 @@ class Run:
 
 
 def compare(
-    judged: JudgedModel,
-    draft: PreTrainedModel,
+    target: PreTrainedModel,
+    decodings: dict[str, tuple[PreTrainedModel | JudgedModel, PreTrainedModel | None]],
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     max_new_tokens: int,
@@ -65,45 +65,53 @@ def compare(
     """
     Answer each prompt with every decoding, in an order that rotates from prompt to prompt.
 
+    Args:
+        target ([`~transformers.PreTrainedModel`]): What all of them decode with.
+        decodings (`dict[str, tuple]`): Name -> the target or a [`JudgedModel`] of it, and a draft if there is one. The
+            first is the reference of `agreement`.
+
     Yields:
-        `list[Run]` in the order of `DECODINGS`, for one prompt at a time.
+        `list[Run]` in the order of `decodings`, for one prompt at a time.
     """
-    target = judged.target
     context = target.config.get_text_config().max_position_embeddings
     rows = [encode(tokenizer, prompt.text, context, max_new_tokens).to(target.device) for prompt in prompts]
-    for decoding in DECODINGS:  # warm up, so that no decoding pays for first touches of the weights
-        _answer(decoding, judged, draft, rows[0], 8)
+    names = list(decodings)
+    for name in names:  # warm up, so that no decoding pays for first touches of the weights
+        _answer(target, *decodings[name], rows[0], 8)
     for turn, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
-        order = [DECODINGS[(turn + i) % len(DECODINGS)] for i in range(len(DECODINGS))]
-        answers = {decoding: _answer(decoding, judged, draft, ids, max_new_tokens) for decoding in order}
-        reference = answers["greedy"][0]
+        order = [names[(turn + i) % len(names)] for i in range(len(names))]
+        answers = {name: _answer(target, *decodings[name], ids, max_new_tokens) for name in order}
+        reference = answers[names[0]][0]
         logprobs: dict[tuple[int, ...], float] = {}  # lossless runs give the same text: score it once
         runs = []
-        for decoding in DECODINGS:
-            tokens, seconds, rounds, stats = answers[decoding]
+        for name in names:
+            tokens, seconds, rounds, stats = answers[name]
             if tuple(tokens) not in logprobs:
                 logprobs[tuple(tokens)] = answer_logprob(target, ids, tokens)
             agreement = reconvergence(reference, tokens)
-            runs.append(Run(decoding, prompt, tokens, seconds, rounds, logprobs[tuple(tokens)], agreement, stats))
+            runs.append(Run(name, prompt, tokens, seconds, rounds, logprobs[tuple(tokens)], agreement, stats))
         yield runs
 
 
 def _answer(
-    decoding: str, judged: JudgedModel, draft: PreTrainedModel, ids: torch.LongTensor, max_new_tokens: int
+    target: PreTrainedModel,
+    model: PreTrainedModel | JudgedModel,
+    draft: PreTrainedModel | None,
+    ids: torch.LongTensor,
+    max_new_tokens: int,
 ) -> tuple[list[int], float, int, Stats]:
-    model = judged if decoding == "judged" else judged.target
-    assistant = {} if decoding == "greedy" else {"assistant_model": draft}
+    assistant = {} if draft is None else {"assistant_model": draft}
     forwards: list[None] = []
     start = time.perf_counter()
-    with HiddenTap(judged.target, lambda hidden, logits: forwards.append(None)):
+    with HiddenTap(target, lambda hidden, logits: forwards.append(None)):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=greedy(judged.target, max_new_tokens),
+            generation_config=greedy(target, max_new_tokens),
             **assistant,
         )
     seconds = time.perf_counter() - start
-    stats = judged.stats if decoding == "judged" else Stats()
+    stats = model.stats if isinstance(model, JudgedModel) else Stats()
     return output.sequences[0, ids.shape[1] :].tolist(), seconds, len(forwards), stats
 
 
@@ -117,9 +125,10 @@ def answer_logprob(target: PreTrainedModel, ids: torch.LongTensor, tokens: list[
 
 
 def summarise(runs: list[Run]) -> list[dict]:
-    """One `dict` for each decoding: the figures of `quickstart --json`."""
+    """One `dict` for each decoding: the figures of `quickstart --json`. Where the seconds went is known of judged
+    decodings only."""
     rows = []
-    for decoding in DECODINGS:
+    for decoding in dict.fromkeys(run.decoding for run in runs):
         mine = [run for run in runs if run.decoding == decoding]
         tokens, seconds = sum(len(run.tokens) for run in mine), sum(run.seconds for run in mine)
         rows.append(
@@ -134,7 +143,23 @@ def summarise(runs: list[Run]) -> list[dict]:
                 "logprob_per_token": sum(run.logprob for run in mine) / tokens,
             }
         )
+        if any(run.stats.rounds for run in mine):
+            for part in ("draft", "verify", "rule"):
+                rows[-1][f"{part}_share"] = sum(vars(run.stats)[f"{part}_seconds"] for run in mine) / seconds
     return rows
+
+
+def ratio_of_seconds(runs: list[Run], slow: str, fast: str, resamples: int = 2000) -> tuple[float, float, float]:
+    """
+    How many times as long one decoding took as another, over all prompts.
+
+    Returns:
+        The ratio of the sums of seconds, and its 95 % bootstrap interval over prompts.
+    """
+    seconds = np.array([[run.seconds for run in runs if run.decoding == name] for name in (slow, fast)])
+    picks = np.random.default_rng(0).integers(seconds.shape[1], size=(resamples, seconds.shape[1]))
+    low, high = np.quantile(seconds[0][picks].sum(1) / seconds[1][picks].sum(1), [0.025, 0.975])
+    return float(seconds[0].sum() / seconds[1].sum()), float(low), float(high)
 
 
 def results_table(rows: list[dict], title: str) -> Table:
