@@ -5,6 +5,9 @@ In: what `_get_candidate_generator` of transformers is given. Out: candidates. K
 
 from __future__ import annotations
 
+import weakref
+from bisect import bisect
+
 import numpy as np
 import torch
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
@@ -23,17 +26,27 @@ class FastDraft:
     Args:
         generator ([`~transformers.generation.AssistedCandidateGenerator`]): Its `_generate_candidates` is replaced;
             lengths, masks and thresholds remain its own.
+        length ([`AutoLength`], *optional*): Ends drafts instead of the generator's length and thresholds.
     """
 
-    def __init__(self, generator: AssistedCandidateGenerator):
-        self.generator, self.stock = generator, generator._generate_candidates
+    def __init__(self, generator: AssistedCandidateGenerator, length: AutoLength | None = None):
+        # The generator owns this object. Were it held here in turn, caches would stay until a garbage collection.
+        self.generator, self.length = weakref.proxy(generator), length
         self.prepared: tuple | None = None
         generator._generate_candidates = self
+        if length is not None:
+            set_draft_length(generator, length.longest)
+            for config in (generator.generation_config, generator.assistant_generation_config):
+                config.assistant_confidence_threshold = 0.0
 
     def __call__(self, generation_args: dict) -> tuple[torch.LongTensor, torch.Tensor]:
         draft, kwargs = self.generator.assistant_model, self.generator.assistant_kwargs
         if generation_args["min_new_tokens"] or draft.config.is_encoder_decoder or "encoder_outputs" in kwargs:
-            return self.stock(generation_args)
+            if self.length is not None:
+                blind = self.length.blind()
+                for limit in ("min_new_tokens", "max_new_tokens"):
+                    generation_args[limit] = min(generation_args[limit], blind)
+            return AssistedCandidateGenerator._generate_candidates(self.generator, generation_args)
         if self.prepared is None:
             self.prepared = draft.generate(**generation_args, **kwargs, custom_generate=_prepared)
             kwargs["past_key_values"] = self.prepared[2]["past_key_values"]
@@ -45,9 +58,18 @@ class FastDraft:
         them."""
         generator, (processors, config, prepared) = self.generator, self.prepared
         draft, threshold = generator.assistant_model, generator.generation_config.assistant_confidence_threshold
-        # Masks and positions grow with the text; the generator keeps them up to date.
-        kwargs = prepared | {key: value for key, value in generator.assistant_kwargs.items() if key in prepared}
+        # Masks and positions grow with the text. What the generator keeps up to date is taken from it; the rest is
+        # inferred from the text, as `generate` would in each round.
+        own = {key: value for key, value in generator.assistant_kwargs.items() if value is not None}
+        kwargs = prepared | {"attention_mask": None, "position_ids": None} | own
+        if "attention_mask" in prepared and kwargs["attention_mask"] is None:
+            kwargs["attention_mask"] = draft._prepare_attention_mask_for_generation(ids, config, {})
+        if "position_ids" in prepared and kwargs["position_ids"] is None:
+            kwargs["position_ids"] = draft._prepare_position_ids_for_generation(ids, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key in prepared}
         cache, ends, scores = kwargs["past_key_values"], config._eos_token_tensor, []
+        if self.length is not None:
+            self.length.begin()
         for _ in range(count):
             inputs = draft.prepare_inputs_for_generation(
                 ids, next_sequence_length=ids.shape[1] - cache.get_seq_length(), is_first_iteration=False, **kwargs
@@ -61,10 +83,11 @@ class FastDraft:
                 token = row.argmax(dim=-1, keepdim=True)
             ids = torch.cat([ids, token], dim=-1)
             scores.append(row)
-            if threshold:
-                probability = row.softmax(dim=-1)[0, token[0, 0]].item()
-                generator.probs.append(probability)  # it adapts the threshold to these
-                if probability < threshold:
+            if threshold or self.length is not None:
+                confidence = row.softmax(dim=-1)[0, token[0, 0]].item()
+                if threshold:
+                    generator.probs.append(confidence)  # it adapts the threshold to these
+                if confidence < threshold or (self.length is not None and not self.length.goes_on(confidence)):
                     break
             if ends is not None and torch.isin(token, ends).any():
                 break
@@ -78,46 +101,83 @@ def _prepared(model, input_ids, logits_processor, stopping_criteria, generation_
 
 class AutoLength:
     """
-    Picks the draft length with the most expected tokens a second.
+    Ends a draft where one more candidate would cost more than it is worth.
 
-    With a share `a` of candidates kept, a draft of `k` tokens gives (1 − a^(k+1)) / (1 − a) tokens a round
-    (https://huggingface.co/papers/2211.17192, equation 1), for `k` draft forwards and one verification of `k + 1`
-    tokens. `a`, the seconds of a draft token and those of a verification of each length are running averages over the
-    rounds of the call; lengths not tried yet count as much as the nearest that was.
+    One more candidate earns a token if it and all before it are kept; it costs a forward of the draft and its part of
+    the verification. By renewal-reward theory tokens a second are highest if drafting goes on while that probability
+    exceeds cost times tokens a second. All of it is measured in the call: seconds, tokens, and how often candidates
+    are kept, by the draft's confidence in them where it tells (the idea of SpecDec++,
+    https://huggingface.co/papers/2405.19715, with counts instead of a trained head).
 
     Args:
-        first (`int`, defaults to 5): Length until there is something to go by, tokens.
+        first (`int`, defaults to 5): Length of the first draft, which finds nothing measured yet, tokens.
         longest (`int`, defaults to 16): Tokens.
-        memory (`float`, defaults to 0.9): Weight of the past when a round is added.
+        memory (`float`, defaults to 0.95): Weight of the past when a round is added.
     """
 
-    def __init__(self, first: int = 5, longest: int = 16, memory: float = 0.9):
-        self.length, self.longest, self.memory = first, longest, memory
-        self.kept, self.tested = 3.0, 4.0  # as if one round had kept 3 of 4
-        self.draft_seconds: float | None = None
-        self.verify_seconds: dict[int, float] = {}
-        self.warm = False
+    EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # of the ranges of confidence
+    PRIOR = (0.2, 0.4, 0.6, 0.75, 0.88, 0.95, 0.985)  # share kept in each, believed as much as 4 candidates
+
+    def __init__(self, first: int = 5, longest: int = 16, memory: float = 0.95):
+        self.first, self.longest, self.memory = first, longest, memory
+        self.tested = np.full(len(self.PRIOR), 4.0)
+        self.kept = self.tested * self.PRIOR
+        self.all_tested, self.all_kept = 4.0, 3.0
+        self.rounds = 0
+        # Sums over rounds, the past fading: 1, drafted, drafted², seconds of verification, drafted · these seconds,
+        # seconds of the draft, tokens gained
+        self.sums = np.zeros(7)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new draft."""
+        self.confidences: list[float | None] = []
+        self.reach = 1.0  # probability that all candidates so far are kept
+
+    def goes_on(self, confidence: float | None) -> bool:
+        """Whether to draft on behind a candidate in which the draft had this confidence, in [0, 1] (`None`: it does
+        not tell)."""
+        self.confidences.append(confidence)
+        if len(self.confidences) >= self.longest:
+            return False
+        if self.rounds < 2:  # the first one also reads the prompt and says nothing of time
+            return len(self.confidences) < self.first
+        share = self.all_kept / self.all_tested
+        at = self._range(confidence)
+        self.reach *= share if at is None else self.kept[at] / self.tested[at]
+        return self.reach * share > self._price()
+
+    def blind(self) -> int:
+        """The length of a draft that cannot be ended from within, tokens."""
+        self.begin()
+        while self.goes_on(None):
+            pass
+        return len(self.confidences)
 
     def observe(self, drafted: int, kept: int, draft_seconds: float, verify_seconds: float) -> None:
-        """Learn from a round; the first one, which also reads the prompt, says nothing of time."""
-        self.kept = self.memory * self.kept + kept
-        self.tested = self.memory * self.tested + min(kept + 1, drafted)
-        if self.warm and drafted:
-            self.draft_seconds = self._average(self.draft_seconds, draft_seconds / drafted)
-            self.verify_seconds[drafted] = self._average(self.verify_seconds.get(drafted), verify_seconds)
-            self.length = self._best()
-        self.warm = True
+        """Learn from a round: of `drafted` candidates the first `kept` were kept."""
+        for place, confidence in enumerate(self.confidences[: min(kept + 1, drafted)]):
+            at = self._range(confidence)
+            if at is not None:
+                self.tested[at] += 1
+                self.kept[at] += place < kept
+        self.all_kept = self.memory * self.all_kept + kept
+        self.all_tested = self.memory * self.all_tested + min(kept + 1, drafted)
+        if self.rounds and drafted:
+            seen = (1, drafted, drafted**2, verify_seconds, drafted * verify_seconds, draft_seconds, kept + 1)
+            self.sums = self.memory * self.sums + seen
+        self.rounds += bool(drafted)
 
-    def _average(self, before: float | None, now: float) -> float:
-        return now if before is None else self.memory * before + (1 - self.memory) * now
+    def _range(self, confidence: float | None) -> int | None:
+        return None if confidence is None else bisect(self.EDGES, confidence)
 
-    def _best(self) -> int:
-        lengths = np.arange(1, self.longest + 1)
-        share = min(self.kept / self.tested, 0.999)
-        tokens = (1 - share ** (lengths + 1)) / (1 - share)
-        tried = sorted(self.verify_seconds)
-        verify = np.interp(lengths, tried, [self.verify_seconds[k] for k in tried])
-        return int(lengths[np.argmax(tokens / (lengths * self.draft_seconds + verify))])
+    def _price(self) -> float:
+        """Seconds of one more candidate, times tokens a second."""
+        rounds, x, xx, verify, xv, draft, tokens = self.sums
+        spread = xx / rounds - (x / rounds) ** 2
+        # Rounds of one length do not tell what a row of the verification costs; call it free, and longer ones will.
+        row = max(0.0, (xv / rounds - x * verify / rounds**2) / spread) if spread > 0.05 else 0.0
+        return (draft / x + row) * tokens / (draft + verify)
 
 
 def set_draft_length(generator: CandidateGenerator, length: int) -> None:
@@ -129,6 +189,7 @@ def set_draft_length(generator: CandidateGenerator, length: int) -> None:
         generator.num_output_tokens = length
     elif isinstance(generator, AssistedCandidateGenerator):
         generator.num_assistant_tokens = length
+        generator.assistant_generation_config.num_assistant_tokens_schedule = "constant"
     else:
         raise ValueError(
             f"`draft_length` cannot be set for {type(generator).__name__}. Leave it at None; what transformers itself "

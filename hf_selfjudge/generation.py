@@ -22,7 +22,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import (
     AssistedCandidateGeneratorDifferentTokenizers,
+    EarlyExitCandidateGenerator,
     PromptLookupCandidateGenerator,
+    UniversalSpeculativeDecodingGenerator,
 )
 
 from .drafting import AutoLength, FastDraft, set_draft_length
@@ -32,8 +34,9 @@ from .rules import JudgeRule, Rows, Rule
 from .stats import Stats
 
 
-# Candidate generators whose drafts come without logits.
+# Candidate generators whose drafts come without logits, and the one among their children whose drafts have them.
 WITHOUT_LOGITS = (PromptLookupCandidateGenerator, AssistedCandidateGeneratorDifferentTokenizers)
+WITH_LOGITS = UniversalSpeculativeDecodingGenerator
 
 
 class Round:
@@ -48,6 +51,8 @@ class Round:
     def prepare(self, config: GenerationConfig, device: torch.device) -> None:
         """Take what the call decodes with from its final `config`."""
         self.do_sample = config.do_sample
+        # Whether a candidate may be kept that neither the target nor the rule chose.
+        self.others_keep = config.do_sample or config.assistant_ensemble_weight is not None
         named = (config.eos_token_id, config.bos_token_id, config.pad_token_id, config.decoder_start_token_id)
         special = [torch.tensor(token, dtype=torch.long).flatten() for token in named if token is not None]
         special.append(torch.tensor(sorted(self.special_tokens), dtype=torch.long))
@@ -77,14 +82,16 @@ class Round:
         """Whether the rule accepts candidate `row`, given the scores of shape `(vocab_size,)` that the target's token
         would be taken from. Under greedy decoding only a mismatch is put to it; under sampling every candidate is,
         since what the target would draw is not known yet."""
-        candidate, choice = self.candidates[row], self.scores.argmax()
+        candidate = self.candidates[row]
+        # Under sampling there is no choice yet, and the likeliest token stands for it.
+        choice = (self.scores if self.do_sample else final_scores).argmax()
         mismatch = bool(choice != candidate)
         if self.rejected or not (mismatch or self.do_sample):
             return False
-        # Under greedy decoding nothing behind a rejected candidate counts; sampling may keep what the rule rejects.
-        self.rejected = not self.do_sample
-        # A masked token is never accepted; a special token is neither accepted nor overruled.
-        if final_scores[candidate] == -torch.inf or torch.isin(torch.stack([choice, candidate]), self.special).any():
+        self.rejected = not self.others_keep  # then nothing behind it counts
+        # A special token is neither accepted nor overruled; a masked one is never accepted, however it was masked
+        # (`remove_invalid_values` turns -inf into a number).
+        if torch.isin(torch.stack([choice, candidate]), self.special).any() or not final_scores.softmax(-1)[candidate]:
             return False
         rows = self._rows(row, final_scores)
         if not self.rule.accept(rows):
@@ -129,11 +136,13 @@ class JudgeCandidateGenerator(CandidateGenerator):
     Args:
         inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
         round ([`Round`]): State of the call.
-        length ([`AutoLength`], *optional*): Chooses the draft length.
+        length ([`AutoLength`], *optional*): Learns from the rounds.
+        blind (`bool`, defaults to `False`): Set the length that it chooses before each draft, since `inner` does not
+            ask it on the way.
     """
 
-    def __init__(self, inner: CandidateGenerator, round: Round, length: AutoLength | None = None):
-        self.inner, self.round, self.length = inner, round, length
+    def __init__(self, inner: CandidateGenerator, round: Round, length: AutoLength | None = None, blind: bool = False):
+        self.inner, self.round, self.length, self.blind = inner, round, length, blind
 
     @property
     def requires_model_outputs(self) -> bool:
@@ -145,8 +154,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
         self.round.verifying = False
-        if self.length is not None:
-            set_draft_length(self.inner, self.length.length)
+        if self.blind:
+            set_draft_length(self.inner, self.length.blind())
         since = time.perf_counter()
         candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
         self.draft_seconds = time.perf_counter() - since
@@ -211,9 +220,10 @@ class JudgedModel:
     Args:
         target ([`~transformers.PreTrainedModel`]): The model whose quality counts. It is not changed.
         rule ([`Rule`]): What decides: a judge ([`JudgeRule`]) or one of the training-free rules.
-        draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round; `"auto"` picks the
-            length with the most expected tokens a second from what it measures ([`AutoLength`]). By default what
-            transformers itself is told: `draft.generation_config`, `prompt_lookup_num_tokens`, …
+        draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round, unless transformers'
+            `assistant_confidence_threshold` ends it before; `"auto"` ends each draft where one more token would cost
+            more than it is worth ([`AutoLength`]). By default what transformers itself is told:
+            `draft.generation_config`, `prompt_lookup_num_tokens`, …
         special_tokens (`Iterable[int]`, *optional*): Tokens that are never accepted against the target, nor overruled,
             beside those that the rule and the generation config name; `tokenizer.all_special_ids` for a rule that
             knows of none.
@@ -343,8 +353,11 @@ class JudgedModel:
 
         target._get_logits_processor, target._get_candidate_generator = with_judge, wrap
         processors = LogitsProcessorList([*(logits_processor or []), ConstrainedScores(round)])
-        with HiddenTap(target, round.observe):
-            output = target.generate(inputs, generation_config, processors, **kwargs)
+        try:
+            with HiddenTap(target, round.observe):
+                output = target.generate(inputs, generation_config, processors, **kwargs)
+        finally:  # what refers to itself would keep caches until the next garbage collection
+            del target._get_logits_processor, target._get_candidate_generator
         if generators:
             self._remember(round.stats)
             # transformers keeps the length that this schedule arrived at, but does not look inside a wrapper for it.
@@ -357,7 +370,7 @@ class JudgedModel:
 
     def _wrap(self, inner: CandidateGenerator, round: Round) -> JudgeCandidateGenerator:
         """Decorate what transformers built; say now what could not work later."""
-        if self.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS):
+        if self.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS) and not isinstance(inner, WITH_LOGITS):
             raise ValueError(
                 f"`rule` {type(self.rule).__name__} compares target and draft, but drafts of {type(inner).__name__} "
                 "come without probabilities. Use a draft model with the target's tokenizer, or another rule."
@@ -365,12 +378,17 @@ class JudgedModel:
         if isinstance(inner, AssistedCandidateGenerator):
             # The target's criteria end the text. transformers would ask the draft for a tokenizer that it cannot give.
             inner.generation_config.stop_strings = None
-        if type(inner) is AssistedCandidateGenerator:
-            FastDraft(inner)
+        if isinstance(inner, EarlyExitCandidateGenerator):
+            inner.assistant_model = _with_own_config(inner.assistant_model)
         length = AutoLength() if self.draft_length == "auto" else None
-        if self.draft_length is not None:
-            set_draft_length(inner, length.length if length else self.draft_length)
-        return JudgeCandidateGenerator(inner, round, length)
+        fast = type(inner) is AssistedCandidateGenerator
+        if fast:
+            FastDraft(inner, length)
+        elif length is not None:
+            set_draft_length(inner, length.first)  # refuse now what cannot be set
+        if isinstance(self.draft_length, int):
+            set_draft_length(inner, self.draft_length)
+        return JudgeCandidateGenerator(inner, round, length, blind=length is not None and not fast)
 
     def _remember(self, stats: Stats) -> None:
         self._own.stats = self._last = stats
@@ -380,7 +398,7 @@ class JudgedModel:
     def _check(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         config = self.target.config.get_text_config()
         if input_ids is not None and "inputs_embeds" not in kwargs and not config.is_encoder_decoder:
-            length, context = input_ids.shape[-1], config.to_dict().get("max_position_embeddings")
+            length, context = input_ids.shape[-1], getattr(config, "max_position_embeddings", None)
             if length == 0:
                 raise ValueError("`input_ids` is empty. Give at least one token.")
             if context is not None and length >= context:
@@ -397,6 +415,17 @@ class JudgedModel:
                 "Use a draft with the target's tokenizer, or pass `tokenizer` and `assistant_tokenizer`."
             )
         self.rule.check_draft(draft)
+
+
+def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the weights. Early exit drafts with fewer layers by changing the config for a while; threads
+    that verify must not see it, and an exception must not leave it so."""
+    model = copy.copy(model)
+    model._modules = dict(model._modules)
+    base = copy.copy(getattr(model, model.base_model_prefix))
+    setattr(model, model.base_model_prefix, base)
+    model.config = base.config = copy.copy(base.config)
+    return model
 
 
 class _Own(threading.local):

@@ -38,7 +38,7 @@ class Rows:
         hidden (`torch.Tensor` of shape `(rows, 2, hidden_size)`): Its last hidden states before and after it.
         positions (`torch.LongTensor` of shape `(rows,)`): Tokens of the answer before it.
         matches_after (`torch.LongTensor` of shape `(rows,)`): How many of the candidates that follow it directly are
-            the target's choices.
+            the most likely of the target's raw logits.
         draft_logits (`torch.FloatTensor` of shape `(rows, vocab_size)`, *optional*): What the draft's token was
             taken from, where the draft says so.
     """
@@ -66,7 +66,7 @@ class Rule:
         special_tokens (`list[int]`): Tokens that it knows to be special: never accepted against the target, nor
             overruled.
         needs_draft_logits (`bool`): Whether it can only work with drafts that say how likely their tokens are: prompt
-            lookup and drafts with another tokenizer do not.
+            lookup does not, nor do drafts with another tokenizer under greedy decoding.
     """
 
     special_tokens: Sequence[int] = ()
@@ -97,7 +97,7 @@ class TopK(Rule):
     Accept what is among the target's `k` most likely tokens.
 
     Args:
-        k (`int`): 1 accepts only the target's choice.
+        k (`int`): 1 accepts only the target's choice. Ties count as more likely.
     """
 
     k: int
@@ -107,7 +107,7 @@ class TopK(Rule):
 
     def accept(self, rows: Rows) -> torch.BoolTensor:
         chosen = rows.scores.gather(-1, rows.candidates[:, None])
-        return (rows.scores > chosen).sum(-1) < self.k
+        return (rows.scores >= chosen).sum(-1) <= self.k
 
 
 @dataclass(frozen=True)

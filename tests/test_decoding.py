@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig, WatermarkingConfig, pipeline
+from transformers.generation import AssistedCandidateGenerator
 
 from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.rules import Coin, Lossless, Rows, Rule
@@ -91,6 +92,54 @@ def test_constraints(llama, prompt, name):
     if name == "min_new_tokens":
         assert len(output) >= 20
     assert always.stats.tokens == len(output)
+
+
+@pytest.mark.parametrize("options", [{}, {"remove_invalid_values": True}, {"do_sample": True, "top_k": 0}])
+def test_a_banned_token_that_the_draft_proposes_all_the_same(llama, prompt, monkeypatch, options):
+    """A draft may not know of the ban: prompt lookup, another tokenizer."""
+    target, draft = llama
+    banned = 11
+    get_candidates = AssistedCandidateGenerator.get_candidates
+
+    def meddle(self, input_ids, **kwargs):
+        ids, logits = get_candidates(self, input_ids, **kwargs)
+        if ids.shape[1] > input_ids.shape[1]:
+            ids[0, -1] = banned
+        return ids, logits
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", meddle)
+    judged = JudgedModel(target, AcceptAll())
+    for constraint in ({}, {"bad_words_ids": [[banned]]}, {"prefix_allowed_tokens_fn": lambda *_: range(11)}):
+        torch.manual_seed(0)
+        output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW, **constraint, **options)
+        assert (banned in output[0, prompt.shape[1] :]) == (not constraint)
+
+
+def test_greedy_choice_is_the_watermarked_one(llama, prompt):
+    target, draft = llama
+    rule = AcceptAll()
+    JudgedModel(target, rule).generate(
+        prompt, assistant_model=draft, max_new_tokens=NEW, watermarking_config=WatermarkingConfig(bias=4.0)
+    )
+    assert rule.seen
+    for rows in rule.seen:
+        assert rows.final_scores[0].argmax() != rows.candidates[0]
+
+
+def test_the_rule_is_asked_behind_what_the_ensemble_kept(llama, prompt):
+    target, draft = llama
+    asked = []
+
+    class Refuse(Rule):
+        def accept(self, rows):
+            asked.append(rows.positions.item())
+            return torch.zeros_like(rows.candidates, dtype=torch.bool)
+
+    judged = JudgedModel(target, Refuse())
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW, assistant_ensemble_weight=0.5)
+    plain = target.generate(prompt, max_new_tokens=NEW)
+    assert not torch.equal(output, plain)  # the ensemble kept what the rule refused
+    assert len(asked) > judged.stats.rounds - judged.stats.bonus
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

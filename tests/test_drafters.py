@@ -1,5 +1,9 @@
 """Every candidate generator of transformers, and the length of drafts."""
 
+import gc
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -146,6 +150,42 @@ def test_generate_of_the_draft_runs_once(llama, prompt, monkeypatch):
     assert sum(model is draft for model in calls) == 1
 
 
+def test_nothing_outlives_a_call(llama, prompt, monkeypatch):
+    """Caches go when the call ends, not at the next garbage collection."""
+    target, draft = llama
+    generators = []
+    get_candidates = AssistedCandidateGenerator.get_candidates
+
+    def spy(self, input_ids, **kwargs):
+        generators.append(weakref.ref(self))
+        return get_candidates(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        JudgedModel(target, Lossless(), "auto").generate(prompt, assistant_model=draft, max_new_tokens=NEW)
+        assert generators
+        assert generators[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_early_exit_leaves_the_config_alone(llama, prompt):
+    target, _ = llama
+
+    def fail_while_drafting(ids, scores):
+        if ids.shape[1] > prompt.shape[1] + 2:
+            1 / 0  # noqa: B018
+        return scores
+
+    with pytest.raises(ZeroDivisionError):
+        JudgedModel(target, Lossless()).generate(
+            prompt, assistant_early_exit=1, max_new_tokens=NEW, logits_processor=[fail_while_drafting]
+        )
+    assert target.config.num_hidden_layers == 2
+
+
 # Draft length --------------------------------------------------------------------------------------------------------
 
 
@@ -167,33 +207,77 @@ def test_auto_length_is_lossless_too(llama, prompt):
         assert torch.equal(output, target.generate(prompt.repeat(1, 3), max_new_tokens=60))
 
 
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+@pytest.mark.parametrize("length", [3, "auto"])
+@pytest.mark.filterwarnings("error:Unfeasible length")
+def test_length_with_a_minimum_and_transformers_own_schedules(llama, prompt, length, schedule):
+    target, _ = llama
+    draft = perturbed(target, noise=0.005)
+    draft.generation_config.assistant_confidence_threshold = 0.4
+    draft.generation_config.num_assistant_tokens_schedule = schedule
+    options = {"max_new_tokens": 60, "min_new_tokens": 20, "eos_token_id": 7}
+    judged = JudgedModel(target, Lossless(), draft_length=length)
+    output = judged.generate(prompt, assistant_model=draft, **options)
+    assert torch.equal(output, target.generate(prompt, **options))
+    assert len(judged.stats.offered_at) <= (3 if length == 3 else 16)
+    assert draft.generation_config.num_assistant_tokens == 5
+
+
 def test_length_of_drafts_that_have_their_own(llama, tokenizer, prompt, monkeypatch):
     target, options = dflash(llama[0], tokenizer, monkeypatch)
     with pytest.raises(ValueError, match="`draft_length` cannot be set for DFlashTokenCandidateGenerator"):
         JudgedModel(target, Lossless(), draft_length=3).generate(prompt, max_new_tokens=NEW, **options)
 
 
-def feed(length: AutoLength, acceptance: int, draft: float, verify: float, rounds: int = 60) -> int:
-    """Rounds that keep `acceptance` candidates, at `draft` seconds a candidate and `verify` for the target."""
-    for _ in range(rounds):
-        drafted = length.length
-        length.observe(drafted, min(acceptance, drafted), drafted * draft, verify)
-    return length.length
+class Fixed(AutoLength):
+    """Drafts of one length."""
+
+    def goes_on(self, confidence: float | None) -> bool:
+        self.confidences.append(confidence)
+        return len(self.confidences) < self.first
 
 
-def test_auto_length_follows_acceptance_and_cost():
-    assert feed(AutoLength(), acceptance=0, draft=0.5, verify=1.0) == 1
-    good, cheap = feed(AutoLength(), 8, 0.5, 1.0), feed(AutoLength(), 8, 0.01, 1.0)
-    assert 1 < good < cheap
-    assert feed(AutoLength(), 99, 0.01, 1.0) == 16
+class Blind(AutoLength):
+    """Is not told how confident the draft is."""
+
+    def goes_on(self, confidence: float | None) -> bool:
+        return super().goes_on(None)
 
 
-def test_auto_length_learns_that_long_verifications_are_dear():
-    length = AutoLength()
-    for _ in range(80):
-        drafted = length.length
-        length.observe(drafted, min(9, drafted), drafted * 0.01, 1.0 if drafted <= 6 else 5.0)
-    assert length.length <= 6
+def speed(length: AutoLength, draft: float, row: float, tokens: int = 4000) -> float:
+    """Tokens a second where candidates are kept as often as the draft's confidence in them says, a candidate costs
+    `draft` seconds, and a verification 1 and `row` more for each of its rows."""
+    rng, done, seconds = np.random.default_rng(0), 0, 0.0
+    while done < tokens:
+        length.begin()
+        confidences = rng.choice([0.35, 0.92, 0.97], p=[0.2, 0.3, 0.5], size=length.longest)
+        drafted = next(place for place, c in enumerate(confidences, start=1) if not length.goes_on(c))
+        kept = int((rng.random(drafted) < confidences[:drafted]).cumprod().sum())
+        costs = drafted * draft, 1 + row * drafted
+        length.observe(drafted, kept, *costs)
+        done, seconds = done + kept + 1, seconds + sum(costs)
+    return done / seconds
+
+
+@pytest.mark.parametrize(
+    ("draft", "row", "gain"), [(0.02, 0, 0.97), (0.1, 0, 1.05), (0.1, 0.1, 1.08), (0.5, 0, 1.03), (0.3, 0.3, 1.02)]
+)
+def test_auto_length_is_near_the_best_fixed_one_and_better_with_confidence(draft, row, gain):
+    best = max(speed(Fixed(first), draft, row) for first in range(1, 17))
+    assert speed(Blind(), draft, row) > 0.95 * best
+    assert speed(AutoLength(), draft, row) > gain * best
+
+
+def test_auto_length_ends():
+    assert AutoLength().blind() == 5  # nothing measured yet
+    for kept, lengths in ((0, {1}), (99, {16})):
+        length = AutoLength()
+        for _ in range(60):
+            drafted = length.blind()
+            length.observe(drafted, min(kept, drafted), 0.1 * drafted, 1.0)
+        assert {length.blind()} == lengths
+    length.observe(0, 0, 0.1, 1.0)  # prompt lookup found nothing
+    assert length.blind() == 16
 
 
 def test_heuristic_schedule_is_kept_as_transformers_keeps_it(llama, prompt):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge.rules import Lossless
 
 from .conftest import VOCAB, build, perturbed, random_judge
 
@@ -202,6 +203,9 @@ def test_errors(llama, prompt):
         judged.generate(prompt[:, :0], assistant_model=draft)
     with pytest.raises(ValueError, match=r"`input_ids` has 300 tokens, the target's context is 256"):
         judged.generate(torch.ones(1, 300, dtype=torch.long), assistant_model=draft)
+    gpt2 = build("gpt2")  # its config has another name for it
+    with pytest.raises(ValueError, match=r"`input_ids` has 300 tokens, the target's context is 256"):
+        JudgedModel(gpt2, Lossless()).generate(torch.ones(1, 300, dtype=torch.long), assistant_model=gpt2)
     with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\]"):
         judged.threshold = 1.5
     with pytest.raises(TypeError, match="`target` must be a transformers model, got Linear"):

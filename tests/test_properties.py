@@ -59,6 +59,15 @@ def test_lossless_is_greedy_decoding(call):
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(calls())
+def test_lossless_is_stock_under_the_same_seed(call):
+    target, _, judge = models(call["vocabulary"])
+    stock = generate(target, call)
+    for rule in (Lossless(), JudgeRule(judge, 0.0)):
+        assert torch.equal(generate(JudgedModel(target, rule), call), stock)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(calls())
 def test_counts_and_ends(call):
     target, _, judge = models(call["vocabulary"])
     share = call["threshold"]

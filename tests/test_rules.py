@@ -30,7 +30,7 @@ def test_lossless():
     assert not Lossless().accept(rows([0.5, 0.5]))
 
 
-@pytest.mark.parametrize(("k", "accepted"), [(1, False), (2, False), (3, True)])
+@pytest.mark.parametrize(("k", "accepted"), [(1, False), (3, False), (4, True)])  # ties with the last
 def test_top_k(k, accepted):
     assert TopK(k).accept(rows([0.5, 0.1, 0.3, 0.1])).item() is accepted
 
