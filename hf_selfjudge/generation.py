@@ -15,7 +15,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -27,6 +27,7 @@ from transformers.generation.candidate_generator import (
     UniversalSpeculativeDecodingGenerator,
 )
 
+from .batches import generate_rows
 from .drafting import AutoLength, FastDraft, set_draft_length
 from .hidden import HiddenTap
 from .judge import Judge
@@ -320,17 +321,35 @@ class JudgedModel:
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        *,
+        rules: Sequence[Rule] | None = None,
+        seeds: Sequence[int] | None = None,
         **kwargs,
     ):
         """
         Stock `generate`, with all its arguments. Where it decodes with a draft (`assistant_model`,
         `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
+        Unlike stock it also takes several prompts with a draft, as `input_ids` and `attention_mask` padded on the
+        left. Each row goes its own way, and its answer is the one it would get alone; `stats.rows` has the statistics
+        of each. `streamer` is then a list, one for each row, and criteria and processors are asked about one row at
+        a time, without its padding.
+
+        Args:
+            rules (`Sequence[Rule]`, *optional*): One for each row, instead of the model's own.
+            seeds (`Sequence[int]`, *optional*): For each row, the seed of what is sampled; by default drawn from the
+                global generator.
+
         Raises:
             ValueError: If the prompt is empty or longer than the target's context, the draft has another vocabulary
-                and no tokenizers were given, or the rule or `draft_length` cannot work with this draft.
+                and no tokenizers were given, or the rule or `draft_length` cannot work with this draft; for several
+                prompts also if they are padded on the right, or something is asked that works for one only.
         """
-        self._check(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        several = ids is not None and len(ids) > 1 and self._has_draft(generation_config, kwargs)
+        if several or rules is not None or seeds is not None:
+            return generate_rows(self, ids, generation_config, logits_processor, rules, seeds, kwargs)
+        self._check(ids, kwargs)
         round = Round(self.rule, self.special_tokens)
         last = JudgeLogitsProcessor(round)
         generators: list[JudgeCandidateGenerator] = []
@@ -389,6 +408,18 @@ class JudgedModel:
         if isinstance(self.draft_length, int):
             set_draft_length(inner, self.draft_length)
         return JudgeCandidateGenerator(inner, round, length, blind=length is not None and not fast)
+
+    def _has_draft(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
+        config = self.target.generation_config if generation_config is None else generation_config
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
+        return any((config.to_dict() | kwargs).get(name) is not None for name in names)
+
+    def remember_rows(self, rows: Sequence[Stats]) -> None:
+        """Make what the rows of a batch did the statistics of the last call."""
+        stats = Stats(rows=list(rows))
+        for row in rows:
+            stats.add(row)
+        self._own.stats = self._last = stats
 
     def _remember(self, stats: Stats) -> None:
         self._own.stats = self._last = stats

@@ -6,19 +6,23 @@ nothing of what the rows mean: mining and generating give them their meaning. No
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 
+# The taps entered in this thread or coroutine; each begins with none.
+_entered: ContextVar[tuple[HiddenTap, ...]] = ContextVar("_entered", default=())
+
+
 class HiddenTap:
     """
     Context manager that hands the last hidden states and the logits of each forward to a callback.
 
-    The hooks sit on modules that threads may share, so they answer only to the thread that entered the tap.
+    The hooks sit on modules that threads and coroutines may share, so they answer only where the tap was entered.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A model with output embeddings.
@@ -40,21 +44,31 @@ class HiddenTap:
         self.on_forward = on_forward
 
     def __enter__(self) -> HiddenTap:
-        self.thread, self.hidden = threading.get_ident(), None
+        self.hidden = None
         self.handles = [
             self.head.register_forward_pre_hook(self._at_head),
             self.model.register_forward_hook(self._at_end),
         ]
+        self.token = _entered.set((*_entered.get(), self))
         return self
 
     def __exit__(self, *exception) -> None:
+        _entered.reset(self.token)
         for handle in self.handles:
             handle.remove()
 
+    @staticmethod
+    def hand_over(model: PreTrainedModel, hidden: torch.Tensor) -> None:
+        """Give the taps on `model` that were entered here the hidden states of a forward that was computed
+        elsewhere, before its output is returned."""
+        for tap in _entered.get():
+            if tap.head is model.get_output_embeddings():
+                tap.hidden = hidden
+
     def _at_head(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if threading.get_ident() == self.thread:
+        if self in _entered.get():
             self.hidden = inputs[0].detach()
 
     def _at_end(self, module: torch.nn.Module, inputs: tuple, output: ModelOutput) -> None:
-        if threading.get_ident() == self.thread:
+        if self in _entered.get():
             self.on_forward(self.hidden, output.logits.detach())

@@ -32,6 +32,8 @@ class Stats:
         offered_at, kept_at (`list[int]`): For each place in the draft, how many rounds drafted that far, and how many
             kept the candidate there.
         sources (`list[str]`): Of a single call: who decided each token, one of `SOURCES`. Sums leave it empty.
+        rows (`list[Stats]`): Of a call for several prompts: of each row. Seconds of a row include those in which it
+            waited for others, so the sum of them counts time several times.
     """
 
     calls: int = 0
@@ -48,6 +50,7 @@ class Stats:
     offered_at: list[int] = field(default_factory=list)
     kept_at: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    rows: list[Stats] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

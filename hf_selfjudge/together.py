@@ -1,0 +1,244 @@
+"""Several calls of `generate` side by side in one thread: forwards that wait at the same time are computed as one.
+
+In: models and calls. Out: what the calls return. Knows nothing of drafts and rules.
+
+Each call runs in a coroutine (greenlet) that stops at every forward of one of the models. When all of them have
+stopped, the forwards of one model are padded into a batch and computed, and each call goes on with its own rows. So a
+call behaves as if it were alone, whatever it does between forwards, and nothing of it needs to be written for batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .hidden import HiddenTap
+
+
+T = TypeVar("T")
+
+# What a forward may be given; the arguments of one row are put together with those of the others.
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+
+
+def together(
+    models: Sequence[PreTrainedModel],
+    calls: Sequence[Callable[..., T]],
+    seeds: Sequence[int] | None = None,
+) -> list[T]:
+    """
+    Run calls side by side.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`): The models whose forwards are computed together. Those of an earlier
+            model go first: a draft before its target.
+        calls (`Sequence[Callable]`): Each is called once, with a stand-in for each of `models`, and passes it one
+            sequence at a time, with a cache.
+        seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers, which are then those it
+            would draw alone behind `torch.manual_seed(seed)`.
+
+    Returns:
+        What the calls return, in their order. If one raises, the others are ended too, and it is raised here.
+    """
+    hub = getcurrent()
+    rows = [
+        _Row(greenlet(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
+        for call in calls
+    ]
+    if seeds is not None:
+        for row, seed in zip(rows, seeds, strict=True):
+            row.seed(seed)
+    try:
+        for row in rows:
+            row.resume()
+        while waiting := [row for row in rows if row.request is not None]:
+            first = min(row.request.model for row in waiting)
+            parts = _alike([row for row in waiting if row.request.model == first])
+            outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
+            for row, output in zip(itertools.chain(*parts), itertools.chain(*outputs), strict=True):
+                row.resume(output)
+        return [row.result for row in rows]
+    finally:
+        for row in rows:
+            row.coroutine.throw(GreenletExit)  # does nothing to those that have returned
+
+
+@dataclass
+class Request:
+    """A forward that a call waits for: of which model, with which arguments."""
+
+    model: int
+    arguments: dict
+
+    @property
+    def tokens(self) -> int:
+        return self.arguments["input_ids"].shape[1]
+
+
+class _Row:
+    """One call: the forward it waits for, or its result."""
+
+    def __init__(self, coroutine: greenlet):
+        self.coroutine = coroutine
+        self.request: Request | None = None
+        self.result = None
+        self.random: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    def seed(self, seed: int) -> None:
+        """Give it random numbers of its own."""
+        with _fork_random():
+            torch.manual_seed(seed)
+            self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def resume(self, *output) -> None:
+        """Run on to the next forward or to the end."""
+        if self.random is None:
+            value = self.coroutine.switch(*output)
+        else:
+            with _fork_random():
+                torch.set_rng_state(self.random[0])
+                torch.cuda.set_rng_state_all(self.random[1])
+                value = self.coroutine.switch(*output)
+                self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self.request, self.result = (None, value) if self.coroutine.dead else (value, None)
+
+
+def _alike(rows: list[_Row]) -> list[list[_Row]]:
+    """Parts to compute one after another: one, unless long prompts would be padded to much more than they are. Prompts
+    fill the processor by themselves, so padding costs as much as text; a few tokens cost little beside reading the
+    weights."""
+    parts: list[list[_Row]] = [[]]
+    for row in sorted(rows, key=lambda row: row.request.tokens):
+        longest, part = row.request.tokens, [*parts[-1], row]
+        if longest <= 16 or longest * len(part) <= 1.25 * sum(row.request.tokens for row in part):
+            parts[-1] = part
+        else:
+            parts.append([row])
+    return parts
+
+
+def _fork_random() -> contextlib.AbstractContextManager:
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+
+
+def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedModel:
+    """A shallow copy whose forward waits in `hub` for the others. Its generation config is its own."""
+    stand_in = copy.copy(model)
+    stand_in.generation_config = copy.deepcopy(model.generation_config)
+
+    @functools.wraps(model.forward)  # `generate` looks at the signature
+    def forward(**arguments) -> ModelOutput:
+        output, hidden = hub.switch(Request(index, arguments))
+        HiddenTap.hand_over(model, hidden)
+        return output
+
+    stand_in.forward = forward
+    return stand_in
+
+
+def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[ModelOutput, torch.Tensor]]:
+    """One forward for all `requests`; for each its output and what entered the `lm_head`."""
+    seen: list[torch.Tensor] = []
+    with HiddenTap(model, lambda hidden, logits: seen.append(hidden)):
+        if len(requests) == 1:
+            return [(model(**requests[0].arguments), *seen)]
+        rows = [_arguments(request.arguments) for request in requests]
+        news = [request.tokens for request in requests]
+        cache = SideBySide([row["past_key_values"] for row in rows], news)
+        device = rows[0]["input_ids"].device
+        ids = torch.zeros(len(rows), max(news), dtype=torch.long, device=device)
+        mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
+        positions = torch.zeros_like(ids)
+        for i, (row, new) in enumerate(zip(rows, news, strict=True)):
+            length = cache.lengths[i]
+            ids[i, -new:] = row["input_ids"]
+            mask[i, -length:] = 1 if row["attention_mask"] is None else row["attention_mask"]
+            if row["position_ids"] is not None:
+                positions[i, -new:] = row["position_ids"]
+        batch = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if rows[0]["position_ids"] is not None:
+            batch["position_ids"] = positions
+        keeps = [row["logits_to_keep"] or new for row, new in zip(rows, news, strict=True)]
+        if all(row["logits_to_keep"] for row in rows):
+            batch["logits_to_keep"] = max(keeps)
+        output = model(**batch, return_dict=True)
+    (hidden,) = seen
+    return [
+        (type(output)(logits=output.logits[i : i + 1, -keep:], past_key_values=row["past_key_values"]), part)
+        for i, (row, keep, part) in enumerate(zip(rows, keeps, hidden.split(1), strict=True))
+    ]
+
+
+def _arguments(arguments: dict) -> dict:
+    """
+    Raises:
+        ValueError: If the forward is given something that cannot be put together with others.
+    """
+    unknown = {name for name, value in arguments.items() if value is not None and value is not False}
+    unknown -= {*ARGUMENTS, "use_cache", "return_dict", "cache_position"}
+    if unknown:
+        raise ValueError(
+            f"A batch cannot decode with {', '.join(sorted(unknown))}. Ask for one prompt at a time, or leave it out."
+        )
+    return dict.fromkeys(ARGUMENTS) | arguments
+
+
+class SideBySide(Cache):
+    """
+    The caches of several sequences as one cache of a batch, for the time of a forward.
+
+    What a forward adds goes into the sequences' own caches; attention sees them aligned on the right. So sequences
+    of different lengths need no room for each other, and cropping one moves nothing.
+
+    Args:
+        caches (`list[Cache]`): One for each sequence.
+        news (`list[int]`): How many tokens the forward adds to each.
+    """
+
+    def __init__(self, caches: list[Cache], news: list[int]):
+        super().__init__(layers=caches[0].layers)
+        self.caches, self.news = caches, news
+        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
+        self.total = max(self.lengths)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        states = [
+            cache.update(key_states[i, None, :, -new:], value_states[i, None, :, -new:], layer_idx, *args, **kwargs)
+            for i, (cache, new) in enumerate(zip(self.caches, self.news, strict=True))
+        ]
+        keys, values = zip(*states, strict=True)
+        return _align(keys), _align(values)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.total - max(self.news)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.total - max(self.news)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        sizes = (cache.get_mask_sizes(new, layer_idx) for cache, new in zip(self.caches, self.news, strict=True))
+        longest = max(length for length, _ in sizes)
+        return longest, self.total - longest
+
+
+def _align(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of shape `(1, heads, length, head_dim)` as one, each at the right end."""
+    longest = max(state.shape[2] for state in states)
+    if all(state.shape[2] == longest for state in states):
+        return torch.cat(states)
+    aligned = states[0].new_zeros(len(states), states[0].shape[1], longest, states[0].shape[3])
+    for i, state in enumerate(states):
+        aligned[i, :, longest - state.shape[2] :] = state[0]
+    return aligned
