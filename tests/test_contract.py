@@ -1,5 +1,7 @@
 """What this package relies on in transformers, one test for each behaviour: a new version fails here first."""
 
+import copy
+import functools
 import inspect
 
 import pytest
@@ -189,3 +191,21 @@ def test_cache_layers(llama, prompt):
         joined.update(layer.keys, layer.values, index)
     output = target(prompt[:, -2:], past_key_values=joined, attention_mask=torch.ones_like(prompt))
     torch.testing.assert_close(output.logits, target(prompt).logits[:, -2:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_of_an_instance_is_called_with_names_and_its_cache(llama, prompt):
+    """What rows of a batch wait with: a `forward` set on the instance, named arguments, a cache of their own."""
+    target, _ = llama
+    model = copy.copy(target)
+    seen = []
+
+    def forward(**arguments):
+        seen.append({name for name, value in arguments.items() if value is not None})
+        return target(**arguments)
+
+    model.forward = functools.wraps(target.forward)(forward)
+    model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=6)
+    assert seen
+    for names in seen:
+        assert {"input_ids", "past_key_values", "position_ids", "logits_to_keep"} <= names
+    assert "forward" not in vars(target)
