@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .rules import Rule
@@ -35,16 +35,15 @@ def generate_rows(
     target, rows = judged.target, range(len(ids))
     rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
     draft, streamers = rest.pop("assistant_model", None), rest.pop("streamer", None)
-    config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
+    config = merged(target, generation_config)
     asked = config.to_dict() | rest
-    prompts = _prompts(ids, kwargs.get("attention_mask"), config.pad_token_id)
     _check(judged, len(ids), asked, rest, {"rules": rules, "seeds": seeds, "streamer": streamers})
+    prompts = _prompts(ids, kwargs.get("attention_mask"), asked.get("pad_token_id"))
     if seeds is None and asked.get("do_sample"):
         seeds = torch.randint(2**62, (len(ids),)).tolist()
 
     def answer(row: int, *models):
-        single = copy.copy(judged)
-        single.target = models[-1]
+        single = judged.on(models[-1])
         if rules is not None:
             single.rule = rules[row]
             single.special_tokens = {*judged.special_tokens, *rules[row].special_tokens}
@@ -62,15 +61,22 @@ def generate_rows(
             options["assistant_model"] = models[0]
         if streamers is not None:
             options["streamer"] = streamers[row]
-        mask = torch.ones_like(prompts[row])
-        output = single.generate(prompts[row], row_config, logits_processor, attention_mask=mask, **options)
-        return output, single.stats
+        single.target.generation_config = row_config  # the stand-in's own
+        options["attention_mask"] = torch.ones_like(prompts[row])
+        return single.generate(prompts[row], None, logits_processor, **options), single.stats
 
     models = [target] if draft is None else [draft, target]
     calls = [lambda *stand_ins, row=row: answer(row, *stand_ins) for row in rows]
     outputs, stats = zip(*together(models, calls, seeds), strict=True)
     judged.remember_rows(stats)
     return _join(ids, prompts, outputs, asked)
+
+
+def merged(target: PreTrainedModel, generation_config: GenerationConfig | None) -> GenerationConfig:
+    """What stock makes of the caller's config: what it leaves open is taken from the target's."""
+    config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
+    config.update(**target.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    return config
 
 
 def _prompts(ids: torch.LongTensor, mask: torch.Tensor | None, pad: int | None) -> list[torch.LongTensor]:
@@ -81,6 +87,7 @@ def _prompts(ids: torch.LongTensor, mask: torch.Tensor | None, pad: int | None) 
                 "`attention_mask` is missing, and a row begins with padding. Pass what the tokenizer gave."
             )
         mask = torch.ones_like(ids)
+    mask = mask.long()
     if mask.shape != ids.shape:
         raise ValueError(f"`attention_mask` has shape {tuple(mask.shape)}, `input_ids` {tuple(ids.shape)}.")
     if not mask.any(-1).all():
@@ -101,7 +108,9 @@ def _check(judged: JudgedModel, rows: int, asked: dict, rest: dict, for_each: di
         raise ValueError("A batch with a draft needs a decoder-only target. Ask for one prompt at a time.")
     alone = [name for name in ("output_attentions", "output_hidden_states", "assistant_early_exit") if asked.get(name)]
     alone += [name for name in ("num_beams", "num_return_sequences") if (asked.get(name) or 1) > 1]
-    alone += ["speculation_type"] if asked.get("speculation_type") else []
+    alone += [name for name in ("speculation_type", "past_key_values") if asked.get(name) is not None]
+    alone += ["guidance_scale"] if (asked.get("guidance_scale") or 1) != 1 else []
+    alone += ["assistant_tokenizer"] if "assistant_tokenizer" in rest and asked.get("do_sample") else []
     alone += [name for name, value in rest.items() if isinstance(value, torch.Tensor)]
     if alone:
         raise ValueError(
@@ -133,10 +142,9 @@ def _join(
     sequences = torch.cat([ids, new], dim=-1)
     if not details:
         return sequences
-    scores = {
-        name: None
-        if outputs[0][name] is None
-        else tuple(torch.nn.utils.rnn.pad_sequence([torch.cat(output[name]) for output in outputs]).unbind())
-        for name in ("scores", "logits")
-    }
+    scores = {}
+    for name in ("scores", "logits"):
+        if outputs[0].get(name) is not None:
+            rows = torch.nn.utils.rnn.pad_sequence([torch.cat(output[name]) for output in outputs])
+            scores[name] = tuple(rows.unbind())
     return GenerateDecoderOnlyOutput(sequences=sequences, **scores)

@@ -27,7 +27,7 @@ from transformers.generation.candidate_generator import (
     UniversalSpeculativeDecodingGenerator,
 )
 
-from .batches import generate_rows
+from .batches import generate_rows, merged
 from .drafting import AutoLength, FastDraft, set_draft_length
 from .hidden import HiddenTap
 from .judge import Judge
@@ -331,9 +331,10 @@ class JudgedModel:
         `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
         Unlike stock it also takes several prompts with a draft, as `input_ids` and `attention_mask` padded on the
-        left. Each row goes its own way, and its answer is the one it would get alone; `stats.rows` has the statistics
-        of each. `streamer` is then a list, one for each row, and criteria and processors are asked about one row at
-        a time, without its padding.
+        left. Each row goes its own way, and its answer is the one it would get alone, unless the clock has a part in
+        it (`draft_length="auto"` with sampling, or with a rule that accepts anything). `stats.rows` has the statistics
+        of each. `streamer` is then a list, one for each row, and criteria and processors are asked about one row at a
+        time, without its padding.
 
         Args:
             rules (`Sequence[Rule]`, *optional*): One for each row, instead of the model's own.
@@ -410,16 +411,23 @@ class JudgedModel:
         return JudgeCandidateGenerator(inner, round, length, blind=length is not None and not fast)
 
     def _has_draft(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
-        config = self.target.generation_config if generation_config is None else generation_config
+        config = merged(self.target, generation_config)
         names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
         return any((config.to_dict() | kwargs).get(name) is not None for name in names)
+
+    def on(self, target: PreTrainedModel) -> JudgedModel:
+        """The same on another copy of the target, with statistics of its own."""
+        other = copy.copy(self)
+        other.target, other.total = target, Stats()
+        other._last, other._own = Stats(), _Own()
+        return other
 
     def remember_rows(self, rows: Sequence[Stats]) -> None:
         """Make what the rows of a batch did the statistics of the last call."""
         stats = Stats(rows=list(rows))
         for row in rows:
             stats.add(row)
-        self._own.stats = self._last = stats
+        self._remember(stats)
 
     def _remember(self, stats: Stats) -> None:
         self._own.stats = self._last = stats

@@ -7,7 +7,7 @@ nothing of what the rows mean: mining and generating give them their meaning. No
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,13 @@ from transformers.utils import ModelOutput
 
 # The taps entered in this thread or coroutine; each begins with none.
 _entered: ContextVar[tuple[HiddenTap, ...]] = ContextVar("_entered", default=())
+
+
+def untapped() -> Context:
+    """A copy of the caller's context in which no tap was entered: for a coroutine of its own."""
+    context = copy_context()
+    context.run(_entered.set, ())
+    return context
 
 
 class HiddenTap:

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,9 +21,10 @@ from typing import TypeVar
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
-from .hidden import HiddenTap
+from .hidden import HiddenTap, untapped
 
 
 T = TypeVar("T")
@@ -44,8 +46,8 @@ def together(
             model go first: a draft before its target.
         calls (`Sequence[Callable]`): Each is called once, with a stand-in for each of `models`, and passes it one
             sequence at a time, with a cache.
-        seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers, which are then those it
-            would draw alone behind `torch.manual_seed(seed)`.
+        seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers (CPU and CUDA), which are
+            then those it would draw alone behind `torch.manual_seed(seed)`.
 
     Returns:
         What the calls return, in their order. If one raises, the others are ended too, and it is raised here.
@@ -63,7 +65,7 @@ def together(
             row.resume()
         while waiting := [row for row in rows if row.request is not None]:
             first = min(row.request.model for row in waiting)
-            parts = _alike([row for row in waiting if row.request.model == first])
+            parts = _alike(models[first], [row for row in waiting if row.request.model == first])
             outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
             for row, output in zip(itertools.chain(*parts), itertools.chain(*outputs), strict=True):
                 row.resume(output)
@@ -90,6 +92,7 @@ class _Row:
 
     def __init__(self, coroutine: greenlet):
         self.coroutine = coroutine
+        self.coroutine.gr_context = untapped()
         self.request: Request | None = None
         self.result = None
         self.random: tuple[torch.Tensor, list[torch.Tensor]] | None = None
@@ -113,17 +116,22 @@ class _Row:
         self.request, self.result = (None, value) if self.coroutine.dead else (value, None)
 
 
-def _alike(rows: list[_Row]) -> list[list[_Row]]:
+def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
     """Parts to compute one after another: one, unless long prompts would be padded to much more than they are. Prompts
     fill the processor by themselves, so padding costs as much as text; a few tokens cost little beside reading the
     weights."""
+    rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
+    kinds = {rope.get("rope_type"), *(kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict))}
     parts: list[list[_Row]] = [[]]
     for row in sorted(rows, key=lambda row: row.request.tokens):
         longest, part = row.request.tokens, [*parts[-1], row]
-        if longest <= 16 or longest * len(part) <= 1.25 * sum(row.request.tokens for row in part):
-            parts[-1] = part
-        else:
+        # The frequencies of these follow the longest sequence of a batch; without a cache it is no step of decoding.
+        single = kinds & {"dynamic", "longrope"} or row.request.arguments.get("past_key_values") is None
+        padded = longest > 16 and longest * len(part) > 1.25 * sum(row.request.tokens for row in part)
+        if parts[-1] and (single or padded):
             parts.append([row])
+        else:
+            parts[-1] = part
     return parts
 
 
@@ -135,6 +143,14 @@ def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedMo
     """A shallow copy whose forward waits in `hub` for the others. Its generation config is its own."""
     stand_in = copy.copy(model)
     stand_in.generation_config = copy.deepcopy(model.generation_config)
+    # Hooks of the model run in the shared forward, not once more for each row.
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(stand_in, hooks, OrderedDict())
 
     @functools.wraps(model.forward)  # `generate` looks at the signature
     def forward(**arguments) -> ModelOutput:
@@ -158,13 +174,14 @@ def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[Mode
         device = rows[0]["input_ids"].device
         ids = torch.zeros(len(rows), max(news), dtype=torch.long, device=device)
         mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
-        positions = torch.zeros_like(ids)
+        leading = () if rows[0]["position_ids"] is None else rows[0]["position_ids"].shape[:-2]  # axes of an image
+        positions = ids.new_zeros(*leading, *ids.shape)
         for i, (row, new) in enumerate(zip(rows, news, strict=True)):
             length = cache.lengths[i]
             ids[i, -new:] = row["input_ids"]
             mask[i, -length:] = 1 if row["attention_mask"] is None else row["attention_mask"]
             if row["position_ids"] is not None:
-                positions[i, -new:] = row["position_ids"]
+                positions[..., i, -new:] = row["position_ids"][..., 0, :]
         batch = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if rows[0]["position_ids"] is not None:
             batch["position_ids"] = positions
@@ -184,7 +201,7 @@ def _arguments(arguments: dict) -> dict:
     Raises:
         ValueError: If the forward is given something that cannot be put together with others.
     """
-    unknown = {name for name, value in arguments.items() if value is not None and value is not False}
+    unknown = {name for name, value in arguments.items() if not (value is None or value is False or value == {})}
     unknown -= {*ARGUMENTS, "use_cache", "return_dict", "cache_position"}
     if unknown:
         raise ValueError(
@@ -206,6 +223,12 @@ class SideBySide(Cache):
     """
 
     def __init__(self, caches: list[Cache], news: list[int]):
+        kinds = {type(layer) for cache in caches for layer in cache.layers}
+        if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(
+                f"A batch needs caches of keys and values alone, got {names}. Ask for one prompt at a time."
+            )
         super().__init__(layers=caches[0].layers)
         self.caches, self.news = caches, news
         self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]

@@ -1,49 +1,30 @@
 """Several prompts at once: each row as if it were alone."""
 
 import gc
+from contextvars import ContextVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, TextStreamer
+from transformers import DynamicCache, StoppingCriteria, TextStreamer
 
 from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, TopK
 
-from .conftest import HEADS, NO_EOS, SIZES, VOCAB, build, perturbed, random_judge
+from .conftest import VOCAB, build, perturbed, random_judge
+from .test_drafters import other_tokenizer
+from .test_matrix import KINDS
+from .test_matrix import build as build_any
 
 
 NEW = 16  # tokens
-DENSE = {**SIZES, **HEADS, **NO_EOS}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-ARCHITECTURES = {
-    "llama": {},
-    "qwen2": {},
-    "gemma3": {},
-    "gpt2": {},
-    "mistral": {"sliding_window": 6},
-    "mixtral": EXPERTS,
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
-    "phi3": {},
-    "gpt_neox": {},
-    "olmo2": {},
-    "starcoder2": {},
-}
-
-
-def model_of(architecture: str) -> torch.nn.Module:
-    if architecture in ("llama", "qwen2", "gemma3", "gpt2"):
-        return build(architecture)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **DENSE | ARCHITECTURES[architecture]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.config.name_or_path = f"tiny/{architecture}"
-    return model.eval()
+ARCHITECTURES = [
+    (kind, name)
+    for kind in ("dense", "sliding window", "mixture of experts", "vision-language")
+    for name in KINDS[kind]
+]
 
 
 def padded(prompts: list[torch.Tensor], pad: int = 0) -> dict[str, torch.Tensor]:
@@ -77,9 +58,9 @@ def rows_of(judged: JudgedModel, prompts: list[torch.Tensor], **options) -> list
 
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_row_is_the_same_prompt_alone(architecture, do_sample):
-    target = model_of(architecture)
+@pytest.mark.parametrize(("kind", "name"), ARCHITECTURES)
+def test_a_row_is_the_same_prompt_alone(kind, name, do_sample):
+    target = build_any(kind, name)
     draft = perturbed(target)
     rules = [Lossless(), TopK(3), Margin(1.0), KLGate(0.5), LookAhead(1, 0.0), JudgeRule(random_judge(target), 0.5)]
     for count in (1, 2, 5, 16):
@@ -182,10 +163,83 @@ def test_processors_criteria_and_limits_see_one_row_without_padding(llama):
         assert set(row[len(prompt) :]) <= set(tokens)
 
 
-def test_stop_strings_streamers_and_details(llama, tokenizer):
+def test_stop_strings(tokenizer):
+    target = build("llama", vocab_size=len(tokenizer))
+    judged, prompts = JudgedModel(target, Margin(1.0)), [p % len(tokenizer) for p in prompts_of(4)]
+    options = {"assistant_model": perturbed(target), "max_new_tokens": 40, "pad_token_id": 0}
+    free = rows_of(judged, prompts, **options)
+    stop = tokenizer.decode(free[0][len(prompts[0]) + 4])
+    options |= {"stop_strings": [stop], "tokenizer": tokenizer}
+    together = rows_of(judged, prompts, **options)
+    assert together == [alone(judged, prompt, None, **options) for prompt in prompts]
+    assert len(together[0]) < len(free[0])
+
+
+def test_drafts_with_another_tokenizer(tokenizer, monkeypatch):
+    target, options = other_tokenizer(None, tokenizer, monkeypatch)
+    judged, prompts = JudgedModel(target, Margin(1.0)), [p % len(tokenizer) for p in prompts_of(3)]
+    options |= {"max_new_tokens": NEW, "pad_token_id": 0}
+    assert rows_of(judged, prompts, **options) == [alone(judged, prompt, None, **options) for prompt in prompts]
+    with pytest.raises(ValueError, match="`assistant_tokenizer` cannot be asked of a batch"):
+        judged.generate(**padded(prompts), **options, do_sample=True)
+
+
+@pytest.mark.parametrize("kept", [(), ("scores",), ("logits",)])
+def test_details_that_are_not_asked_for(llama, kept):
+    target, draft = llama
+    output = JudgedModel(target, Margin(1.0)).generate(
+        **padded(prompts_of(2)), assistant_model=draft, max_new_tokens=5, return_dict_in_generate=True,
+        **{f"output_{name}": True for name in kept},
+    )  # fmt: skip
+    assert {name for name in ("scores", "logits") if output.get(name) is not None} == set(kept)
+
+
+def test_what_a_config_leaves_open_is_the_targets(prompt):
+    target = build("llama")
+    target.generation_config.update(pad_token_id=3, eos_token_id=[5, 6, 7, 8, 9], do_sample=True, top_k=0)
+    judged, batch = JudgedModel(target, Lossless()), padded(prompts_of(4), pad=3)
+    config = target.generation_config.__class__(max_new_tokens=NEW)
+    outputs = []
+    for options in ({"generation_config": config}, {"max_new_tokens": NEW}):
+        torch.manual_seed(0)
+        outputs.append(judged.generate(**batch, assistant_model=perturbed(target), **options))
+    assert torch.equal(*outputs)
+    ended = outputs[0][:, batch["input_ids"].shape[1] :] == 3
+    assert [NEW - min(stats.tokens, NEW) for stats in judged.stats.rows] != [0] * 4
+    assert ended.any()
+
+
+def test_hooks_and_context_are_the_callers(llama):
+    target, draft = llama
+    where, judged, seen, forwards = ContextVar("where", default="lost"), JudgedModel(target, Lossless()), set(), []
+    where.set("here")
+    handle = target.register_forward_hook(lambda module, inputs, output: forwards.append(len(output.logits)))
+    try:
+        judged.generate(
+            **padded(prompts_of(3)), assistant_model=draft, max_new_tokens=4,
+            logits_processor=[lambda ids, scores: seen.add(where.get()) or scores],
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    assert seen == {"here"}
+    assert sum(forwards) == judged.stats.rounds
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_follow_the_longest_row(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 24}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    target = build("llama", rope_parameters=rope)
+    prompts = [torch.arange(1, 4), torch.arange(1, 27)]
+    judged = JudgedModel(target, Lossless())
+    options = {"assistant_model": perturbed(target), "max_new_tokens": 8, "pad_token_id": 0}
+    assert rows_of(judged, prompts, **options) == [alone(judged, prompt, None, **options) for prompt in prompts]
+
+
+def test_streamers_and_details(llama):
     target, draft = llama
     judged, prompts = JudgedModel(target, Margin(1.0)), prompts_of(3)
-    target.resize_token_embeddings(VOCAB)
 
     class Notes(TextStreamer):
         def __init__(self):
@@ -260,6 +314,8 @@ def test_what_cannot_be_asked_of_a_batch(llama):
         ({**batch, "output_hidden_states": True}, "`output_hidden_states` cannot be asked of a batch"),
         ({**batch, "num_return_sequences": 2}, "`num_return_sequences` cannot be asked of a batch"),
         ({**batch, "token_type_ids": batch["input_ids"]}, "`token_type_ids` cannot be asked of a batch"),
+        ({**batch, "guidance_scale": 1.5}, "`guidance_scale` cannot be asked of a batch"),
+        ({**batch, "past_key_values": DynamicCache()}, "`past_key_values` cannot be asked of a batch"),
         ({**batch, "assistant_early_exit": 1}, "`assistant_early_exit` cannot be asked of a batch"),
         ({**batch, "streamer": TextStreamer(None)}, "`streamer` must be a list with one entry for each of the 3 rows"),
         ({**batch, "rules": [Lossless()]}, "`rules` must be a list with one entry for each of the 3 rows"),
@@ -276,8 +332,8 @@ def test_an_exception_in_one_row_ends_all_and_leaves_nothing(llama):
     before, total = set(vars(target)), judged.total.tokens
     allowed = list(range(VOCAB))
 
-    def fail_in_row_3(row, ids):
-        return allowed if row != 3 or len(ids) < 12 else 1 / 0
+    def fail_in_row_3(row, ids):  # when row 0 has ended
+        return [7] if row == 0 else allowed if row != 3 or len(ids) < 14 else 1 / 0
 
     with pytest.raises(ZeroDivisionError):
         judged.generate(**batch, assistant_model=draft, max_new_tokens=NEW, prefix_allowed_tokens_fn=fail_in_row_3)
@@ -285,6 +341,7 @@ def test_an_exception_in_one_row_ends_all_and_leaves_nothing(llama):
     assert not target._forward_hooks
     assert not target.lm_head._forward_pre_hooks
     assert judged.total.tokens == total
+    assert judged.stats.calls == 0
     judged.generate(**batch, assistant_model=draft, max_new_tokens=NEW)
 
 
@@ -293,12 +350,16 @@ def test_nothing_is_kept_after_many_batches(llama):
     judged, batch = JudgedModel(target, Margin(1.0)), padded(prompts_of(3))
 
     def tensors() -> int:
-        gc.collect()
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
     counts = []
-    for batches in (1, 1, 198):
-        for _ in range(batches):
-            judged.generate(**batch, assistant_model=draft, max_new_tokens=4)
-        counts.append(tensors())
+    gc.collect()
+    gc.disable()  # what goes only with a garbage collection is kept too long
+    try:
+        for batches in (1, 1, 198):
+            for _ in range(batches):
+                judged.generate(**batch, assistant_model=draft, max_new_tokens=4)
+            counts.append(tensors())
+    finally:
+        gc.enable()
     assert counts[1] == counts[2]
