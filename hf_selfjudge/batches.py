@@ -134,10 +134,8 @@ def _join(
         (output.sequences if details else output)[0, prompt.shape[1] :]
         for output, prompt in zip(outputs, prompts, strict=True)
     ]
-    ends = asked.get("eos_token_id")
-    fill = next(
-        t for t in (asked.get("pad_token_id"), ends if isinstance(ends, int) else (ends or [0])[0]) if t is not None
-    )
+    pad, end = asked.get("pad_token_id"), asked.get("eos_token_id")
+    fill = pad if pad is not None else end if isinstance(end, int) else (end or [0])[0]
     new = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=fill)
     sequences = torch.cat([ids, new], dim=-1)
     if not details:

@@ -126,7 +126,8 @@ def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
     for row in sorted(rows, key=lambda row: row.request.tokens):
         longest, part = row.request.tokens, [*parts[-1], row]
         # The frequencies of these follow the longest sequence of a batch; without a cache it is no step of decoding.
-        single = kinds & {"dynamic", "longrope"} or row.request.arguments.get("past_key_values") is None
+        cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
+        single = kinds & {"dynamic", "longrope"} or not cached
         padded = longest > 16 and longest * len(part) > 1.25 * sum(row.request.tokens for row in part)
         if parts[-1] and (single or padded):
             parts.append([row])

@@ -92,6 +92,19 @@ def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), 
     return judge
 
 
+class Collect:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
 @pytest.fixture(scope="session", params=["llama", "qwen2", "gemma3", "gpt2"])
 def pair(request):
     """A target and its draft; tests must not change them."""

@@ -13,7 +13,7 @@ from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, TopK
 
-from .conftest import VOCAB, build, perturbed, random_judge
+from .conftest import VOCAB, Collect, build, perturbed, random_judge
 from .test_drafters import other_tokenizer
 from .test_matrix import KINDS
 from .test_matrix import build as build_any
@@ -241,17 +241,7 @@ def test_streamers_and_details(llama):
     target, draft = llama
     judged, prompts = JudgedModel(target, Margin(1.0)), prompts_of(3)
 
-    class Notes(TextStreamer):
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
-
-    streamers = [Notes() for _ in prompts]
+    streamers = [Collect() for _ in prompts]
     output = judged.generate(
         **padded(prompts), assistant_model=draft, max_new_tokens=NEW, eos_token_id=[5, 6, 7, 8], pad_token_id=0,
         streamer=streamers, return_dict_in_generate=True, output_scores=True, output_logits=True,

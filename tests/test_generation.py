@@ -6,7 +6,7 @@ import torch
 from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.rules import Lossless
 
-from .conftest import VOCAB, build, perturbed, random_judge
+from .conftest import VOCAB, Collect, build, perturbed, random_judge
 
 
 NEW = 40  # tokens
@@ -145,16 +145,6 @@ def test_prompt_lookup(llama, prompt):
 
 def test_outputs_streamer_and_config(llama, prompt):
     target, draft = llama
-
-    class Collect:
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
 
     streamer = Collect()
     judged = JudgedModel(target, JudgeRule(random_judge(target), 1.0))
