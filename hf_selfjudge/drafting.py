@@ -13,6 +13,8 @@ import torch
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from .together import meet
+
 
 class FastDraft:
     """
@@ -107,7 +109,8 @@ class AutoLength:
     the verification. By renewal-reward theory tokens a second are highest if drafting goes on while that probability
     exceeds cost times tokens a second. All of it is measured in the call: seconds, tokens, and how often candidates
     are kept, by the draft's confidence in them where it tells (the idea of SpecDec++,
-    https://huggingface.co/papers/2405.19715, with counts instead of a trained head).
+    https://huggingface.co/papers/2405.19715, with counts instead of a trained head). Calls side by side share their
+    forwards, so they draft equally many: probabilities and tokens a second are then those of all.
 
     Args:
         first (`int`, defaults to 5): Length of the first draft, which finds nothing measured yet, tokens.
@@ -145,7 +148,8 @@ class AutoLength:
         share = self.all_kept / self.all_tested
         at = self._range(confidence)
         self.reach *= share if at is None else self.kept[at] / self.tested[at]
-        return self.reach * share > self._price()
+        gains, seconds, speeds = np.transpose(meet((self.reach * share, *self._costs())))
+        return gains.sum() > seconds.mean() * speeds.sum()
 
     def blind(self) -> int:
         """The length of a draft that cannot be ended from within, tokens."""
@@ -171,13 +175,13 @@ class AutoLength:
     def _range(self, confidence: float | None) -> int | None:
         return None if confidence is None else bisect(self.EDGES, confidence)
 
-    def _price(self) -> float:
-        """Seconds of one more candidate, times tokens a second."""
+    def _costs(self) -> tuple[float, float]:
+        """Seconds of one more candidate, and tokens a second."""
         rounds, x, xx, verify, xv, draft, tokens = self.sums
         spread = xx / rounds - (x / rounds) ** 2
         # Rounds of one length do not tell what a row of the verification costs; call it free, and longer ones will.
         row = max(0.0, (xv / rounds - x * verify / rounds**2) / spread) if spread > 0.05 else 0.0
-        return (draft / x + row) * tokens / (draft + verify)
+        return draft / x + row, tokens / (draft + verify)
 
 
 def set_draft_length(generator: CandidateGenerator, length: int) -> None:

@@ -54,7 +54,7 @@ def together(
     """
     hub = getcurrent()
     rows = [
-        _Row(greenlet(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
+        _Row(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
         for call in calls
     ]
     if seeds is not None:
@@ -64,6 +64,11 @@ def together(
         for row in rows:
             row.resume()
         while waiting := [row for row in rows if row.request is not None]:
+            if meeting := [row for row in waiting if isinstance(row.request, Meeting)]:
+                values = [row.request.value for row in meeting]
+                for row in meeting:
+                    row.resume(values)
+                continue
             first = min(row.request.model for row in waiting)
             parts = _alike(models[first], [row for row in waiting if row.request.model == first])
             outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
@@ -87,13 +92,30 @@ class Request:
         return self.arguments["input_ids"].shape[1]
 
 
-class _Row:
-    """One call: the forward it waits for, or its result."""
+@dataclass
+class Meeting:
+    """What a call tells the others, waiting for what they tell."""
 
-    def __init__(self, coroutine: greenlet):
+    value: object
+
+
+def meet(value: T) -> list[T]:
+    """What the calls side by side say at this point of their decoding, `value` among it; alone, just `[value]`."""
+    current = getcurrent()
+    return current.parent.switch(Meeting(value)) if isinstance(current, Coroutine) else [value]
+
+
+class Coroutine(greenlet):
+    """One of the calls; others than ours may run in greenlets of their own."""
+
+
+class _Row:
+    """One call: what it waits for, or its result."""
+
+    def __init__(self, coroutine: Coroutine):
         self.coroutine = coroutine
         self.coroutine.gr_context = untapped()
-        self.request: Request | None = None
+        self.request: Request | Meeting | None = None
         self.result = None
         self.random: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StoppingCriteria, TextStreamer
 
 from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge.drafting import AutoLength
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, TopK
+from hf_selfjudge.together import meet, together
 
 from .conftest import VOCAB, Collect, build, perturbed, random_judge
 from .test_drafters import other_tokenizer
@@ -353,3 +355,42 @@ def test_nothing_is_kept_after_many_batches(llama):
     finally:
         gc.enable()
     assert counts[1] == counts[2]
+
+
+def test_calls_that_meet():
+    target, _ = PAIR
+    ids = torch.tensor([[3, 4, 5]])
+
+    def call(model, name, forwards):
+        for _ in range(forwards):
+            model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+        return meet(name)
+
+    calls = [lambda m, n=name, f=f: call(m, n, f) for name, f in (("a", 1), ("b", 1), ("c", 3))]
+    assert together([target], calls) == [["a", "b"], ["a", "b"], ["c"]]
+    assert meet("alone") == ["alone"]
+
+
+@pytest.mark.parametrize("price", [0.2, 1.0, 3.0])
+def test_auto_length_is_one_decision_for_all_rows(price, monkeypatch):
+    """Rows draft on together while what they expect in all exceeds the price of one more token."""
+    target, draft = PAIR
+    asked = []
+
+    def goes_on(self, confidence, goes_on=AutoLength.goes_on):
+        decision = goes_on(self, confidence)
+        if self.rounds >= 2:
+            asked.append((len(self.confidences), self.reach * self.all_kept / self.all_tested, decision))
+        return decision
+
+    monkeypatch.setattr(AutoLength, "goes_on", goes_on)
+    monkeypatch.setattr(AutoLength, "_costs", lambda self: (price / 4, 1.0))  # of four rows: the price of a token
+    judged = JudgedModel(target, Lossless(), "auto")
+    prompts = [torch.randint(1, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 5, 8, 9)]
+    rows_of(judged, prompts, assistant_model=draft, max_new_tokens=30, do_sample=False)
+    turns = [asked[i : i + 4] for i in range(0, len(asked), 4)]
+    together = [turn for turn in turns if len(turn) == 4 and len({length for length, _, _ in turn}) == 1]
+    assert len(together) > 3
+    for turn in together[:3]:  # before the first row ends
+        expected = sum(gain for _, gain, _ in turn)
+        assert {decision for *_, decision in turn} == {expected > price}
