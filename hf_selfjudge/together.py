@@ -13,7 +13,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,10 +33,13 @@ T = TypeVar("T")
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
 
+@torch.no_grad()
 def together(
     models: Sequence[PreTrainedModel],
     calls: Sequence[Callable[..., T]],
     seeds: Sequence[int] | None = None,
+    at_once: int | None = None,
+    tally: Tally | None = None,
 ) -> list[T]:
     """
     Run calls side by side.
@@ -48,6 +51,8 @@ def together(
             sequence at a time, with a cache.
         seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers (CPU and CUDA), which are
             then those it would draw alone behind `torch.manual_seed(seed)`.
+        at_once (`int`, *optional*): How many run at a time; the next one starts when one has ended.
+        tally ([`Tally`], *optional*): Counts the forwards of the last of `models`.
 
     Returns:
         What the calls return, in their order. If one raises, the others are ended too, and it is raised here.
@@ -60,10 +65,17 @@ def together(
     if seeds is not None:
         for row, seed in zip(rows, seeds, strict=True):
             row.seed(seed)
+    later, waiting = deque(rows), []
     try:
-        for row in rows:
-            row.resume()
-        while waiting := [row for row in rows if row.request is not None]:
+        while True:
+            waiting = [row for row in waiting if row.request is not None]
+            while later and len(waiting) < (at_once or len(rows)):
+                row = later.popleft()
+                row.resume()
+                if row.request is not None:
+                    waiting.append(row)
+            if not waiting:
+                return [row.result for row in rows]
             if meeting := [row for row in waiting if isinstance(row.request, Meeting)]:
                 values = [row.request.value for row in meeting]
                 for row in meeting:
@@ -72,12 +84,22 @@ def together(
             first = min(row.request.model for row in waiting)
             parts = _alike(models[first], [row for row in waiting if row.request.model == first])
             outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
+            if tally is not None and first == len(models) - 1:
+                tally.forwards += len(parts)
+                tally.tokens += sum(row.request.tokens for row in itertools.chain(*parts))
             for row, output in zip(itertools.chain(*parts), itertools.chain(*outputs), strict=True):
                 row.resume(output)
-        return [row.result for row in rows]
     finally:
         for row in rows:
             row.coroutine.throw(GreenletExit)  # does nothing to those that have returned
+
+
+@dataclass
+class Tally:
+    """What was computed: forwards, and tokens fed to them (padding not counted)."""
+
+    forwards: int = 0
+    tokens: int = 0
 
 
 @dataclass
@@ -90,6 +112,12 @@ class Request:
     @property
     def tokens(self) -> int:
         return self.arguments["input_ids"].shape[1]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says for each pair of tokens who sees whom, instead of where padding is."""
+        mask = self.arguments.get("attention_mask")
+        return isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
 
 
 @dataclass
@@ -145,13 +173,15 @@ def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
     rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
     kinds = {rope.get("rope_type"), *(kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict))}
     parts: list[list[_Row]] = [[]]
-    for row in sorted(rows, key=lambda row: row.request.tokens):
+    for row in sorted(rows, key=lambda row: (row.request.masked, row.request.tokens)):
         longest, part = row.request.tokens, [*parts[-1], row]
         # The frequencies of these follow the longest sequence of a batch; without a cache it is no step of decoding.
         cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
         single = kinds & {"dynamic", "longrope"} or not cached
-        padded = longest > 16 and longest * len(part) > 1.25 * sum(row.request.tokens for row in part)
-        if parts[-1] and (single or padded):
+        padding = longest * len(part) - sum(row.request.tokens for row in part)
+        padded = padding > max(32, 0.25 * (longest * len(part) - padding))
+        unlike = row.request.masked != part[0].request.masked
+        if parts[-1] and (single or padded or unlike):
             parts.append([row])
         else:
             parts[-1] = part
@@ -196,15 +226,21 @@ def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[Mode
         cache = SideBySide([row["past_key_values"] for row in rows], news)
         device = rows[0]["input_ids"].device
         ids = torch.zeros(len(rows), max(news), dtype=torch.long, device=device)
-        mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
         leading = () if rows[0]["position_ids"] is None else rows[0]["position_ids"].shape[:-2]  # axes of an image
         positions = ids.new_zeros(*leading, *ids.shape)
         for i, (row, new) in enumerate(zip(rows, news, strict=True)):
-            length = cache.lengths[i]
             ids[i, -new:] = row["input_ids"]
-            mask[i, -length:] = 1 if row["attention_mask"] is None else row["attention_mask"]
             if row["position_ids"] is not None:
                 positions[..., i, -new:] = row["position_ids"][..., 0, :]
+        masks = [row["attention_mask"] for row in rows]
+        if isinstance(masks[0], dict):  # one for each kind of attention
+            mask = {kind: _align_masks([mask[kind] for mask in masks], cache) for kind in masks[0]}
+        elif requests[0].masked:
+            mask = _align_masks(masks, cache)
+        else:
+            mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
+            for i, length in enumerate(cache.lengths):
+                mask[i, -length:] = 1 if masks[i] is None else masks[i]
         batch = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if rows[0]["position_ids"] is not None:
             batch["position_ids"] = positions
@@ -277,6 +313,17 @@ class SideBySide(Cache):
         sizes = (cache.get_mask_sizes(new, layer_idx) for cache, new in zip(self.caches, self.news, strict=True))
         longest = max(length for length, _ in sizes)
         return longest, self.total - longest
+
+
+def _align_masks(masks: list[torch.Tensor], cache: SideBySide) -> torch.Tensor:
+    """Additive masks of shape `(1, 1, new, length)` as one, each at the lower right; queries that are padding see
+    everything."""
+    hidden = torch.finfo(masks[0].dtype).min
+    aligned = masks[0].new_zeros(len(masks), 1, max(cache.news), cache.total)
+    for i, (mask, new, length) in enumerate(zip(masks, cache.news, cache.lengths, strict=True)):
+        aligned[i, :, -new:] = hidden
+        aligned[i, :, -new:, -length:] = mask[0]
+    return aligned
 
 
 def _align(states: Sequence[torch.Tensor]) -> torch.Tensor:
