@@ -131,6 +131,10 @@ def prompt():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return tiny_tokenizer()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; 0 is unknown, 1 ends the text."""
     characters = string.ascii_lowercase + string.digits + " .,?!:;-+*/()=\n"
     vocabulary = {"<unk>": 0, "<eos>": 1} | {c: i for i, c in enumerate(characters, start=2)}
