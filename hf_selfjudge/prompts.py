@@ -1,0 +1,305 @@
+"""Where prompts come from: any file or dataset, of any shape that is in use.
+
+In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s, read
+from disk as they are needed, and the target's tokens of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .sources import SourceError
+
+
+CHECKS = ("number", "tests", "text")
+# What a row's prompt may be called, in this order.
+COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
+TABLES = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    One prompt.
+
+    Args:
+        id (`str`): Unique in its file.
+        text (`str`): What the user says (last).
+        category (`str`): For tables; the name of the file if a row names none.
+        check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
+            `tests`), or `"text"`.
+        messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`.
+        tests (`str`, *optional*): Python code that fails unless the answer's code is right.
+        answer (`str`, *optional*): An answer to take instead of the target's own.
+    """
+
+    id: str
+    text: str
+    category: str = "-"
+    check: str = "text"
+    messages: list[dict] | None = None
+    tests: str | None = None
+    answer: str | None = None
+
+    @property
+    def said(self) -> list[dict]:
+        """The conversation, `text` as its last message."""
+        return self.messages or [{"role": "user", "content": self.text}]
+
+
+class Prompts(Sequence[Prompt]):
+    """
+    Prompts on disk.
+
+    Args:
+        rows (`datasets.Dataset`): A column for each field of [`Prompt`].
+
+    Attributes:
+        fingerprint (`str`): Of the content and of how it was read.
+    """
+
+    def __init__(self, rows: datasets.Dataset, fingerprint: str):
+        self.rows, self.fingerprint = rows, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [_from_row(row) for row in self.rows.select(range(len(self))[index])]
+        return _from_row(self.rows[index])
+
+
+def fingerprint_of(prompts: Sequence[Prompt]) -> str:
+    """Tells one set of prompts from another."""
+    if isinstance(prompts, Prompts):
+        return prompts.fingerprint
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def read_prompts(
+    source: str | os.PathLike,
+    limit: int | None = None,
+    *,
+    shuffle: int | None = None,
+    column: str | None = None,
+    answer_column: str | None = None,
+    system: str | None = None,
+    split: str = "train",
+) -> Prompts:
+    """
+    Read prompts from a file (JSON lines, CSV, Parquet, Arrow), a `datasets` dataset (a folder or a Hub id, with
+    `:config` if it has several), or `-`, standard input: JSON lines, or a plain prompt a line.
+
+    A row has one of `messages` or `conversations` (chat), `prompt` (text or chat), `question`, `instruction` with an
+    optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
+    `category`, `check`, `tests`. A GSM8K answer (`#### 42`) sets `check` to `"number"`.
+
+    Args:
+        limit (`int`, *optional*): Use only the first ones.
+        shuffle (`int`, *optional*): Seed to shuffle with, before `limit`.
+        column (`str`, *optional*): Where the prompt is, instead of the above.
+        answer_column (`str`, *optional*): Where answers are that shall be taken instead of the target's own.
+        system (`str`, *optional*): A system message to put first.
+        split (`str`, defaults to `"train"`): Of a dataset.
+
+    Raises:
+        ValueError: If there is no prompt, or a row is none; names the row.
+        SourceError: If `source` does not exist.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        name = str(source)
+        path = Path(folder) / "standard-input.jsonl" if name == "-" else Path(source)
+        if name == "-":
+            with path.open("wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+        table = None if path.is_file() and path.suffix not in TABLES else _load_table(path, name, split)
+        how = {"column": column, "answer_column": answer_column, "system": system}
+        content = _file_digest(path) if path.is_file() else table._fingerprint
+        fingerprint = hashlib.sha256(json.dumps([content, how, limit, shuffle]).encode()).hexdigest()
+        try:
+            rows = datasets.Dataset.from_generator(
+                _normalised,
+                features=datasets.Features(
+                    {key: datasets.Value("string") for key in ("id", "text", "category", "check")}
+                    | {key: datasets.Value("string") for key in ("messages", "tests", "answer")}
+                ),
+                gen_kwargs={"path": path, "table": table, "plain": name == "-", "how": how},
+                fingerprint=hashlib.sha256(json.dumps([content, how, path.stem]).encode()).hexdigest()[:32],
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+    if shuffle is not None:
+        rows = rows.shuffle(seed=shuffle)
+    return Prompts(rows.select(range(min(limit or len(rows), len(rows)))), fingerprint)
+
+
+def _from_row(row: dict) -> Prompt:
+    return Prompt(**row | {"messages": row["messages"] and json.loads(row["messages"])})
+
+
+def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
+    try:
+        if path.is_file():
+            return datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
+        if (path / "dataset_info.json").is_file():
+            return datasets.load_from_disk(path)
+        repo, _, config = name.partition(":")
+        return datasets.load_dataset(repo, config or None, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SourceError(
+            f"The prompts {name} could not be read: there is no such file, and as a dataset it says "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__} Give a file (JSON lines, CSV, "
+            "Parquet), a folder or the Hub id of a dataset, or - for standard input."
+        ) from error
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dict) -> Iterator[dict]:
+    """Rows of any shape as rows of [`Prompt`]."""
+    empty = True
+    for number, row in enumerate(table if table is not None else _lines(path, plain), start=1):
+        if row is None:
+            continue
+        empty = False
+        where = f"{path.name}:{number}"
+        yield _prompt_row(row, where, f"{path.stem}-{number}", **how)
+    if empty:
+        raise ValueError(f"The prompts {path.name} are empty. Write one JSON object with `prompt` a line.")
+
+
+def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                yield None
+            elif plain and not line.lstrip().startswith("{"):
+                yield {"prompt": line.strip()}
+            else:
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path.name}:{number}: not a JSON object ({error}).") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path.name}:{number}: expected a JSON object, got {type(row).__name__}.")
+                yield row
+
+
+def _prompt_row(
+    row: dict, where: str, default_id: str, column: str | None, answer_column: str | None, system: str | None
+) -> dict:
+    for needed in filter(None, (column, answer_column)):
+        if needed not in row:
+            raise ValueError(f"{where}: has no column `{needed}`, found {sorted(row)}.")
+    column = column or next((name for name in COLUMNS if row.get(name)), None)
+    if column is None:
+        raise ValueError(f"{where}: needs one of `{'`, `'.join(COLUMNS)}`, found {sorted(row)} (or they are empty).")
+    said = row[column]
+    if column == "turns":
+        said = said[0]
+    elif column == "instruction":
+        given = row.get("input") or (row.get("instances") or [{}])[0].get("input", "")
+        said = f"{said}\n\n{given}" if given else said
+    messages = _messages(said, where)
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    text = messages[-1]["content"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the prompt is empty. Remove the row or give it text.")
+    tests = row.get("tests")
+    gsm8k = "####" in str(row.get("answer", ""))
+    check = row.get("check") or ("tests" if tests else "number" if gsm8k else "text")
+    if check not in CHECKS or (check == "tests" and not tests):
+        raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
+    return {
+        "id": str(row.get("id", row.get("question_id", default_id))),
+        "text": text,
+        "category": str(row.get("category") or default_id.rpartition("-")[0]),
+        "check": check,
+        "messages": json.dumps(messages) if len(messages) > 1 else None,
+        "tests": tests,
+        "answer": answer_column and str(row[answer_column]),
+    }
+
+
+def _messages(said: str | list, where: str) -> list[dict]:
+    """Chat messages up to the last one of the user."""
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    messages = []
+    for message in said if isinstance(said, list) else [said]:
+        try:
+            if "from" in message:  # ShareGPT
+                role = {"human": "user", "gpt": "assistant"}.get(message["from"], message["from"])
+                messages.append({"role": role, "content": message["value"]})
+            else:
+                messages.append({"role": message["role"], "content": message["content"]})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}: expected text or chat messages with `role` and `content`, got {message!r}."
+            ) from error
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"{where}: the conversation has no message of the user.")
+    return messages
+
+
+class TooLong(ValueError):
+    """A prompt that does not fit into the target's context."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], context: int, max_new_tokens: int
+) -> torch.LongTensor:
+    """
+    Apply the chat template (plain text where the tokenizer has none).
+
+    Args:
+        prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
+        context (`int`): Tokens the target can attend to (`config.max_position_embeddings`).
+        max_new_tokens (`int`): Tokens to leave room for.
+
+    Returns:
+        `torch.LongTensor` of shape `(1, prompt_length)`.
+
+    Raises:
+        ValueError: If the prompt is empty.
+        TooLong: If it does not fit into the context together with the answer.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not messages[-1]["content"].strip():
+        raise ValueError("`prompt` is empty. Give it text.")
+    if tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")
+    input_ids = encoded["input_ids"]
+    if input_ids.shape[1] + max_new_tokens > context:
+        raise TooLong(
+            f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
+            f"target's context of {context} tokens. Shorten the prompt or lower `max_new_tokens`."
+        )
+    return input_ids
