@@ -1,42 +1,52 @@
-"""Prompt -> target answer -> where the draft disagrees.
+"""Prompt -> answer -> where the draft disagrees.
 
-In: prompts, a target and a draft. Out: for each prompt an [`Answer`] (the target's greedy text, with the cache that
-came with it) and its mismatches. Knows nothing of what a mismatch costs.
+In: prompts, a target and a draft. Out: for each prompt an [`Answer`] (the target's greedy text, or another, with the
+target's cache of it) and the [`Substitution`]s to look at. Knows nothing of what they do.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .sources import Prompt, encode
+from .branches import Keys
+from .hidden import HiddenTap
+from .prompts import Prompt
+from .together import Tally, together
 
 
 @dataclass
 class Answer:
     """
-    The target's own greedy answer to a prompt, with the cache that generating it left behind.
+    An answer, as the target sees it.
 
     Args:
         prompt ([`Prompt`]): What was asked.
         ids (`torch.LongTensor` of shape `(prompt_length + answer_length,)`): Prompt and answer.
         prompt_length (`int`): Tokens of the prompt.
-        finished (`bool`): Whether the target ended the answer by itself.
-        cache (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*): Keys and values of each layer, of shape
-            `(heads, prompt_length + answer_length - 1, head_dim)`; `None` where a layer is not plain full attention.
+        finished (`bool`): Whether it ends with an EOS.
+        own (`bool`): Whether it is the target's greedy answer.
+        cache (`Keys`): The target's, of all tokens but the last.
+        logprobs (`torch.FloatTensor` of shape `(answer_length,)`): Of the answer's tokens under the target, nats.
+        best (`torch.FloatTensor` of shape `(answer_length,)`): Of the target's choices, nats.
+        choices (`torch.LongTensor` of shape `(answer_length, 1 + runners_up)`): What the target would say at each
+            place, likeliest first.
     """
 
     prompt: Prompt
     ids: torch.LongTensor
     prompt_length: int
     finished: bool
-    cache: list[tuple[torch.Tensor, torch.Tensor]] | None
+    own: bool
+    cache: Keys
+    logprobs: torch.Tensor
+    best: torch.Tensor
+    choices: torch.LongTensor
 
     @property
     def tokens(self) -> torch.LongTensor:
@@ -45,26 +55,30 @@ class Answer:
 
 
 @dataclass
-class Mismatches:
+class Substitution:
     """
-    Where the draft's choice is not the answer's token.
+    Another token in the place of the target's choice.
 
     Args:
-        answer ([`Answer`]): The answer they lie in.
-        positions (`torch.LongTensor` of shape `(mismatches,)`): Index into `answer.tokens`.
-        substitutes (`torch.LongTensor` of shape `(mismatches,)`): The draft's tokens.
-        draft_logits (`torch.FloatTensor` of shape `(mismatches, vocab_size)`): The draft's, where it chose them.
-        total (`int`): Mismatches in the answer before sampling.
+        position (`int`): In the answer.
+        choice (`int`): The target's token there.
+        token (`int`): The other one.
+        kind (`str`): `"mismatch"`: the draft's first choice, what decoding meets; `"alternative"`: a later choice of
+            the draft; `"runner-up"`: the target's own next choice, where the draft has none of these.
+        draft_rank (`int`): Tokens that the draft prefers to it.
+        draft_logits (`torch.Tensor` of shape `(vocab_size,)`): The draft's, at this place.
     """
 
-    answer: Answer
-    positions: torch.LongTensor
-    substitutes: torch.LongTensor
-    draft_logits: torch.Tensor
-    total: int
+    position: int
+    choice: int
+    token: int
+    kind: str
+    draft_rank: int
+    draft_logits: torch.Tensor = field(repr=False)
 
-    def __len__(self) -> int:
-        return len(self.positions)
+    def own(self) -> Substitution:
+        """The target's choice in its own place: what the others are compared with."""
+        return replace(self, token=self.choice)
 
 
 def greedy(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
@@ -73,7 +87,6 @@ def greedy(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,
-        return_dict_in_generate=True,
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=pad_token(model),
     )
@@ -97,66 +110,144 @@ def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTenso
     return (tokens[: int(ends[0]) + 1], True) if len(ends) else (tokens, False)
 
 
-def left_pad(rows: list[torch.LongTensor], pad: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Stack rows of different lengths; returns ids and attention mask, both of shape `(rows, longest)`."""
-    width = max(len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=pad) for row in rows])
-    mask = torch.stack([(torch.arange(width, device=row.device) >= width - len(row)).long() for row in rows])
-    return ids, mask
+def special_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that no rule may accept against the target, nor overrule: EOS and every other special token."""
+    return sorted({*tokenizer.all_special_ids, *eos_tokens(target)})
 
 
 @torch.no_grad()
 def target_answers(
     target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
+    ids: Sequence[torch.LongTensor],
     max_new_tokens: int,
+    runners_up: int = 0,
+    at_once: int | None = None,
+    tally: Tally | None = None,
 ) -> list[Answer]:
     """
-    The target's greedy answers to a batch of prompts.
+    The target's own greedy answers, decoded side by side.
 
-    Raises:
-        ValueError: If a prompt is empty or does not fit (see [`encode`]).
+    Args:
+        ids (`Sequence[torch.LongTensor]`): The prompts' tokens, `(1, prompt_length)` each.
+        runners_up (`int`): How many next choices of the target to note at each place.
+        at_once (`int`, *optional*): Answers under way at a time.
     """
-    context = target.config.get_text_config().max_position_embeddings
-    rows = [encode(tokenizer, p.text, context, max_new_tokens)[0].to(target.device) for p in prompts]
-    ids, mask = left_pad(rows, pad_token(target))
-    output = target.generate(ids, attention_mask=mask, generation_config=greedy(target, max_new_tokens))
-    width, layers = ids.shape[1], output.past_key_values.layers
-    plain = all(type(layer) is DynamicLayer for layer in layers)
-    answers = []
-    for j, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        tokens, finished = until_eos(output.sequences[j, width:], eos_tokens(target))
-        held = slice(width - len(row), width + len(tokens) - 1)  # the last token was never fed back
-        cache = [(layer.keys[j, :, held], layer.values[j, :, held]) for layer in layers] if plain else None
-        answers.append(Answer(prompt, torch.cat([row, tokens]), len(row), finished, cache))
-    return answers
+
+    def write(model: PreTrainedModel, prompt: Prompt, row: torch.LongTensor) -> Answer:
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        cache = DynamicCache()  # keeps every key, also where attention sees a window only
+        with HiddenTap(model, lambda hidden, logits: seen.append(_likeliest(logits[0, -1:], runners_up))):
+            output = model.generate(
+                row,
+                attention_mask=torch.ones_like(row),
+                past_key_values=cache,
+                generation_config=greedy(target, max_new_tokens),
+            )
+        tokens, finished = until_eos(output[0, row.shape[1] :], eos_tokens(target))
+        best, choices = (torch.cat(rows)[: len(tokens)] for rows in zip(*seen, strict=True))
+        return Answer(
+            prompt, torch.cat([row[0], tokens]), row.shape[1], finished, True, _keys(cache), best, best, choices
+        )
+
+    return together([target], _calls(write, prompts, ids), at_once=at_once, tally=tally)
 
 
 @torch.no_grad()
-def find_mismatches(draft: PreTrainedModel, answer: Answer, never: list[int], limit: int, seed: int) -> Mismatches:
+def read_answers(
+    target: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    ids: Sequence[torch.LongTensor],
+    answers: Sequence[torch.LongTensor],
+    runners_up: int = 0,
+    tally: Tally | None = None,
+) -> list[Answer]:
     """
-    Run the draft once over the answer (teacher-forced) and sample from the positions where its first choice differs
-    from the answer's token.
+    Answers that the target did not write itself, or not greedily: one forward over each.
+
+    Args:
+        answers (`Sequence[torch.LongTensor]`): `(answer_length,)` each.
+    """
+
+    def read(model: PreTrainedModel, prompt: Prompt, row: torch.LongTensor, answer: torch.LongTensor) -> Answer:
+        tokens, finished = until_eos(answer, eos_tokens(target))
+        whole, rows, cache = torch.cat([row[0], tokens]), [], DynamicCache()
+        with HiddenTap(model, lambda hidden, logits: rows.append(logits[0, -len(tokens) :])):
+            model(
+                input_ids=whole[None, :-1],
+                attention_mask=torch.ones_like(whole[None, :-1]),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=len(tokens),
+            )
+        best, choices = _likeliest(rows[0], runners_up)
+        logprobs = rows[0].float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        return Answer(prompt, whole, row.shape[1], finished, False, _keys(cache), logprobs, best, choices)
+
+    return together([target], _calls(read, prompts, ids, answers), at_once=1, tally=tally)
+
+
+def _calls(function, *columns) -> list:
+    return [lambda model, row=row: function(model, *row) for row in zip(*columns, strict=True)]
+
+
+def _keys(cache: DynamicCache) -> Keys:
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def _likeliest(logits: torch.Tensor, runners_up: int) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Of rows of logits: the log-probability of the likeliest token, and the likeliest tokens."""
+    logits = logits.float()
+    choices = logits.topk(1 + runners_up).indices if runners_up else logits.argmax(-1, keepdim=True)
+    return logits.amax(-1) - logits.logsumexp(-1), choices
+
+
+@torch.no_grad()
+def find_substitutions(
+    draft: PreTrainedModel, answer: Answer, never: list[int], top: int, floor: float, runners_up: int
+) -> list[Substitution]:
+    """
+    Run the draft once over the answer (teacher-forced): what it would say instead of the target's choices.
 
     Args:
         never (`list[int]`): Special tokens. They are never accepted against the target, nor overruled, so a mismatch
             with one on either side teaches nothing.
-        limit (`int`): Mismatches to keep, sampled evenly without replacement.
-        seed (`int`): Of the sample; together with the prompt's id, so that it does not depend on the order of prompts.
+        top (`int`): Choices of the draft to look at, at each place.
+        floor (`float`): Probability below which a choice of the draft other than its first one is left out.
+        runners_up (`int`): The target's own next choices to add.
+
+    Returns:
+        `list[Substitution]` in the order of positions, at each of them in the draft's order.
     """
-    chosen, keep = answer.tokens, len(answer.tokens) + 1  # the row before each token, and the one after the last
-    draft_logits = draft(answer.ids[None].to(draft.device), logits_to_keep=keep).logits[0, -keep:-1].to(chosen.device)
-    proposed = draft_logits.argmax(-1)
-    special = torch.tensor(never, dtype=chosen.dtype, device=chosen.device)
-    differ = (proposed != chosen) & ~torch.isin(proposed, special) & ~torch.isin(chosen, special)
-    positions = differ.nonzero().squeeze(-1)
-    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(answer.prompt.id.encode()))
-    sample = torch.randperm(len(positions), generator=generator)[:limit].sort().values.to(positions.device)
-    picked = positions[sample]
-    return Mismatches(answer, picked, proposed[picked], draft_logits[picked].float(), len(positions))
+    choices, keep = answer.choices[:, 0], len(answer.tokens) + 1  # the row before each token, and one after the last
+    logits = draft(answer.ids[None].to(draft.device), logits_to_keep=keep).logits[0, -keep:-1].to(choices.device)
+    likely, proposed = logits.float().log_softmax(-1).topk(top)
+    special = {*never}
+    found = []
+    for position, choice in enumerate(choices.tolist()):
+        if choice in special:
+            continue
+        seen = {choice, *special}
+        for rank, (token, logprob) in enumerate(
+            zip(proposed[position].tolist(), likely[position].exp().tolist(), strict=True)
+        ):
+            if token not in seen and (rank == 0 or logprob >= floor):
+                kind = "alternative" if rank else "mismatch"
+                found.append(Substitution(position, choice, token, kind, rank, logits[position]))
+            seen.add(token)
+        for token in answer.choices[position, 1 : 1 + runners_up].tolist():
+            if token not in seen:
+                rank = int((logits[position] > logits[position, token]).sum())
+                found.append(Substitution(position, choice, token, "runner-up", rank, logits[position]))
+    return found
 
 
-def batched(items: list, size: int) -> Iterator[list]:
+def sample(items: Sequence, limit: int, *seed: int | str) -> list:
+    """At most `limit` of the items, evenly without replacement, in their order; the same for the same seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
+    return [items[i] for i in torch.randperm(len(items), generator=generator)[:limit].sort().values.tolist()]
+
+
+def batched(items: Sequence, size: int) -> Iterator[Sequence]:
     """Consecutive chunks of at most `size` items."""
     return (items[i : i + size] for i in range(0, len(items), size))
