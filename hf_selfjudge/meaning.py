@@ -1,0 +1,126 @@
+"""Do two answers say the same?
+
+In: two texts, or their tokens. Out: whether the final number differs, whether the code does, how much of one the other
+has, or what the target itself says when asked. Nobody else is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from difflib import SequenceMatcher
+from functools import lru_cache
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .prompts import TooLong, encode
+
+
+GRAM = 4  # tokens
+CONTEXT = 12  # words shown around a difference
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+QUESTION = """Two answers to the same request differ in one passage.
+
+Request: {request}
+
+First answer: {first}
+
+Second answer: {second}
+
+Do both answers say the same? Answer with yes or no."""
+
+
+def final_number(text: str) -> str | None:
+    """The number an answer ends in: the last `\\boxed{}` if there is one, else the last number of the text."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    numbers = NUMBER.findall(boxed[-1] if boxed else text)
+    if not numbers:
+        return None
+    number = numbers[-1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def reconvergence(original: list[int], rewritten: list[int]) -> float:
+    """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity; for a suffix
+    shorter than that, of its tokens."""
+    size = min(GRAM, max(len(original), 1))
+    grams = [tuple(original[i : i + size]) for i in range(len(original) - size + 1)]
+    if not grams:
+        return 1.0
+    rest = [tuple(rewritten[i : i + size]) for i in range(len(rewritten) - size + 1)]
+    found = 0
+    for gram in grams:
+        if gram in rest:
+            rest.remove(gram)
+            found += 1
+    return found / len(grams)
+
+
+def code_of(text: str) -> str:
+    """The last fenced block of an answer, or all of it."""
+    blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    return blocks[-1] if blocks else text
+
+
+@lru_cache(maxsize=4096)  # rewrites often end in the same code
+def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:
+    """
+    Whether the code of an answer passes `tests`. It **runs the code**, in a process of its own, in an empty folder,
+    for at most `seconds`; nothing else holds it back, so the caller must have been told to.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return not subprocess.run(
+                [sys.executable, "-I", "-c", f"{code_of(text)}\n\n{tests}\n"],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=seconds,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return False
+
+
+def differing(first: str, second: str) -> tuple[str, str]:
+    """The passages in which two texts differ, with some words around them; equal text before and behind is left
+    out."""
+    a, b = first.split(), second.split()
+    blocks = [block for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks() if block.size]
+    start = blocks[0].size if blocks and blocks[0].a == blocks[0].b == 0 else 0
+    last = blocks[-1] if blocks else None
+    tail = last.size if last and last.a + last.size == len(a) and last.b + last.size == len(b) else 0
+    tail = min(tail, len(a) - start, len(b) - start)
+    start, tail = max(0, start - CONTEXT), max(0, tail - CONTEXT)
+    return " ".join(a[start : len(a) - tail]), " ".join(b[start : len(b) - tail])
+
+
+@torch.no_grad()
+def says_no(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, first: str, second: str
+) -> float | None:
+    """
+    The target's own probability that two answers do not say the same, in [0, 1]: of "no" against "yes" as its next
+    word; `None` if the question is longer than its context.
+    """
+    passages = dict(zip(("first", "second"), differing(first, second), strict=True))
+    context = model.config.get_text_config().max_position_embeddings
+    try:
+        ids = encode(tokenizer, QUESTION.format(request=request, **passages), context, 0).to(model.device)
+    except TooLong:
+        return None
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[0, -1].float()
+    yes, no = (
+        torch.stack([logits[token] for token in _first_tokens(tokenizer, word)]).logsumexp(0) for word in ("yes", "no")
+    )
+    return float(torch.sigmoid(no - yes))
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
+    spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+    return {tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}
