@@ -1,225 +1,30 @@
 """Mismatch -> what the substitution does to the target's own answer.
 
-In: mismatches. Out: one row for each substitution, with its label and all that training needs, as a `datasets`
-dataset. No human label and no reference answer is used: the target finishes its answer after the substitution, and its
-own first answer is the yardstick (SelfJudge, https://huggingface.co/papers/2510.02329).
+In: answers. Out: one row for each substitution, with its label and all that training needs. No human label and no
+reference answer is used: the target finishes its answer after the substitution, and its own first answer is the
+yardstick (SelfJudge, https://huggingface.co/papers/2510.02329).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import DynamicCache, PreTrainedModel
+from pyarrow.parquet import read_metadata
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .features import SCALARS, candidate_scalars
-from .hidden import HiddenTap
-from .mismatches import (
-    Answer,
-    Mismatches,
-    batched,
-    eos_tokens,
-    find_mismatches,
-    greedy,
-    left_pad,
-    pad_token,
-    target_answers,
-    until_eos,
-)
-from .sources import Prompt, fingerprint, precision
+from .meaning import final_number, passes_tests, reconvergence, says_no
+from .mismatches import Answer, eos_tokens, find_substitutions, sample
+from .rewrites import Followed, follow
 
 
-NGRAM = 4  # tokens
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-@dataclass
-class Substitution:
-    """
-    One mismatch, with what the target says of it.
-
-    Args:
-        mismatches ([`Mismatches`]), index (`int`): Which one.
-        logits (`torch.FloatTensor` of shape `(2, vocab_size)`): The target's, where it is chosen and after it.
-        hidden (`torch.Tensor` of shape `(2, hidden_size)`): Its last hidden states *before* and *after* the token.
-        rewrite (`torch.LongTensor` of shape `(rewrite_length,)`): How the target goes on after the substitute.
-        finished (`bool`): Whether the rewrite ended by itself.
-    """
-
-    mismatches: Mismatches
-    index: int
-    logits: torch.Tensor
-    hidden: torch.Tensor
-    rewrite: torch.LongTensor
-    finished: bool
-
-
-def final_number(text: str) -> str | None:
-    """The number an answer ends in: the last `\\boxed{}` if there is one, else the last number of the text."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    numbers = NUMBER.findall(boxed[-1] if boxed else text)
-    if not numbers:
-        return None
-    number = numbers[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
-
-
-def reconvergence(original: list[int], rewritten: list[int]) -> float:
-    """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity; for a suffix
-    shorter than that, of its tokens."""
-    size = min(NGRAM, max(len(original), 1))
-    grams = [tuple(original[i : i + size]) for i in range(len(original) - size + 1)]
-    if not grams:
-        return 1.0
-    rest = [tuple(rewritten[i : i + size]) for i in range(len(rewritten) - size + 1)]
-    found = 0
-    for gram in grams:
-        if gram in rest:
-            rest.remove(gram)
-            found += 1
-    return found / len(grams)
-
-
-def prefix_cache(answers: list[Answer], lengths: list[int]) -> DynamicCache | None:
-    """
-    One batch out of the first `lengths[j]` tokens of each answer's cache, right-aligned as `generate` expects of a
-    left-padded batch. Keys carry their positions already, so where they lie does not matter.
-
-    Returns:
-        The batched cache, or `None` where an answer kept none: such prefixes are computed again.
-    """
-    if any(answer.cache is None for answer in answers):
-        return None
-    width, batch = max(lengths), DynamicCache()
-    for index in range(len(answers[0].cache)):
-        keys, values = (
-            torch.stack([
-                torch.nn.functional.pad(answer.cache[index][part][:, :n], (0, 0, width - n, 0))
-                for answer, n in zip(answers, lengths, strict=True)
-            ])
-            for part in (0, 1)
-        )  # fmt: skip
-        batch.update(keys, values, index)
-    return batch
-
-
-@torch.no_grad()
-def substitute(
-    target: PreTrainedModel, batch: list[tuple[Mismatches, int]], max_new_tokens: int
-) -> list[Substitution]:
-    """
-    Put the draft's token in the place of the target's, look at it as a verification would, and let the target finish
-    by itself: one forward and one batch of greedy stock `generate`.
-
-    Args:
-        batch (`list[tuple[Mismatches, int]]`): Mismatches and an index into them.
-        max_new_tokens (`int`): Limit of each rewrite, tokens.
-    """
-    prefixes = [m.answer.ids[: m.answer.prompt_length + int(m.positions[k])] for m, k in batch]
-    ids, mask = left_pad(
-        [torch.cat([p, m.substitutes[k : k + 1]]) for p, (m, k) in zip(prefixes, batch, strict=True)],
-        pad_token(target),
-    )
-    # The state before the substitute belongs to the last token of the prefix: the verification runs over both.
-    cache = prefix_cache([m.answer for m, _ in batch], [len(p) - 1 for p in prefixes])
-    fed = ids if cache is None else ids[:, -2:]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-    with HiddenTap(target, lambda hidden, logits: rows.append((hidden[:, -2:], logits[:, -2:].float()))):
-        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
-        target(
-            fed,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=2,
-        )
-    ((hidden, logits),) = rows
-    if cache is not None:
-        cache.crop(-1)  # `generate` wants at least one token that it has not seen
-    output = target.generate(
-        ids, attention_mask=mask, past_key_values=cache, generation_config=greedy(target, max_new_tokens)
-    )
-    rewrites = [until_eos(row, eos_tokens(target)) for row in output.sequences[:, ids.shape[1] :]]
-    return [Substitution(m, k, logits[j], hidden[j], *rewrites[j]) for j, (m, k) in enumerate(batch)]
-
-
-def label_row(tokenizer: PreTrainedTokenizerBase, new: Substitution) -> dict:
-    """
-    Compare the rewritten answer with the original.
-
-    Returns:
-        `dict` with `reconvergence` in [0, 1]; `flipped`, whether the final number changed (`None` where the prompt is
-        not checked by number, or one of the two answers did not end); and `changed` in [0, 1], the label: `flipped`
-        where it is known, else 1 − `reconvergence`.
-    """
-    m, position = new.mismatches, int(new.mismatches.positions[new.index])
-    original, suffix = m.answer.tokens.tolist(), new.rewrite.tolist()
-    rewritten = [*original[:position], int(m.substitutes[new.index]), *suffix]
-    share = reconvergence(original[position + 1 :], suffix)
-    flipped = None
-    if m.answer.prompt.check == "number" and m.answer.finished and new.finished:
-        before, after = (final_number(tokenizer.decode(t, skip_special_tokens=True)) for t in (original, rewritten))
-        flipped = before != after
-    return {
-        "reconvergence": share,
-        "flipped": flipped,
-        "changed": float(flipped) if flipped is not None else 1.0 - share,
-        "rewritten_ids": rewritten,
-    }
-
-
-def feature_row(new: Substitution) -> dict:
-    """What the judge will see of a substitution, and the cheap scores that it is compared with."""
-    m, k = new.mismatches, new.index
-    token, position = m.substitutes[k], m.positions[k]
-    scalars = candidate_scalars(new.logits[:1], token[None], new.logits[1:], position[None])
-    logprobs, draft_logprobs = new.logits[0].log_softmax(-1), m.draft_logits[k].log_softmax(-1)
-    return {
-        "prompt_id": m.answer.prompt.id,
-        "category": m.answer.prompt.category,
-        "check": m.answer.prompt.check,
-        "position": int(position),
-        "token": int(m.answer.tokens[position]),
-        "substitute": int(token),
-        "answer_ids": m.answer.tokens.tolist(),
-        "finished": m.answer.finished,
-        "mismatches": m.total,
-        "scalars": scalars[0].tolist(),
-        "draft_logprob": float(draft_logprobs[token]),
-        "kl_target_draft": float((logprobs.exp() * (logprobs - draft_logprobs)).sum()),
-        "kl_draft_target": float((draft_logprobs.exp() * (draft_logprobs - logprobs)).sum()),
-        "hidden_before": new.hidden[0].half().cpu().numpy(),
-        "hidden_after": new.hidden[1].half().cpu().numpy(),
-    }
-
-
-def features_of(hidden_size: int) -> datasets.Features:
-    """Column types of a labels dataset."""
-    value, ids = datasets.Value, datasets.List(datasets.Value("int32"))
-    return datasets.Features(
-        {
-            **dict.fromkeys(("prompt_id", "category", "check"), value("string")),
-            **dict.fromkeys(("position", "token", "substitute", "mismatches"), value("int32")),
-            "answer_ids": ids,
-            "rewritten_ids": ids,
-            "finished": value("bool"),
-            "flipped": value("bool"),
-            **dict.fromkeys(("reconvergence", "changed", "draft_logprob"), value("float32")),
-            **dict.fromkeys(("kl_target_draft", "kl_draft_target"), value("float32")),
-            "scalars": datasets.List(value("float32"), length=len(SCALARS)),
-            **dict.fromkeys(("hidden_before", "hidden_after"), datasets.List(value("float16"), length=hidden_size)),
-        }
-    )
+# What tells of a substitution without finishing the answer: higher is worse, nats.
+CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_draft_target")
 
 
 @dataclass(frozen=True)
@@ -229,69 +34,196 @@ class MiningConfig:
 
     Args:
         max_new_tokens (`int`): Limit of an answer, tokens.
-        per_answer (`int`): Substitutions to rewrite in each answer.
-        answer_batch (`int`): Prompts answered at once; their rewrites are pooled, so that a batch ends together.
-        rewrite_batch (`int`): Rewrites generated at once.
-        seed (`int`): Of the sample of mismatches.
+        top (`int`): Choices of the draft to substitute at each place of the answer.
+        floor (`float`): Probability below which a choice of the draft other than its first one is left out.
+        runners_up (`int`): Next choices of the target itself to substitute at each place.
+        per_answer (`int`): Substitutions to score in each answer, sampled evenly from all.
+        rewrites (`int`): How many of these to rewrite, sampled evenly.
+        window (`int`): Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.
+        ask (`bool`): Ask the target whether rewritten text says the same.
+        allow_code (`bool`): Run the code of answers to prompts with `tests`; else they are compared as text.
+        shard (`int`): Prompts whose labels are written together: what a kill loses at most.
+        answer_batch (`int`): Answers decoded at a time.
+        forward_tokens (`int`): Tokens of one forward of the target over substitutions: the limit of memory.
+        answers_at_once (`int`): Answers whose substitutions share a forward.
+        seed (`int`): Of all samples; together with a prompt's id, so that they do not depend on the order of prompts.
     """
 
     max_new_tokens: int = 256
-    per_answer: int = 8
+    top: int = 1
+    floor: float = 0.1
+    runners_up: int = 0
+    per_answer: int = 48
+    rewrites: int = 8
+    window: int = 20
+    ask: bool = False
+    allow_code: bool = False
+    shard: int = 64
     answer_batch: int = 32
-    rewrite_batch: int = 32
+    forward_tokens: int = 256
+    answers_at_once: int = 8
     seed: int = 0
 
+    def at_once(self, packed: bool) -> int:
+        """Answers whose substitutions are followed at a time. Unpacked, each has one under way."""
+        return self.answers_at_once if packed else self.answer_batch
 
-def mine(
-    target: PreTrainedModel,
+
+def label_answer(
+    model: PreTrainedModel,
     draft: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
+    answer: Answer,
+    never: list[int],
     config: MiningConfig,
-    folder: str | os.PathLike,
-    prompts_name: str = "prompts",
-) -> datasets.Dataset:
+    packed: bool,
+) -> list[dict]:
     """
-    Prompts -> mismatches -> labels, with a progress bar. Each batch of prompts is written to `folder` as one Parquet
-    shard as soon as it is done; started again with the same settings, mining goes on after the last one.
+    All rows of one answer, in the order of positions. If the answer is not the target's own, the yardstick of each
+    substitution is what the target makes of the answer with its own choice in that place.
 
     Args:
-        config ([`MiningConfig`]): How.
-        folder (`str`): Where the shards go, with `mining.json` beside them.
-        prompts_name (`str`, *optional*): What to call the prompts in `mining.json` and on a judge's card.
+        model ([`~transformers.PreTrainedModel`]): The target.
+        never (`list[int]`): Special tokens, which are not substituted.
+        packed (`bool`): Whether substitutions share a forward ([`packs`]).
+    """
+    found = find_substitutions(draft, answer, never, config.top, config.floor, config.runners_up)
+    mismatches = sum(substitution.kind == "mismatch" for substitution in found)
+    found = sample(found, config.per_answer, config.seed, answer.prompt.id)
+    for substitution in found:
+        substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
+    chosen = {id(s) for s in sample(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")}
+    eos, room = eos_tokens(model), max(1, config.forward_tokens // config.at_once(packed))
+    yardsticks = {} if answer.own else _own_endings(model, answer, found, chosen, eos, room, packed)
+    order = {id(substitution): i for i, substitution in enumerate(found)}
+    rows: list[dict] = [{}] * len(found)
+    followed = follow(model, answer, found, [id(s) in chosen for s in found], eos, config.window, room, packed)
+    for new in followed:
+        row = feature_row(new) | {"mismatches": mismatches}
+        if new.rewrite is not None:
+            original = yardsticks.get(new.substitution.position, (answer.tokens.tolist(), answer.finished))
+            row |= label_row(model, tokenizer, new, *original, config)
+        rows[order[id(new.substitution)]] = row
+    return rows
+
+
+def _own_endings(model, answer, found, chosen, eos, room, packed) -> dict[int, tuple[list[int], bool]]:
+    """For each place: the answer up to it and then as the target itself goes on; and whether that ended."""
+    own = {s.position: s.own() for s in found if id(s) in chosen}
+    followed = follow(model, answer, [*own.values()], [True] * len(own), eos, 0, room, packed)
+    text = answer.tokens.tolist()
+    return {
+        new.substitution.position: (
+            [*text[: new.substitution.position], new.substitution.token, *new.rewrite],
+            new.finished,
+        )
+        for new in followed
+    }
+
+
+def label_row(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    new: Followed,
+    original: list[int],
+    finished: bool,
+    config: MiningConfig,
+) -> dict:
+    """
+    Compare the rewritten answer with the original.
+
+    Args:
+        original (`list[int]`): The answer without the substitution, and whether it is `finished`.
 
     Returns:
-        `datasets.Dataset`, one row for each substitution; columns of [`features_of`].
-
-    Raises:
-        ValueError: If `folder` holds labels of other settings.
-        OSError: If `folder` cannot be written.
+        `dict` with `reconvergence` in [0, 1]; `flipped`, whether the final number, or passing the tests, changed
+        (`None` where the prompt is not checked so, or one of the answers did not end); `says_no`, the target's own
+        probability that they do not say the same (`None` if it was not asked); and `changed` in [0, 1], the label:
+        `flipped` where it is known, else 1 − `reconvergence`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    never = special_tokens(target, tokenizer)
-    _claim(folder, target, draft, never, prompts, prompts_name, config)
-    features = features_of(target.config.get_text_config().hidden_size)
-    chunks = list(batched(prompts, config.answer_batch))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total} prompts"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        bar = progress.add_task("Mine labels", total=len(prompts))
-        for number, chunk in enumerate(chunks):
-            shard = folder / f"labels-{number:05d}-of-{len(chunks):05d}.parquet"
-            if shard.is_file():
-                progress.advance(bar, len(chunk))
-                continue
-            answers = target_answers(target, tokenizer, chunk, config.max_new_tokens)
-            progress.advance(bar, len(chunk) * 0.2)  # the rewrites are most of the work
-            found = [find_mismatches(draft, a, never, config.per_answer, config.seed) for a in answers]
-            rows: list[dict] = []
-            for labelled, of in _label([m for m in found if len(m)], target, tokenizer, config):
-                rows += labelled
-                progress.advance(bar, len(chunk) * 0.8 / of)
-            incomplete = shard.with_suffix(".incomplete")
-            datasets.Dataset.from_list(rows, features=features).to_parquet(incomplete)
-            incomplete.rename(shard)
-    return load_labels(folder)
+    prompt, position = new.answer.prompt, new.substitution.position
+    rewritten = [*new.answer.tokens[:position].tolist(), new.substitution.token, *new.rewrite]
+    share = reconvergence(original[position + 1 :], new.rewrite)
+    before, after = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (original, rewritten))
+    flipped = no = None
+    if finished and new.finished:
+        if prompt.check == "number":
+            flipped = final_number(before) != final_number(after)
+        elif prompt.check == "tests" and config.allow_code:
+            flipped = passes_tests(before, prompt.tests) != passes_tests(after, prompt.tests)
+    if config.ask:
+        no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
+    return {
+        "answer_ids": original,
+        "rewritten_ids": rewritten,
+        "rewrite_finished": new.finished,
+        "reconvergence": share,
+        "flipped": flipped,
+        "says_no": no,
+        "changed": float(flipped) if flipped is not None else 1.0 - share,
+    }
+
+
+def feature_row(new: Followed) -> dict:
+    """
+    What the judge will see of a substitution, and the scores that need no rewrite.
+
+    - `margin`: log P(choice) − log P(substitute), nats;
+    - `likelihood`: mean drop in log-probability of the next tokens of the answer, nats (suffix term of SelfJudge,
+      https://huggingface.co/papers/2510.02329);
+    - `confidence`: mean drop of the *largest* log-probabilities there, nats (its published code);
+    - `kl_target_draft`, `kl_draft_target`: between target and draft, where the token is chosen, nats.
+    """
+    answer, substitution = new.answer, new.substitution
+    token, position = torch.tensor([substitution.token]), torch.tensor([substitution.position])
+    logits = new.logits.cpu()
+    scalars = candidate_scalars(logits[:1], token, logits[1:], position)
+    logprobs, draft_logprobs = logits[0].log_softmax(-1), substitution.draft_logits.cpu().float().log_softmax(-1)
+    behind = slice(substitution.position + 1, substitution.position + 1 + len(new.logprobs))
+    return {
+        "prompt_id": answer.prompt.id,
+        "category": answer.prompt.category,
+        "check": answer.prompt.check,
+        "kind": substitution.kind,
+        "position": substitution.position,
+        "token": substitution.choice,
+        "substitute": substitution.token,
+        "draft_rank": substitution.draft_rank,
+        "answer_ids": answer.tokens.tolist(),
+        "own": answer.own,
+        "finished": answer.finished,
+        "scalars": scalars[0].tolist(),
+        "draft_logprob": float(draft_logprobs[substitution.token]),
+        "margin": float(scalars[0, SCALARS.index("margin")]),
+        "likelihood": _mean(answer.logprobs[behind] - new.logprobs),
+        "confidence": _mean(answer.best[behind] - new.best),
+        "kl_target_draft": float((logprobs.exp() * (logprobs - draft_logprobs)).sum()),
+        "kl_draft_target": float((draft_logprobs.exp() * (draft_logprobs - logprobs)).sum()),
+        "hidden_before": new.hidden[0].half().cpu().numpy(),
+        "hidden_after": new.hidden[1].half().cpu().numpy(),
+    }
+
+
+def _mean(drops: torch.Tensor) -> float | None:
+    return float(drops.mean()) if len(drops) else None
+
+
+def features_of(hidden_size: int) -> datasets.Features:
+    """Column types of a labels dataset."""
+    value, ids = datasets.Value, datasets.List(datasets.Value("int32"))
+    return datasets.Features(
+        {
+            **dict.fromkeys(("prompt_id", "category", "check", "kind"), value("string")),
+            **dict.fromkeys(("position", "token", "substitute", "draft_rank", "mismatches"), value("int32")),
+            "answer_ids": ids,
+            "rewritten_ids": ids,
+            **dict.fromkeys(("own", "finished", "rewrite_finished", "flipped"), value("bool")),
+            **dict.fromkeys(("changed", "reconvergence", "says_no", "draft_logprob"), value("float32")),
+            **dict.fromkeys(CHEAP_SCORES, value("float32")),
+            "scalars": datasets.List(value("float32"), length=len(SCALARS)),
+            **dict.fromkeys(("hidden_before", "hidden_after"), datasets.List(value("float16"), length=hidden_size)),
+        }
+    )
 
 
 def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
@@ -300,72 +232,13 @@ def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If they are empty.
     """
     shards = sorted(str(path) for path in Path(folder).glob("labels-*.parquet"))
     if not shards:
         raise FileNotFoundError(f"`labels`: no labels-*.parquet in {folder}. Make them with `hf-selfjudge mine`.")
+    if not any(read_metadata(shard).num_rows for shard in shards):
+        raise ValueError(
+            f"`labels`: {folder} holds no substitution: the draft never differed, or all prompts were too long."
+        )
     return datasets.Dataset.from_parquet(shards)
-
-
-def special_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that no rule may accept against the target, nor overrule: EOS and every other special token."""
-    return sorted({*tokenizer.all_special_ids, *eos_tokens(target)})
-
-
-def _claim(
-    folder: Path,
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    never: list[int],
-    prompts: list[Prompt],
-    prompts_name: str,
-    config: MiningConfig,
-) -> None:
-    """Write the settings beside the shards, or compare with those that are there."""
-    settings = {
-        "target": target.config.name_or_path,
-        "target_fingerprint": fingerprint(target),
-        "draft": draft.config.name_or_path,
-        "draft_fingerprint": fingerprint(draft),
-        "hidden_size": target.config.get_text_config().hidden_size,
-        "vocab_size": target.config.get_text_config().vocab_size,
-        "special_tokens": never,
-        "dtype": precision(target),
-        "prompts": len(prompts),
-        "prompts_name": prompts_name,
-        "prompts_sha256": hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest(),
-        **asdict(config),
-    }
-    path = folder / "mining.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if other := [
-            f"{key}: {before.get(key)!r} there, {value!r} now"
-            for key, value in settings.items()
-            if before.get(key) != value
-        ]:
-            raise ValueError(
-                f"`output` {folder} holds labels of other settings ({'; '.join(other)}). Choose another folder or "
-                "remove it."
-            )
-        return
-    incomplete = path.with_suffix(".incomplete")
-    incomplete.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    incomplete.rename(path)
-
-
-def _label(
-    found: list[Mismatches], target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MiningConfig
-) -> Iterator[tuple[list[dict], int]]:
-    """Rewrite all substitutions, longest first so that a batch ends together; yield rows and the number of batches."""
-
-    def left(item: tuple[Mismatches, int]) -> int:
-        return len(item[0].answer.tokens) - int(item[0].positions[item[1]]) - 1
-
-    pool = sorted(((m, k) for m in found for k in range(len(m))), key=left, reverse=True)
-    batches = list(batched(pool, config.rewrite_batch))
-    for batch in batches:
-        # A rewrite may take a quarter longer than what it replaces; one that runs on keeps the whole batch waiting.
-        limit = min(left(batch[0]) * 5 // 4 + 16, config.max_new_tokens)
-        done = substitute(target, batch, limit)
-        yield [feature_row(new) | label_row(tokenizer, new) for new in done], len(batches)

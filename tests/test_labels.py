@@ -1,152 +1,135 @@
-"""Mining on tiny random models, in fp32."""
+"""Rows of labels on tiny random models, in fp32."""
 
-import datasets
+import numpy as np
 import pytest
 import torch
 
-from hf_selfjudge import MiningConfig, Prompt, labels, load_labels, mine
+from hf_selfjudge import MiningConfig, Prompt
 from hf_selfjudge.features import SCALARS, candidate_scalars
-from hf_selfjudge.labels import final_number, label_row, reconvergence, special_tokens, substitute
-from hf_selfjudge.mismatches import find_mismatches, target_answers
+from hf_selfjudge.labels import label_answer
+from hf_selfjudge.mismatches import eos_tokens, read_answers, target_answers
+
+from .conftest import VOCAB
+from .test_rewrites import greedy
 
 
-PROMPTS = [
-    Prompt("a", "why is it so?"),
-    Prompt("b", "how many?", check="number"),
-    Prompt("c", "x + y = z, is it not?"),
-]
-CONFIG = MiningConfig(max_new_tokens=24, per_answer=4, answer_batch=2, rewrite_batch=3)
+CONFIG = MiningConfig(max_new_tokens=24, top=2, floor=0.0, per_answer=10, rewrites=6, window=5)
+PROMPTS = [Prompt("a", "a"), Prompt("b", "b", check="number"), Prompt("c", "c", check="tests", tests="assert 0")]
 
 
-@pytest.fixture
-def found(pair, tokenizer):
+def ids_of(count=3):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(2, VOCAB, (1, 5 + i), generator=generator) for i in range(count)]
+
+
+def rows_of(target, draft, tokenizer, answer, config=CONFIG, packed=True):
+    with torch.no_grad():
+        return label_answer(target, draft, tokenizer, answer, [0, 1], config, packed)
+
+
+@torch.no_grad()
+def test_rows(pair, tokenizer):
     target, draft = pair
-    answers = target_answers(target, tokenizer, PROMPTS, 24)
-    return [find_mismatches(draft, a, special_tokens(target, tokenizer), 4, seed=0) for a in answers]
+    for answer in target_answers(target, PROMPTS, ids_of(), 24):
+        rows = rows_of(target, draft, tokenizer, answer)
+        assert len(rows) == 10
+        assert sum("changed" in row for row in rows) == 6
+        assert [row["position"] for row in rows] == sorted(row["position"] for row in rows)
+        logits = target(answer.ids[None]).logits[0].log_softmax(-1)
+        drafted = draft(answer.ids[None]).logits[0].log_softmax(-1)
+        for row in rows:
+            place = answer.prompt_length + row["position"]
+            before, guess = logits[place - 1], drafted[place - 1]
+            assert row["own"]
+            assert row["token"] == answer.ids[place] != row["substitute"]
+            assert row["margin"] == pytest.approx(float(before.max() - before[row["substitute"]]), abs=1e-4)
+            assert row["scalars"][SCALARS.index("margin")] == row["margin"] >= 0
+            assert row["draft_logprob"] == pytest.approx(float(guess[row["substitute"]]), abs=1e-4)
+            kl = float((before.exp() * (before - guess)).sum())
+            assert row["kl_target_draft"] == pytest.approx(kl, abs=1e-4)
+            assert row["mismatches"] == sum(
+                a != b and a not in (0, 1) and b not in (0, 1)
+                for a, b in zip(drafted.argmax(-1)[answer.prompt_length - 1 : -1].tolist(), answer.tokens.tolist(),
+                                strict=True)
+            )  # fmt: skip
+            assert len(row["hidden_before"]) == len(row["hidden_after"]) == 32
+            assert row["hidden_before"].dtype == np.float16
+            suffix = answer.ids[place + 1 :][:5]
+            swapped = torch.cat([answer.ids[:place], torch.tensor([row["substitute"]]), suffix])
+            after = target(swapped[None]).logits[0, place:-1].log_softmax(-1)
+            if not len(suffix):
+                assert row["likelihood"] is row["confidence"] is None
+                continue
+            behind = slice(place, place + len(suffix))
+            drop = (logits[behind] - after).gather(-1, suffix[:, None]).mean()
+            assert row["likelihood"] == pytest.approx(float(drop), abs=1e-3)
+            assert row["confidence"] == pytest.approx(
+                float((logits[behind].amax(-1) - after.amax(-1)).mean()), abs=1e-3
+            )
 
 
-def test_answers_are_plain_greedy(pair, tokenizer):
-    target, _ = pair
-    for answer in target_answers(target, tokenizer, PROMPTS, 24):
-        ids = answer.ids[None, : answer.prompt_length]
-        alone = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-        assert torch.equal(alone[0], answer.ids)
-
-
-def test_mismatches_are_the_drafts_other_choices(pair, found):
-    _, draft = pair
-    assert sum(len(m) for m in found) >= 3
-    for m in found:
-        choice = draft(m.answer.ids[None]).logits[0].argmax(-1)[m.answer.prompt_length - 1 : -1]
-        assert m.total == sum((choice != m.answer.tokens) & (choice > 1) & (m.answer.tokens > 1))
-        for position, token in zip(m.positions, m.substitutes, strict=True):
-            assert choice[position] == token != m.answer.tokens[position]
-
-
-def test_substitution_is_what_the_target_does_alone(pair, found):
-    """Batched over shared prefixes, with the features of a verification: the same as one prompt at a time."""
-    target, _ = pair
-    pool = [(m, k) for m in found for k in range(len(m))]
-    for new in substitute(target, pool, 20):
-        m, k = new.mismatches, new.index
-        prefix = m.answer.ids[: m.answer.prompt_length + m.positions[k]]
-        ids = torch.cat([prefix, m.substitutes[k : k + 1]])[None]
-        alone = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-        assert torch.equal(alone[0, ids.shape[1] :], new.rewrite)
-        forward = target(ids, output_hidden_states=True)
-        torch.testing.assert_close(new.logits, forward.logits[0, -2:], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(new.hidden, forward.hidden_states[-1][0, -2:], atol=1e-4, rtol=1e-4)
-
-
-def test_the_targets_own_token_changes_nothing(pair, found, tokenizer):
-    """The control: substituting a token by itself gives the original answer back."""
-    target, _ = pair
-    for m in found:
-        m.substitutes = m.answer.tokens[m.positions]
-    pool = [(m, k) for m in found for k in range(len(m))]
-    for new in substitute(target, pool, 24):
-        left = len(new.mismatches.answer.tokens) - int(new.mismatches.positions[new.index]) - 1
-        new.rewrite = new.rewrite[:left]
-        row = label_row(tokenizer, new)
-        assert row["rewritten_ids"] == new.mismatches.answer.tokens.tolist()
-        assert row["changed"] == 0
-
-
-def test_killed_and_started_again(llama, tokenizer, tmp_path, monkeypatch):
+def test_packed_and_unpacked_agree(llama, tokenizer):
     target, draft = llama
-    whole = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "whole")
-    calls = []
-
-    def die(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return target_answers(*arguments)
-
-    monkeypatch.setattr(labels, "target_answers", die)
-    with pytest.raises(KeyboardInterrupt):
-        mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "killed")
-    again = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "killed")
-    assert len(calls) == 3
-    assert again.to_dict() == whole.to_dict()
-    assert not list((tmp_path / "killed").glob("*.incomplete"))
+    (answer,) = target_answers(target, PROMPTS[:1], ids_of(1), 24)
+    packed, alone = (rows_of(target, draft, tokenizer, answer, packed=way) for way in (True, False))
+    for a, b in zip(packed, alone, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if isinstance(value, (float, np.ndarray)) or key == "scalars":
+                np.testing.assert_allclose(value, b[key], atol=2e-3, rtol=1e-2)
+            else:
+                assert value == b[key], key
 
 
-def test_rows(llama, tokenizer, tmp_path):
+def test_labels(llama, tokenizer, monkeypatch):
+    """By the final number, by tests if code may run, else by what is left of the wording."""
     target, draft = llama
-    rows = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path)
-    assert len(rows) > 5
-    assert set(rows["prompt_id"]) <= {"a", "b", "c"}
-    for row in rows:
-        assert len(row["scalars"]) == len(SCALARS)
-        assert len(row["hidden_before"]) == len(row["hidden_after"]) == 32
-        assert row["scalars"][0] >= 0
-        assert row["token"] != row["substitute"] == row["rewritten_ids"][row["position"]]
-        assert row["rewritten_ids"][: row["position"]] == row["answer_ids"][: row["position"]]
-        label = 1 - row["reconvergence"] if row["flipped"] is None else row["flipped"]
-        assert row["changed"] == pytest.approx(label)
+    monkeypatch.setattr(target.generation_config, "eos_token_id", list(range(40, 64)))
+    ends = []
+    for allow in (False, True):
+        config = MiningConfig(max_new_tokens=40, top=3, floor=0.0, per_answer=40, rewrites=40, allow_code=allow)
+        for answer in target_answers(target, PROMPTS, ids_of(), 40):
+            for row in rows_of(target, draft, tokenizer, answer, config):
+                checked = answer.prompt.check == "number" or (answer.prompt.check == "tests" and allow)
+                known = checked and answer.finished and row["rewrite_finished"]
+                ends.append(known)
+                assert (row["flipped"] is not None) == known
+                assert row["changed"] == (float(row["flipped"]) if known else 1 - row["reconvergence"])
+                assert row["rewritten_ids"][: row["position"]] == row["answer_ids"][: row["position"]]
+                assert row["rewritten_ids"][row["position"]] == row["substitute"]
+                assert row["answer_ids"] == answer.tokens.tolist()
+                assert row["says_no"] is None
+    assert {*ends} == {True, False}
 
 
-def test_other_settings_are_refused(llama, tokenizer, tmp_path):
+def test_text_that_is_not_the_targets_own(pair, tokenizer):
+    """The yardstick is what the target makes of the text with its own choice in that place."""
+    target, draft = pair
+    texts = [torch.randint(2, VOCAB, (12,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    eos, differ = eos_tokens(target), 0
+    for answer in read_answers(target, PROMPTS, ids_of(), texts):
+        for row in rows_of(target, draft, tokenizer, answer):
+            assert not row["own"]
+            place = answer.prompt_length + row["position"]
+            assert row["token"] == int(target(answer.ids[None, :place]).logits[0, -1].argmax())
+            differ += row["token"] != answer.ids[place]
+            if "changed" in row:
+                limit = (len(answer.ids) - place - 1) * 5 // 4 + 16
+                own = torch.cat([answer.ids[:place], torch.tensor([row["token"]])])
+                yardstick = [*own[answer.prompt_length :].tolist(), *greedy(target, own, limit)]
+                assert row["answer_ids"] == yardstick
+                assert eos == []
+    assert differ > 5
+
+
+def test_the_target_is_asked(llama, tokenizer, monkeypatch):
     target, draft = llama
-    mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
-    with pytest.raises(ValueError, match=r"labels of other settings \(prompts: 1 there, 2 now"):
-        mine(target, draft, tokenizer, PROMPTS[:2], CONFIG, tmp_path)
-
-
-def test_no_labels(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no labels"):
-        load_labels(tmp_path)
-
-
-def test_too_long_prompt_is_refused(llama, tokenizer, tmp_path):
-    target, draft = llama
-    with pytest.raises(ValueError, match="exceeds the target's context"):
-        mine(target, draft, tokenizer, [Prompt("long", "a" * 300)], CONFIG, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 3 + 4 = 7.", "7"),
-        ("The total is $1,234.50 for 3 days: 1,234.50", "1234.5"),
-        ("a \\boxed{12} b 13", "12"),
-        ("it falls to -3", "-3"),
-        ("no number", None),
-    ],
-)
-def test_final_number(text, number):
-    assert final_number(text) == number
-
-
-def test_reconvergence():
-    original = [1, 2, 3, 4, 5, 6]
-    assert reconvergence(original, original) == 1
-    assert reconvergence(original, [9, 1, 2, 3, 4]) == pytest.approx(1 / 3)
-    assert reconvergence(original, [9] * 6) == 0
-    assert reconvergence([1, 1, 1, 1, 1], [1, 1, 1, 1]) == 0.5  # with multiplicity
-    assert reconvergence([1, 2], [2, 1, 2]) == 1
-    assert reconvergence([], [1]) == 1
+    monkeypatch.setattr(target.config, "max_position_embeddings", 4096)
+    config = MiningConfig(max_new_tokens=24, top=2, floor=0.0, per_answer=10, rewrites=6, ask=True)
+    (answer,) = target_answers(target, PROMPTS[:1], ids_of(1), 24)
+    asked = [row["says_no"] for row in rows_of(target, draft, tokenizer, answer, config) if "changed" in row]
+    assert len(asked) == 6
+    assert all(0 <= value <= 1 for value in asked)
 
 
 def test_scalars_by_hand():
@@ -158,10 +141,3 @@ def test_scalars_by_hand():
     expected = [torch.tensor(2.5).log(), torch.tensor(0.2).log(), entropy, torch.tensor(3.0).log(), entropy_after]
     expected += [torch.tensor(0.75).log(), torch.tensor(4.0).log()]
     torch.testing.assert_close(values, torch.stack(expected))
-
-
-def test_dataset_types(llama, tokenizer, tmp_path):
-    target, draft = llama
-    rows = mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
-    assert rows.features == labels.features_of(32)
-    assert isinstance(rows, datasets.Dataset)

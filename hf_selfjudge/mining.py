@@ -1,0 +1,243 @@
+"""The job that turns prompts into labels: shard by shard, over processes, and on after a kill.
+
+In: prompts, a pair, a folder. Out: a dataset of labels in that folder, and how it was made beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .branches import packs
+from .labels import MiningConfig, features_of, label_answer, load_labels
+from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
+from .prompts import Prompt, TooLong, encode, fingerprint_of
+from .sources import fingerprint, precision
+from .together import Tally, together
+
+
+# Writes answers: prompts of shape `(1, prompt_length)` and a limit in tokens -> answers of shape `(answer_length,)`.
+Writer = Callable[[Sequence[torch.LongTensor], int], list[torch.LongTensor]]
+
+
+def mine(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: MiningConfig,
+    folder: str | os.PathLike,
+    prompts_name: str = "prompts",
+    writer: Writer | None = None,
+    writer_name: str | None = None,
+) -> datasets.Dataset:
+    """
+    Prompts -> mismatches -> labels, with a progress bar. Each batch of prompts is written to `folder` as one Parquet
+    shard as soon as it is done; started again with the same settings, mining goes on after the last one. Under
+    `accelerate launch` the processes share the shards; `folder` must be one that all of them see.
+
+    Args:
+        config ([`MiningConfig`]): How.
+        folder (`str`): Where the shards go, with `mining.json` beside them, and for each shard what was counted.
+        prompts_name (`str`, *optional*): What to call the prompts in `mining.json` and on a judge's card.
+        writer (`Writer`, *optional*): Who answers, if not the target: a judged model, for labels along its own text.
+            A prompt's own `answer` goes before both.
+        writer_name (`str`, *optional*): What to call it in `mining.json`.
+
+    Returns:
+        `datasets.Dataset`, one row for each substitution; columns of [`features_of`].
+
+    Raises:
+        ValueError: If `folder` holds labels of other settings, or a prompt is checked by running code and
+            `config.allow_code` is false.
+        OSError: If `folder` cannot be written.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    never, packed = special_tokens(target, tokenizer), packs(target)
+    with state.main_process_first():
+        _claim(folder, target, draft, never, packed, prompts, prompts_name, writer_name, config)
+    shards = -(-len(prompts) // config.shard)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total} prompts"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not state.is_main_process) as progress:
+        bar = progress.add_task(f"Mine labels ({'packed' if packed else 'not packed'})", total=len(prompts))
+        for number in range(shards):
+            begin, end = number * config.shard, min((number + 1) * config.shard, len(prompts))
+            shard = folder / f"labels-{number:05d}-of-{shards:05d}.parquet"
+            if number % state.num_processes == state.process_index and not shard.is_file():
+                advance = functools.partial(progress.advance, bar)
+                _mine_shard(
+                    target, draft, tokenizer, prompts[begin:end], config, never, packed, writer, shard, advance
+                )
+            else:
+                progress.advance(bar, end - begin)
+    state.wait_for_everyone()
+    return load_labels(folder)
+
+
+def _mine_shard(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    config: MiningConfig,
+    never: list[int],
+    packed: bool,
+    writer: Writer | None,
+    shard: Path,
+    advance: Callable[[float], None],
+) -> None:
+    """Mine and write one shard; `advance` is told how many prompts' worth of work was done."""
+    since, tally = time.monotonic(), Tally()
+    fitting, ids = [], []
+    context = target.config.get_text_config().max_position_embeddings
+    for prompt in prompts:
+        try:
+            ids.append(encode(tokenizer, prompt.said, context, config.max_new_tokens).to(target.device))
+            fitting.append(prompt)
+        except TooLong:
+            pass
+    answers = _answers(target, tokenizer, fitting, ids, config, writer, tally)
+    advance(len(prompts) - 0.7 * len(answers))  # answering is about a third of the work
+
+    def label(model: PreTrainedModel, answer: Answer) -> list[dict]:
+        rows = label_answer(model, draft, tokenizer, answer, never, config, packed)
+        advance(0.7)
+        return rows
+
+    calls = [lambda model, answer=answer: label(model, answer) for answer in answers]
+    rows = list(chain(*together([target], calls, at_once=config.at_once(packed), tally=tally)))
+    counts = {
+        "prompts": len(fitting),
+        "too_long": len(prompts) - len(fitting),
+        "answer_tokens": sum(len(answer.tokens) for answer in answers),
+        "substitutions": len(rows),
+        "rewrites": sum("rewritten_ids" in row for row in rows),
+        "target_tokens": tally.tokens,
+        "target_forwards": tally.forwards,
+        "seconds": round(time.monotonic() - since, 1),
+    }
+    _write(shard.with_suffix(".json"), json.dumps(counts, indent=2) + "\n")
+    columns = features_of(target.config.get_text_config().hidden_size)
+    table = {name: [row.get(name) for row in rows] for name in columns}
+    incomplete = shard.with_suffix(".incomplete")
+    datasets.Dataset.from_dict(table, features=columns).to_parquet(incomplete)
+    incomplete.rename(shard)
+
+
+def _answers(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    ids: list[torch.LongTensor],
+    config: MiningConfig,
+    writer: Writer | None,
+    tally: Tally,
+) -> list[Answer]:
+    """For each prompt the answer that came with it, or the writer's, or the target's own."""
+    given = {
+        i: tokenizer(prompt.answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        for i, prompt in enumerate(prompts)
+        if prompt.answer is not None
+    }
+    rest = [i for i in range(len(prompts)) if i not in given]
+    if eos := eos_tokens(target):
+        given = {i: torch.cat([text, text.new_tensor(eos[:1])]) for i, text in given.items()}
+    if writer is not None:
+        for some in batched(rest, config.answer_batch):
+            given |= zip(some, writer([ids[i] for i in some], config.max_new_tokens), strict=True)
+        rest = []
+    own = target_answers(
+        target,
+        [prompts[i] for i in rest],
+        [ids[i] for i in rest],
+        config.max_new_tokens,
+        config.runners_up,
+        config.answer_batch,
+        tally,
+    )
+    read = read_answers(
+        target,
+        [prompts[i] for i in given],
+        [ids[i] for i in given],
+        [text[: config.max_new_tokens].to(target.device) for text in given.values()],
+        config.runners_up,
+        tally,
+    )
+    answers = dict(zip([*rest, *given], [*own, *read], strict=True))
+    return [answers[i] for i in range(len(prompts)) if len(answers[i].tokens)]
+
+
+def counts_of(folder: str | os.PathLike) -> dict:
+    """What was counted while mining, summed over the shards."""
+    shards = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("labels-*.json")]
+    return {key: sum(shard[key] for shard in shards) for key in shards[0]} if shards else {}
+
+
+def _write(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed."""
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    incomplete.write_text(text, encoding="utf-8")
+    incomplete.rename(path)
+
+
+def _claim(
+    folder: Path,
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    never: list[int],
+    packed: bool,
+    prompts: Sequence[Prompt],
+    prompts_name: str,
+    writer_name: str | None,
+    config: MiningConfig,
+) -> None:
+    """Write the settings beside the shards, or compare with those that are there."""
+    text_config = target.config.get_text_config()
+    settings = {
+        "target": target.config.name_or_path,
+        "target_fingerprint": fingerprint(target),
+        "draft": draft.config.name_or_path,
+        "draft_fingerprint": fingerprint(draft),
+        "hidden_size": text_config.hidden_size,
+        "vocab_size": text_config.vocab_size,
+        "special_tokens": never,
+        "dtype": precision(target),
+        "packed": packed,
+        "prompts": len(prompts),
+        "prompts_name": prompts_name,
+        "prompts_sha256": fingerprint_of(prompts),
+        "written_by": writer_name,
+        **asdict(config),
+    }
+    versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
+    path = folder / "mining.json"
+    if not path.is_file():
+        _write(path, json.dumps(settings | {"versions": versions}, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if other := [
+        f"{key}: {before.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if before.get(key) != value
+    ]:
+        raise ValueError(
+            f"`output` {folder} holds labels of other settings ({'; '.join(other)}). Choose another folder or "
+            "remove it."
+        )

@@ -1,0 +1,197 @@
+"""The mining job on tiny random models: shards, kills, processes, memory."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+import torch
+
+from hf_selfjudge import MiningConfig, Prompt, load_labels, mine, mining, read_prompts
+from hf_selfjudge.labels import features_of
+from hf_selfjudge.mining import counts_of
+
+from .conftest import build, perturbed, tiny_tokenizer
+from .test_matrix import build as build_any
+
+
+CONFIG = MiningConfig(
+    max_new_tokens=24, top=2, floor=0.0, per_answer=8, rewrites=3, window=5, shard=2, answer_batch=2,
+    answers_at_once=2, forward_tokens=16,
+)  # fmt: skip
+PROMPTS = [Prompt("a", "why is it so?"), Prompt("b", "how many?", check="number"), Prompt("c", "x + y = z, is it?")]
+MANY = [Prompt(f"p{i}", "why " * (i % 5 + 1) + f"is {i} so?") for i in range(40)]
+
+
+def same(first: datasets.Dataset, second: datasets.Dataset) -> bool:
+    return first.to_dict() == second.to_dict()
+
+
+def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
+    target, draft = llama
+    rows = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path, "three.jsonl")
+    assert len(rows) == 24
+    assert rows.features == features_of(32)
+    assert {*rows["prompt_id"]} == {"a", "b", "c"}
+    assert sum(changed is not None for changed in rows["changed"]) == 9
+    made = json.loads((tmp_path / "mining.json").read_text())
+    assert made["prompts_name"] == "three.jsonl"
+    assert made["packed"] is True
+    assert made["versions"].keys() == {"hf-selfjudge", "transformers", "torch"}
+    counts = counts_of(tmp_path)
+    assert (counts["prompts"], counts["too_long"], counts["substitutions"], counts["rewrites"]) == (3, 0, 24, 9)
+    assert counts["target_tokens"] > counts["answer_tokens"] == 72
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mining.json",
+        *(f"labels-0000{i}-of-00002.{ending}" for i in range(2) for ending in ("json", "parquet")),
+    }
+
+
+@pytest.mark.parametrize("change", [{"answers_at_once": 1}, {"forward_tokens": 400}, {"answer_batch": 1}])
+def test_labels_do_not_depend_on_how_work_is_packed(llama, tokenizer, tmp_path, change):
+    target, draft = llama
+    columns = ("prompt_id", "position", "substitute", "answer_ids", "rewritten_ids", "changed", "kind")
+    first = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "1").select_columns(columns)
+    config = MiningConfig(**{**CONFIG.__dict__, **change})
+    assert same(first, mine(target, draft, tokenizer, PROMPTS, config, tmp_path / "2").select_columns(columns))
+
+
+def test_a_model_that_does_not_pack(tokenizer, tmp_path, capsys):
+    target = build_any("dense", "bloom")
+    target.config.max_position_embeddings = 256
+    rows = mine(target, perturbed(target), tokenizer, PROMPTS, CONFIG, tmp_path)
+    assert len(rows) > 10
+    assert json.loads((tmp_path / "mining.json").read_text())["packed"] is False
+    assert "not packed" in capsys.readouterr().out
+
+
+def test_killed_at_any_moment(llama, tokenizer, tmp_path):
+    """Ten times kill -9, then on to the end: the labels of an undisturbed run, no prompt lost or done twice."""
+    target, draft = llama
+
+    def run(folder):
+        mine(target, draft, tokenizer, MANY, CONFIG, folder)
+
+    whole = mine(target, draft, tokenizer, MANY, CONFIG, tmp_path / "whole")
+    seconds = counts_of(tmp_path / "whole")["seconds"]
+    fork, rng, killed, halves = multiprocessing.get_context("fork"), random.Random(0), 0, set()
+    for _ in range(10):
+        process = fork.Process(target=run, args=(tmp_path / "killed",))
+        process.start()
+        time.sleep(rng.uniform(0.02, 0.15) * (seconds + 0.5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        halves.add(len(list((tmp_path / "killed").glob("labels-*.parquet"))))
+    assert killed > 4
+    assert len(halves) > 1
+    again = mine(target, draft, tokenizer, MANY, CONFIG, tmp_path / "killed")
+    assert same(again, whole)
+    assert len(set(again["prompt_id"])) == 40
+    assert not list((tmp_path / "killed").glob("*.incomplete"))
+
+
+def test_what_is_done_is_not_done_again(llama, tokenizer, tmp_path, monkeypatch):
+    target, draft = llama
+    mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path)
+    monkeypatch.setattr(mining, "_mine_shard", None)
+    assert len(mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path)) == 24
+
+
+def test_other_settings_are_refused(llama, tokenizer, tmp_path):
+    target, draft = llama
+    mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"labels of other settings \(prompts: 1 there, 2 now"):
+        mine(target, draft, tokenizer, PROMPTS[:2], CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"draft_fingerprint: .* there, .* now"):
+        mine(target, target, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
+
+
+def test_too_long_prompts_are_left_out_and_counted(llama, tokenizer, tmp_path):
+    target, draft = llama
+    rows = mine(target, draft, tokenizer, [Prompt("long", "a" * 300), *PROMPTS], CONFIG, tmp_path)
+    assert {*rows["prompt_id"]} == {"a", "b", "c"}
+    counts = counts_of(tmp_path)
+    assert (counts["prompts"], counts["too_long"]) == (3, 1)
+
+
+def test_only_too_long_prompts(llama, tokenizer, tmp_path):
+    target, draft = llama
+    with pytest.raises(ValueError, match="holds no substitution"):
+        mine(target, draft, tokenizer, [Prompt("long", "a" * 300)], CONFIG, tmp_path)
+
+
+def test_no_labels(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no labels"):
+        load_labels(tmp_path)
+
+
+def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
+    """Those that came with the prompts, and those of a writer, each along its own text."""
+    target, draft = llama
+    given = [Prompt("a", "why?", answer="so it is, and it is."), Prompt("b", "how?")]
+
+    def writer(prompts, limit):
+        assert [row.shape[0] for row in prompts] == [1]
+        return [torch.tensor([5, 6, 7, 8, 9] * 4)[:limit]]
+
+    rows = mine(target, draft, tokenizer, given, CONFIG, tmp_path, writer=writer, writer_name="someone")
+    assert {*rows["own"]} == {False}
+    texts = {row["prompt_id"]: row["answer_ids"] for row in rows if row["changed"] is None}
+    assert tokenizer.decode(texts["a"]) == given[0].answer
+    assert texts["b"] == [5, 6, 7, 8, 9] * 4
+    assert json.loads((tmp_path / "mining.json").read_text())["written_by"] == "someone"
+
+
+SMALL = ["--max-new-tokens", "12", "--per-answer", "4", "--rewrites", "2", "--window", "4", "--shard", "10"]
+
+
+def test_two_processes_are_one(pair_folders, prompts_file, tmp_path):
+    command = ["hf_selfjudge.cli", "mine", "--pair", pair_folders, "--prompts", prompts_file, "--shard", "3"]
+    command += [*SMALL[:-2], "--dtype", "float32", "--output"]
+    one = [sys.executable, "-m", *command, tmp_path / "one"]
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    two += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", *command, tmp_path / "two"]
+    for run in (one, two):
+        done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("substitutions") == 1
+    first, second = (load_labels(tmp_path / name) for name in ("one", "two"))
+    assert same(first, second)
+    assert len(first) == 48
+
+
+MEASURE = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.test_mining import peak
+print(peak(int(sys.argv[1]), sys.argv[2]))
+"""
+
+
+def peak(count: int, folder: str) -> int:
+    """Peak memory of mining `count` prompts, kB."""
+    target = build("llama")
+    path = f"{folder}/{count}.jsonl"
+    with open(path, "w") as file:
+        file.writelines(json.dumps({"prompt": f"why is {i} so?"}) + "\n" for i in range(count))
+    config = MiningConfig(max_new_tokens=12, per_answer=4, rewrites=2, window=4, shard=10, answers_at_once=2)
+    mine(target, perturbed(target), tiny_tokenizer(), read_prompts(path), config, f"{folder}/{count}")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_memory_does_not_grow_with_prompts(tmp_path):
+    peaks = {}
+    for count in (100, 400):
+        run = [sys.executable, "-c", MEASURE, str(count), str(tmp_path)]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+        assert done.returncode == 0, done.stderr
+        peaks[count] = int(done.stdout.split()[-1])
+    assert peaks[400] < 1.05 * peaks[100], peaks
