@@ -11,9 +11,11 @@ prompts -> mismatches   where the draft disagrees with the target's own answer
 
 from .generation import JudgedModel
 from .judge import Judge, JudgeInfo
-from .labels import MiningConfig, load_labels, mine
+from .labels import MiningConfig, load_labels
+from .mining import mine
+from .prompts import Prompt, Prompts, read_prompts
 from .rules import JudgeRule
-from .sources import Prompt, SourceError, load_model, read_prompts
+from .sources import SourceError, load_model
 from .stats import Stats
 
 
@@ -24,6 +26,7 @@ __all__ = [
     "JudgedModel",
     "MiningConfig",
     "Prompt",
+    "Prompts",
     "SourceError",
     "Stats",
     "load_labels",

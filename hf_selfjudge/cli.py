@@ -1,4 +1,4 @@
-"""`hf-selfjudge quickstart | mine | train | card`."""
+"""`hf-selfjudge quickstart | mine | labels | train | card`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,48 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .cards import read_results, shipped_judge, write_card
 from .generation import JudgedModel
+from .inspection import (
+    Labels,
+    correlations,
+    correlations_table,
+    examples,
+    in_context,
+    predictors,
+    predictors_table,
+    rates,
+    rates_table,
+)
+from .inspection import plot as draw
 from .judge import Judge
-from .labels import MiningConfig, mine
+from .labels import MiningConfig
+from .mining import Writer, counts_of, mine
+from .mismatches import eos_tokens, greedy, until_eos
+from .prompts import read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
-from .sources import SourceError, fingerprint, load_model, parse_pair, precision, read_prompts
-from .trainer import FitConfig, fit_judge
+from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
+from .trainer import FitConfig, fit_judge, mining_of
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(width=max(110, Console().width))
 
-PROMPTS = Path(__file__).parent / "prompts"
+PROMPTS = Path(__file__).parent / "data"
+DEFAULT = MiningConfig()
 # Small enough for a first try on two cores.
-QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, answer_batch=24)
+QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 
 Pair = Annotated[str, typer.Option(help="A known pair or 'TARGET,DRAFT', each a Hub id or a folder.")]
 DraftLength = Annotated[
@@ -127,32 +145,136 @@ def quickstart(
 
 @app.command("mine")
 def mine_command(
-    prompts: Annotated[Path, typer.Option(help="JSON lines with `prompt`, `question`, `instruction` or `turns`.")],
+    prompts: Annotated[
+        str,
+        typer.Option(help="JSON lines, CSV or Parquet; a folder or Hub id of a dataset; or - for standard input."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the labels; started again, mining goes on there.")],
     pair: Pair = "qwen2.5-coder",
     dtype: Dtype = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of the file.")] = None,
-    max_new_tokens: MaxNewTokens = MiningConfig.max_new_tokens,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the prompts first, with --seed.")] = False,
+    split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
+    column: Annotated[str | None, typer.Option(help="Where the prompt is, if it is not found by itself.")] = None,
+    answer_column: Annotated[
+        str | None, typer.Option(help="Where answers are that shall be taken instead of the target's own.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message for all prompts.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a judge: mine along text decoded with it.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
+    top: Annotated[int, typer.Option(min=1, help="Choices of the draft to substitute at each place.")] = DEFAULT.top,
+    floor: Annotated[
+        float, typer.Option(min=0, max=1, help="Least probability of a choice of the draft but its first.")
+    ] = DEFAULT.floor,
+    runners_up: Annotated[
+        int, typer.Option(min=0, help="Next choices of the target itself to substitute at each place.")
+    ] = DEFAULT.runners_up,
     per_answer: Annotated[
-        int, typer.Option(min=1, help="Substitutions to rewrite in each answer.")
-    ] = MiningConfig.per_answer,
-    answer_batch: Annotated[
-        int, typer.Option(min=1, help="Prompts answered at once; one shard.")
-    ] = MiningConfig.answer_batch,
-    rewrite_batch: Annotated[
-        int, typer.Option(min=1, help="Rewrites generated at once.")
-    ] = MiningConfig.rewrite_batch,
-    seed: Annotated[int, typer.Option(help="Of the sample of mismatches.")] = MiningConfig.seed,
+        int, typer.Option(min=1, help="Substitutions to score in each answer.")
+    ] = DEFAULT.per_answer,
+    rewrites: Annotated[int, typer.Option(min=0, help="How many of these to rewrite.")] = DEFAULT.rewrites,
+    window: Annotated[
+        int, typer.Option(min=0, help="Tokens behind a substitution that likelihood and confidence look at.")
+    ] = DEFAULT.window,
+    ask: Annotated[bool, typer.Option("--ask", help="Ask the target whether rewritten text says the same.")] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the code of answers to prompts with `tests` on this machine.")
+    ] = False,
+    shard: Annotated[int, typer.Option(min=1, help="Prompts whose labels are written together.")] = DEFAULT.shard,
+    answer_batch: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.")] = DEFAULT.answer_batch,
+    forward_tokens: Annotated[
+        int, typer.Option(min=8, help="Tokens of one forward over substitutions: the limit of memory.")
+    ] = DEFAULT.forward_tokens,
+    answers_at_once: Annotated[
+        int, typer.Option(min=1, help="Answers whose substitutions share a forward.")
+    ] = DEFAULT.answers_at_once,
+    seed: Annotated[int, typer.Option(help="Of all samples.")] = DEFAULT.seed,
 ) -> None:
     """Label substitutions by letting the target finish its answer after each."""
     check_writable(output)
-    questions = read_prompts(prompts, limit)
-    target, draft, tokenizer = load_pair(pair, 1, read_dtype(dtype))
-    config = MiningConfig(max_new_tokens, per_answer, answer_batch, rewrite_batch, seed)
-    labels = mine(target, draft, tokenizer, questions, config, output, prompts.name)
-    console.print(
-        f"{len(labels)} substitutions from {len(set(labels['prompt_id']))} prompts in {output}", soft_wrap=True
+    questions = read_prompts(
+        prompts,
+        limit,
+        shuffle=seed if shuffle else None,
+        column=column,
+        answer_column=answer_column,
+        system=system,
+        split=split,
     )
+    target, draft, tokenizer = load_pair(pair, 5, read_dtype(dtype))
+    config = MiningConfig(
+        max_new_tokens=max_new_tokens,
+        top=top,
+        floor=floor,
+        runners_up=runners_up,
+        per_answer=per_answer,
+        rewrites=rewrites,
+        window=window,
+        ask=ask,
+        allow_code=allow_code,
+        shard=shard,
+        answer_batch=answer_batch,
+        forward_tokens=forward_tokens,
+        answers_at_once=answers_at_once,
+        seed=seed,
+    )
+    writer = judge and judged_writer(JudgedModel.from_pretrained(target, judge), draft)
+    mine(target, draft, tokenizer, questions, config, output, Path(prompts).name, writer or None, judge)
+    if not PartialState().is_main_process:
+        return
+    counts = counts_of(output)
+    console.print(
+        f"{counts['substitutions']} substitutions ({counts['rewrites']} rewritten) of {counts['prompts']} prompts in "
+        f"{output}; {counts['too_long']} prompts were too long. {counts['target_tokens']} tokens through the target, "
+        f"{counts['seconds']:.0f} s.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command("labels")
+def labels_command(
+    labels: Annotated[list[Path], typer.Argument(help="Folders written by `hf-selfjudge mine`.")],
+    examples_shown: Annotated[
+        int, typer.Option("--examples", min=0, help="Harmless and harmful substitutions to show in context.")
+    ] = 5,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the distributions of scores to this file (.png, .svg, .pdf).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the tables to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the examples and the intervals.")] = 0,
+) -> None:
+    """Look at mined labels: rates, scores beside each other, substitutions in context."""
+    made = [mining_of(folder) for folder in labels]
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(made[0]["target"]))
+    found, config = Labels.load(labels, tokenizer), FitConfig(seed=seed)
+    by = {name: rates(found, name, config) for name in ("category", "kind", "replaced")}
+    names, matrix = correlations(found)
+    scores = predictors(found, config)
+    console.print(
+        f"{len(found)} substitutions ({int(found.rewritten.sum())} rewritten) of "
+        f"{len(set(found.columns['prompt_id']))} prompts; {made[0]['target']} + {made[0]['draft']}. Intervals: 95 %, "
+        "bootstrap over prompts.\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, rows in by.items():
+        console.print(rates_table(rows, name))
+    console.print(correlations_table(names, matrix))
+    console.print(predictors_table(scores))
+    for harmful in (False, True):
+        console.rule("harmful" if harmful else "harmless")
+        for index in examples(found, harmful, examples_shown, seed):
+            console.print(in_context(found, index, tokenizer), soft_wrap=True)
+    if plot is not None:
+        draw(found, plot)
+    if json_file is not None:
+        write_json(
+            json_file,
+            {"rates": by, "correlations": {"scores": names, "matrix": matrix.tolist()}, "predictors": scores},
+        )
 
 
 @app.command()
@@ -217,6 +339,19 @@ def load_pair(
     target_id, draft_id = parse_pair(pair)
     target, tokenizer = load_model(target_id, dtype)
     return target, load_draft(draft_id, draft_length, dtype), tokenizer
+
+
+def judged_writer(judged: JudgedModel, draft: PreTrainedModel) -> Writer:
+    """Answers that are decoded with a judge, greedily."""
+
+    def write(prompts: Sequence[torch.LongTensor], max_new_tokens: int) -> list[torch.LongTensor]:
+        width, config = max(row.shape[1] for row in prompts), greedy(judged.target, max_new_tokens)
+        ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in prompts])
+        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in prompts])
+        rows = judged.generate(ids, attention_mask=mask, assistant_model=draft, generation_config=config)
+        return [until_eos(row[width:], eos_tokens(judged.target))[0] for row in rows]
+
+    return write
 
 
 def print_speed(runs: list[Run], rows: list[dict]) -> None:

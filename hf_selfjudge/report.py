@@ -20,9 +20,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .generation import JudgedModel
 from .hidden import HiddenTap
-from .labels import reconvergence
+from .meaning import reconvergence
 from .mismatches import greedy
-from .sources import Prompt, encode
+from .prompts import Prompt, encode
 from .stats import Stats
 
 
@@ -74,7 +74,7 @@ def compare(
         `list[Run]` in the order of `decodings`, for one prompt at a time.
     """
     context = target.config.get_text_config().max_position_embeddings
-    rows = [encode(tokenizer, prompt.text, context, max_new_tokens).to(target.device) for prompt in prompts]
+    rows = [encode(tokenizer, prompt.said, context, max_new_tokens).to(target.device) for prompt in prompts]
     names = list(decodings)
     for name in names:  # warm up, so that no decoding pays for first touches of the weights
         _answer(target, *decodings[name], rows[0], 8)
@@ -112,7 +112,7 @@ def _answer(
         )
     seconds = time.perf_counter() - start
     stats = model.stats if isinstance(model, JudgedModel) else Stats()
-    return output.sequences[0, ids.shape[1] :].tolist(), seconds, len(forwards), stats
+    return output[0, ids.shape[1] :].tolist(), seconds, len(forwards), stats
 
 
 @torch.no_grad()

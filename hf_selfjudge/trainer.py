@@ -113,7 +113,7 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
         ValueError: If the folders are of different models, or have too few prompts.
     """
     config = config or FitConfig()
-    mining = [_settings(folder) for folder in folders]
+    mining = [mining_of(folder) for folder in folders]
     first = mining[0]
     for other in mining[1:]:
         for name in ("target", "target_fingerprint", "draft"):
@@ -122,7 +122,9 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
                     f"`labels`: the folders are of different models ({name}: {first[name]!r} and {other[name]!r}). "
                     "Fit one judge for each pair."
                 )
-    table = Table.of(datasets.concatenate_datasets([load_labels(folder) for folder in folders]))
+    labels = datasets.concatenate_datasets([load_labels(folder) for folder in folders])
+    rewritten = [row for row, changed in enumerate(labels["changed"]) if changed is not None]
+    table = Table.of(labels.select(rewritten))
     if len(set(table.prompt)) < 2 * config.folds:
         raise ValueError(
             f"`labels`: {len(set(table.prompt))} prompts are too few for {config.folds} folds. Mine at least "
@@ -150,7 +152,12 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
     return _assemble(info, projection, _logistic(projection(table, components), table.changed, penalty))
 
 
-def _settings(folder: str | os.PathLike) -> dict:
+def mining_of(folder: str | os.PathLike) -> dict:
+    """How labels were mined.
+
+    Raises:
+        FileNotFoundError: If `folder` is not one of labels.
+    """
     path = Path(folder) / "mining.json"
     if not path.is_file():
         raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
@@ -239,14 +246,15 @@ def evaluate(table: Table, probability: np.ndarray, config: FitConfig) -> dict:
             inside = score <= np.quantile(score, share)
             accepted[str(share)] = float(table.changed[inside].mean())
         result["scores"][name] = {
-            "auc_changed_number": _interval(table.flipped, score, table.prompt, known, _auc, config),
-            "rank_correlation_text": _interval(table.changed, score, table.prompt, text, _correlation, config),
+            "auc_changed_number": interval(table.flipped, score, table.prompt, known, auc, config),
+            "rank_correlation_text": interval(table.changed, score, table.prompt, text, _correlation, config),
             "mean_label_among_accepted": accepted,
         }
     return result
 
 
-def _auc(label: np.ndarray, score: np.ndarray) -> float:
+def auc(label: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve; NaN where all labels are the same."""
     return float(roc_auc_score(label, score)) if 0 < label.sum() < len(label) else float("nan")
 
 
@@ -254,10 +262,11 @@ def _correlation(label: np.ndarray, score: np.ndarray) -> float:
     return float(spearmanr(label, score).statistic) if np.ptp(label) and np.ptp(score) else float("nan")
 
 
-def _interval(
+def interval(
     label: np.ndarray, score: np.ndarray, prompt: np.ndarray, among: np.ndarray, measure: Callable, config: FitConfig
 ) -> list[float] | None:
-    """`[value, low, high]` among some rows, resampling whole prompts; `None` where the measure is undefined."""
+    """`measure(label, score)` among some rows as `[value, low, high]`, with a 95 % bootstrap interval over whole
+    prompts; `None` where it is undefined."""
     label, score, prompt = label[among], score[among], prompt[among]
     if not len(label) or np.isnan(value := measure(label, score)):
         return None

@@ -31,11 +31,40 @@ MINE = ("--max-new-tokens", 24, "--per-answer", 4, "--answer-batch", 6)
 def judge(run, pair_folders, prompts_file, tmp_path):
     code, out, err = run("mine", "--pair", pair_folders, "--prompts", prompts_file, "--output", tmp_path / "l", *MINE)
     assert code == 0, err
-    assert f"{len(load_labels(tmp_path / 'l'))} substitutions from" in out
+    assert f"{len(load_labels(tmp_path / 'l'))} substitutions (48 rewritten) of 12 prompts" in out.replace("\n", " ")
     code, out, err = run("train", tmp_path / "l", "--output", tmp_path / "j")
     assert code == 0, err
     assert "held out" in out
     return tmp_path / "j"
+
+
+def test_labels_in_tables_and_in_context(run, judge, tmp_path):
+    code, out, err = run(
+        "labels", tmp_path / "l", "--examples", 2, "--plot", tmp_path / "p.png", "--json", tmp_path / "t.json"
+    )
+    assert code == 0, err
+    assert "48 substitutions (48 rewritten) of 12 prompts" in out
+    for words in ("by category", "by token replaced", "rank correlation of scores", "held-out prompts", "harmless"):
+        assert words in out
+    assert "target " in out
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    tables = json.loads((tmp_path / "t.json").read_text())
+    assert sum(row["substitutions"] for row in tables["rates"]["kind"]) == 48
+    assert {row["score"] for row in tables["predictors"]} >= {"margin", "likelihood", "confidence"}
+    assert not list(tmp_path.glob("*.incomplete*"))
+
+
+def test_mining_along_judged_text(run, judge, pair_folders, prompts_file, tmp_path):
+    code, out, err = run(
+        *("mine", "--pair", pair_folders, "--prompts", prompts_file, "--limit", 3, "--output", tmp_path / "on"),
+        *("--judge", judge, "--shuffle", "--ask", *MINE),
+    )
+    assert code == 0, err
+    rows = load_labels(tmp_path / "on")
+    assert {*rows["own"]} == {False}
+    made = json.loads((tmp_path / "on" / "mining.json").read_text())
+    assert made["written_by"] == str(judge)
+    assert made["prompts"] == 3
 
 
 def test_mine_train_quickstart_card(run, judge, pair_folders, prompts_file, tmp_path):
@@ -111,10 +140,10 @@ def test_quickstart_trains(run, pair_folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("quickstart", "--prompts", "none.jsonl"), "none.jsonl does not exist"),
+        (("quickstart", "--prompts", "none.jsonl"), "none.jsonl could not be read"),
         (("quickstart", "--pair", "a,b", "--limit", "1"), "no judge is shipped for 'a,b'"),
         (("quickstart", "--train", "--judge", "x"), "Use one of the two"),
-        (("mine", "--prompts", "none.jsonl", "--output", "labels"), "none.jsonl does not exist"),
+        (("mine", "--prompts", "none.jsonl", "--output", "labels"), "none.jsonl could not be read"),
         (("train", "labels", "--output", "judge"), "no mining.json"),
         (("quickstart", "--draft-length", "0"), "`draft-length` must be a number of tokens, 1 or more, or 'auto'"),
         (("quickstart", "--dtype", "int4"), "`dtype` must be one of bfloat16, float16, float32, got 'int4'"),
@@ -146,7 +175,7 @@ def test_unwritable_paths_fail_before_the_work(run, prompts_file, tmp_path):
 
 def test_empty_and_long_prompts(run, judge, pair_folders, tmp_path):
     path = tmp_path / "p.jsonl"
-    for content, message in (("", "is empty"), (json.dumps({"prompt": "a" * 250}), "exceeds the target's context")):
+    for content, message in (("", "are empty"), (json.dumps({"prompt": "a" * 250}), "exceeds the target's context")):
         path.write_text(content)
         code, _, err = run("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", path)
         assert code == 1

@@ -6,7 +6,8 @@ import torch
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.cards import shipped_judge
 from hf_selfjudge.mismatches import greedy
-from hf_selfjudge.sources import PAIRS, encode
+from hf_selfjudge.prompts import encode
+from hf_selfjudge.sources import PAIRS
 
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def no_hub():
 def test_the_target_answers(real):
     target, _, tokenizer = real
     ids = encode(tokenizer, "What is 12 * 7? Answer with the number only.", 1024, 8)
-    output = target.generate(ids, generation_config=greedy(target, 8)).sequences
+    output = target.generate(ids, generation_config=greedy(target, 8))
     assert tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == "84"
 
 

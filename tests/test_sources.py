@@ -2,19 +2,17 @@
 
 import dataclasses
 import hashlib
-import json
 import zipfile
 
 import pytest
 import torch
 from huggingface_hub import constants
 
-from hf_selfjudge import JudgedModel, SourceError, load_model, read_prompts, sources
+from hf_selfjudge import JudgedModel, SourceError, load_model, sources
 from hf_selfjudge.rules import Lossless
 from hf_selfjudge.sources import (
     HalfLinear,
     PinnedWheels,
-    encode,
     fingerprint,
     pack_half,
     parse_pair,
@@ -181,54 +179,3 @@ def test_parse_pair():
     for wrong in ("a/b", "a,b,c", ","):
         with pytest.raises(ValueError, match="`pair` must be one of"):
             parse_pair(wrong)
-
-
-@pytest.mark.parametrize(
-    ("row", "text", "check"),
-    [
-        ({"prompt": "p"}, "p", "text"),
-        ({"prompt": "p", "check": "number"}, "p", "number"),
-        ({"question": "q", "answer": "so\n#### 4"}, "q", "number"),
-        ({"instruction": "do", "input": "this"}, "do\n\nthis", "text"),
-        ({"instruction": "do", "instances": [{"input": "", "output": "o"}]}, "do", "text"),
-        ({"question_id": 7, "turns": ["first", "second"]}, "first", "text"),
-    ],
-)
-def test_read_prompts(tmp_path, row, text, check):
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps(row) + "\n\n")
-    (prompt,) = read_prompts(path)
-    assert (prompt.text, prompt.check) == (text, check)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("no json", "p.jsonl:1: not a JSON object"),
-        ('{"prompt": "a"}\n[1]', "p.jsonl:2: expected a JSON object, got list"),
-        ('{"text": "a"}', "needs one of `prompt`"),
-        ('{"prompt": " "}', "the prompt is empty"),
-        ('{"prompt": "a", "check": "vibes"}', "`check` must be 'number' or 'text'"),
-    ],
-)
-def test_read_prompts_errors(tmp_path, content, message):
-    path = tmp_path / "p.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(path)
-
-
-def test_read_prompts_missing(tmp_path):
-    with pytest.raises(SourceError, match="does not exist"):
-        read_prompts(tmp_path / "none.jsonl")
-
-
-def test_encode(tokenizer):
-    assert encode(tokenizer, "abc", 10, 7).tolist() == [[2, 3, 4]]
-    with pytest.raises(ValueError, match="`prompt` is empty"):
-        encode(tokenizer, "  ", 10, 1)
-    with pytest.raises(
-        ValueError, match=r"`prompt` has 3 tokens; with `max_new_tokens`=8 it exceeds the target's context of 10"
-    ):
-        encode(tokenizer, "abc", 10, 8)

@@ -30,6 +30,8 @@ def write_labels(folder, prompts=40, target="tiny/llama", seed=0):
             rows.append(
                 {
                     **{"prompt_id": f"{seed}-{prompt}", "category": "-", "check": "number" if checked else "text"},
+                    **{"kind": "mismatch", "draft_rank": 0, "own": True, "rewrite_finished": True, "says_no": None},
+                    **dict.fromkeys(("margin", "likelihood", "confidence"), 0.0),
                     **{"position": position, "token": 3, "substitute": 4, "mismatches": 6, "finished": True},
                     **{"answer_ids": [3, 5], "rewritten_ids": [4, 5], "flipped": changed if checked else None},
                     **{"reconvergence": 1 - 0.8 * changed, "changed": float(changed) if checked else 0.8 * changed},
