@@ -19,7 +19,7 @@ from .mismatches import Answer, Substitution
 
 
 LONGEST_DRAFT = 16  # tokens
-NGRAM = 3  # tokens that place a rewrite in the original
+NGRAMS = (3, 2)  # tokens that place a rewrite in the original; one alone misleads more often than it helps
 
 
 @dataclass(eq=False)
@@ -76,7 +76,8 @@ def follow(
             yield path.followed
         return
     branches = Branches(model, answer.cache)
-    waiting = deque(zip(substitutions, rewritten, strict=True))
+    # Those to finish first: they take many small steps, which the others fill up.
+    waiting = deque(sorted(zip(substitutions, rewritten, strict=True), key=lambda pair: not pair[1]))
     paths: list[_Path] = []
     while waiting or paths:
         left, fed = room, []
@@ -95,7 +96,6 @@ def follow(
             path.take(new)
             if path.done:
                 yield path.followed
-        # Rewrites first: theirs are the many small steps that the others can fill up.
         paths = sorted((path for path in paths if not path.done), key=lambda path: not path.rewriting)
 
 
@@ -178,7 +178,7 @@ class _Path:
     def _guess(self) -> list[int]:
         """How the rewrite goes on if it is back in the original: behind the place there that ends like it, of several
         the nearest to where it was."""
-        for size in range(min(NGRAM, len(self.new)), 0, -1):
+        for size in NGRAMS:
             tail, original = self.new[-size:], self.original
             ends = [i + size for i in range(len(original) - size + 1) if original[i : i + size] == tail]
             if ends:
