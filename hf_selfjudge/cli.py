@@ -409,6 +409,9 @@ def write_json(path: Path, content: dict) -> None:
 def main() -> None:
     """Run the command line; the user's mistakes end in one sentence, not in a traceback."""
     torch.set_num_threads(os.cpu_count() or 1)
+    if not torch.cuda.is_available():
+        # Else transformers copies keys and values for every head that shares them, in each forward with a mask.
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     try:
         app()
     except (SourceError, ValueError, OSError) as error:
