@@ -31,6 +31,9 @@ from .sources import fingerprint, precision
 from .together import Tally, together
 
 
+# Settings that decide how much is computed at a time, and not what: a run may go on with others.
+PACE = ("answer_batch", "forward_tokens", "answers_at_once")
+
 # Writes answers: prompts of shape `(1, prompt_length)` and a limit in tokens -> answers of shape `(answer_length,)`.
 Writer = Callable[[Sequence[torch.LongTensor], int], list[torch.LongTensor]]
 
@@ -52,7 +55,8 @@ def mine(
     `accelerate launch` the processes share the shards; `folder` must be one that all of them see.
 
     Args:
-        config ([`MiningConfig`]): How.
+        config ([`MiningConfig`]): How. What decides the need of memory (`answer_batch`, `forward_tokens`,
+            `answers_at_once`) may differ from the start; what is computed stays the same, to rounding.
         folder (`str`): Where the shards go, with `mining.json` beside them, and for each shard what was counted.
         prompts_name (`str`, *optional*): What to call the prompts in `mining.json` and on a judge's card.
         writer (`Writer`, *optional*): Who answers, if not the target: a judged model, for labels along its own text.
@@ -235,7 +239,7 @@ def _claim(
     if other := [
         f"{key}: {before.get(key)!r} there, {value!r} now"
         for key, value in settings.items()
-        if before.get(key) != value
+        if key not in PACE and before.get(key) != value
     ]:
         raise ValueError(
             f"`output` {folder} holds labels of other settings ({'; '.join(other)}). Choose another folder or "

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -59,7 +60,7 @@ def test_labels_do_not_depend_on_how_work_is_packed(llama, tokenizer, tmp_path, 
     target, draft = llama
     columns = ("prompt_id", "position", "substitute", "answer_ids", "rewritten_ids", "changed", "kind")
     first = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "1").select_columns(columns)
-    config = MiningConfig(**{**CONFIG.__dict__, **change})
+    config = replace(CONFIG, **change)
     assert same(first, mine(target, draft, tokenizer, PROMPTS, config, tmp_path / "2").select_columns(columns))
 
 
@@ -102,7 +103,9 @@ def test_what_is_done_is_not_done_again(llama, tokenizer, tmp_path, monkeypatch)
     target, draft = llama
     mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path)
     monkeypatch.setattr(mining, "_mine_shard", None)
-    assert len(mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path)) == 24
+    less_memory = replace(CONFIG, answer_batch=1, answers_at_once=1, forward_tokens=8)
+    for config in (CONFIG, less_memory):
+        assert len(mine(target, draft, tokenizer, PROMPTS, config, tmp_path)) == 24
 
 
 def test_other_settings_are_refused(llama, tokenizer, tmp_path):
@@ -112,6 +115,8 @@ def test_other_settings_are_refused(llama, tokenizer, tmp_path):
         mine(target, draft, tokenizer, PROMPTS[:2], CONFIG, tmp_path)
     with pytest.raises(ValueError, match=r"draft_fingerprint: .* there, .* now"):
         mine(target, target, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"rewrites: 3 there, 4 now"):
+        mine(target, draft, tokenizer, PROMPTS[:1], replace(CONFIG, rewrites=4), tmp_path)
 
 
 def test_too_long_prompts_are_left_out_and_counted(llama, tokenizer, tmp_path):
