@@ -28,6 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .attention import share_keys
+
 
 class SourceError(RuntimeError):
     """A model or a file of prompts could not be had; the message says what was tried and what to do."""
@@ -127,6 +129,8 @@ def load_model(
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
     # A judge remembers the id of its target, wherever the weights lie on this machine.
     model.config.name_or_path = reference
+    if device == "cpu":
+        share_keys(model)
     if int8:
         quantise_int8(model)
     elif dtype is None and device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:  # x86
@@ -195,7 +199,7 @@ def precision(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: torch.nn.Module) -> str:
     """
     A short digest that tells one set of weights from another (a fine-tune, a quantised copy), whatever floating-point
     type and device they were loaded to: names, shapes and 32 evenly spaced values of each parameter, in bf16.

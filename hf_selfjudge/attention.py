@@ -1,0 +1,66 @@
+"""Attention for a CPU where heads share keys and values (grouped-query attention).
+
+In: what transformers gives an attention function. Out: what it expects, to rounding. With a mask, transformers copies
+keys and values for each head that shares them; here the queries of these heads are put one behind the other instead.
+In a batch of 50 rows with 300 tokens behind them that takes a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+NAME = "grouped_sdpa"
+
+
+def grouped_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, new, head_dim)`): Of the new tokens.
+        key, value (`torch.Tensor` of shape `(batch, groups, length, head_dim)`): Of all tokens.
+        attention_mask (`torch.Tensor` of shape `(batch, 1, new, length)`, *optional*): Additive, or boolean.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, new, heads, head_dim)`, and no weights.
+    """
+    batch, heads, new, width = query.shape
+    sharing = heads // key.shape[1]
+    others = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
+    if sharing == 1 or attention_mask is None or attention_mask.shape[1] != 1 or others:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    output = scaled_dot_product_attention(
+        query.reshape(batch, -1, sharing * new, width),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, sharing, 1),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, grouped_sdpa)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def share_keys(model: PreTrainedModel) -> None:
+    """Let a model on a CPU use it, if it has attention of this kind."""
+    config = model.config.get_text_config().to_dict()
+    shared = config.get("num_key_value_heads") not in (None, config.get("num_attention_heads"))
+    if shared and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
