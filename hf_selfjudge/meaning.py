@@ -12,16 +12,18 @@ import sys
 import tempfile
 from difflib import SequenceMatcher
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .prompts import TooLong, encode
+from .prompts import TooLong, context_of, encode
 
 
 GRAM = 4  # tokens
 CONTEXT = 12  # words shown around a difference
+PASSED = 77  # exit status behind the last test; code that ends the process before it has not passed
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 QUESTION = """Two answers to the same request differ in one passage.
 
@@ -61,30 +63,39 @@ def reconvergence(original: list[int], rewritten: list[int]) -> float:
 
 
 def code_of(text: str) -> str:
-    """The last fenced block of an answer, or all of it."""
-    blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return blocks[-1] if blocks else text
+    """The Python blocks of an answer (the first fenced block if none says that it is Python), or all of it."""
+    blocks = re.findall(r"```([^\n]*)\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    python = [code for language, code in blocks if language.strip().lower() in ("python", "py", "python3")]
+    return "\n".join(python or [code for _, code in blocks[:1]] or [text])
 
 
-@lru_cache(maxsize=4096)  # rewrites often end in the same code
 def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:
     """
     Whether the code of an answer passes `tests`. It **runs the code**, in a process of its own, in an empty folder,
     for at most `seconds`; nothing else holds it back, so the caller must have been told to.
     """
+    return _passes(code_of(text), tests, seconds)
+
+
+@lru_cache(maxsize=4096)  # rewrites often end in the same code
+def _passes(code: str, tests: str, seconds: float) -> bool:
     with tempfile.TemporaryDirectory() as folder:
+        script, work = Path(folder) / "answer.py", Path(folder) / "work"
+        script.write_text(f"{code}\n\n{tests}\n\nraise SystemExit({PASSED})\n", encoding="utf-8", errors="replace")
+        work.mkdir()
         try:
-            return not subprocess.run(
-                [sys.executable, "-I", "-c", f"{code_of(text)}\n\n{tests}\n"],
-                cwd=folder,
+            done = subprocess.run(
+                [sys.executable, "-I", script],
+                cwd=work,
                 env={},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 timeout=seconds,
-            ).returncode
+            )
         except subprocess.TimeoutExpired:
             return False
+    return done.returncode == PASSED
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
@@ -109,9 +120,9 @@ def says_no(
     word; `None` if the question is longer than its context.
     """
     passages = dict(zip(("first", "second"), differing(first, second), strict=True))
-    context = model.config.get_text_config().max_position_embeddings
+    question = QUESTION.format(request=request, **passages)
     try:
-        ids = encode(tokenizer, QUESTION.format(request=request, **passages), context, 0).to(model.device)
+        ids = encode(tokenizer, question, context_of(model), 0).to(model.device)
     except TooLong:
         return None
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[0, -1].float()

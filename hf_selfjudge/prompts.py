@@ -19,6 +19,8 @@ from pathlib import Path
 import datasets
 import torch
 from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .sources import SourceError
@@ -68,11 +70,12 @@ class Prompts(Sequence[Prompt]):
         rows (`datasets.Dataset`): A column for each field of [`Prompt`].
 
     Attributes:
-        fingerprint (`str`): Of the content and of how it was read.
+        fingerprint (`str`): Of the content (for a dataset: as `datasets` tells it) and of how it was read.
+        options (`dict`): How it was read, where that differs from the default.
     """
 
-    def __init__(self, rows: datasets.Dataset, fingerprint: str):
-        self.rows, self.fingerprint = rows, fingerprint
+    def __init__(self, rows: datasets.Dataset, fingerprint: str, options: dict):
+        self.rows, self.fingerprint, self.options = rows, fingerprint, options
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,8 +131,9 @@ def read_prompts(
                 shutil.copyfileobj(sys.stdin.buffer, copy)
         table = None if path.is_file() and path.suffix not in TABLES else _load_table(path, name, split)
         how = {"column": column, "answer_column": answer_column, "system": system}
-        content = _file_digest(path) if path.is_file() else table._fingerprint
-        fingerprint = hashlib.sha256(json.dumps([content, how, limit, shuffle]).encode()).hexdigest()
+        # What is cached is as good as the code that made it.
+        content = [_file_digest(path) if path.is_file() else table._fingerprint, _file_digest(Path(__file__))]
+        fingerprint = hashlib.sha256(json.dumps([content[0], how, limit, shuffle]).encode()).hexdigest()
         try:
             rows = datasets.Dataset.from_generator(
                 _normalised,
@@ -144,7 +148,9 @@ def read_prompts(
             raise error.__cause__ or error from None
     if shuffle is not None:
         rows = rows.shuffle(seed=shuffle)
-    return Prompts(rows.select(range(min(limit or len(rows), len(rows)))), fingerprint)
+    options = {**how, "limit": limit, "shuffle": shuffle, "split": None if split == "train" else split}
+    options = {name: value for name, value in options.items() if value is not None}
+    return Prompts(rows.select(range(min(limit or len(rows), len(rows)))), fingerprint, options)
 
 
 def _from_row(row: dict) -> Prompt:
@@ -177,14 +183,20 @@ def _file_digest(path: Path) -> str:
 
 def _normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dict) -> Iterator[dict]:
     """Rows of any shape as rows of [`Prompt`]."""
-    empty = True
+    places: dict[str, str] = {}
     for number, row in enumerate(table if table is not None else _lines(path, plain), start=1):
         if row is None:
             continue
-        empty = False
         where = f"{path.name}:{number}"
-        yield _prompt_row(row, where, f"{path.stem}-{number}", **how)
-    if empty:
+        try:
+            prompt = _prompt_row(row, where, f"{path.stem}-{number}", **how)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: no prompt of a known shape ({error}), found {str(row)[:200]}.") from error
+        if prompt["id"] in places:
+            raise ValueError(f"{where}: the id {prompt['id']!r} was used before, in {places[prompt['id']]}.")
+        places[prompt["id"]] = where
+        yield prompt
+    if not places:
         raise ValueError(f"The prompts {path.name} are empty. Write one JSON object with `prompt` a line.")
 
 
@@ -227,18 +239,19 @@ def _prompt_row(
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: the prompt is empty. Remove the row or give it text.")
     tests = row.get("tests")
+    tests = "\n".join(tests) if isinstance(tests, list) else tests
     gsm8k = "####" in str(row.get("answer", ""))
     check = row.get("check") or ("tests" if tests else "number" if gsm8k else "text")
     if check not in CHECKS or (check == "tests" and not tests):
         raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
     return {
-        "id": str(row.get("id", row.get("question_id", default_id))),
+        "id": str(next((row[name] for name in ("id", "question_id") if row.get(name) is not None), default_id)),
         "text": text,
         "category": str(row.get("category") or default_id.rpartition("-")[0]),
         "check": check,
         "messages": json.dumps(messages) if len(messages) > 1 else None,
         "tests": tests,
-        "answer": answer_column and str(row[answer_column]),
+        "answer": None if answer_column is None or row[answer_column] is None else str(row[answer_column]),
     }
 
 
@@ -265,39 +278,49 @@ def _messages(said: str | list, where: str) -> list[dict]:
     return messages
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that a model can attend to; `None` if its positions have no end."""
+    # Some kinds of config know it by another name, others not at all.
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 class TooLong(ValueError):
     """A prompt that does not fit into the target's context."""
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], context: int, max_new_tokens: int
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], context: int | None, max_new_tokens: int
 ) -> torch.LongTensor:
     """
     Apply the chat template (plain text where the tokenizer has none).
 
     Args:
         prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
-        context (`int`): Tokens the target can attend to (`config.max_position_embeddings`).
+        context (`int`, *optional*): Tokens the target can attend to ([`context_of`]).
         max_new_tokens (`int`): Tokens to leave room for.
 
     Returns:
         `torch.LongTensor` of shape `(1, prompt_length)`.
 
     Raises:
-        ValueError: If the prompt is empty.
+        ValueError: If the prompt is empty, or the template does not take its messages.
         TooLong: If it does not fit into the context together with the answer.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not messages[-1]["content"].strip():
         raise ValueError("`prompt` is empty. Give it text.")
     if tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
     else:
         encoded = tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")
     input_ids = encoded["input_ids"]
-    if input_ids.shape[1] + max_new_tokens > context:
+    if context is not None and input_ids.shape[1] + max_new_tokens > context:
         raise TooLong(
             f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
             f"target's context of {context} tokens. Shorten the prompt or lower `max_new_tokens`."

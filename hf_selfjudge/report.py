@@ -22,7 +22,7 @@ from .generation import JudgedModel
 from .hidden import HiddenTap
 from .meaning import reconvergence
 from .mismatches import greedy
-from .prompts import Prompt, encode
+from .prompts import Prompt, context_of, encode
 from .stats import Stats
 
 
@@ -73,7 +73,7 @@ def compare(
     Yields:
         `list[Run]` in the order of `decodings`, for one prompt at a time.
     """
-    context = target.config.get_text_config().max_position_embeddings
+    context = context_of(target)
     rows = [encode(tokenizer, prompt.said, context, max_new_tokens).to(target.device) for prompt in prompts]
     names = list(decodings)
     for name in names:  # warm up, so that no decoding pays for first touches of the weights

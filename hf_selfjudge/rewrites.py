@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .branches import Alone, Branches
 from .mismatches import Answer, Substitution
+from .prompts import context_of
 
 
 LONGEST_DRAFT = 16  # tokens
@@ -122,8 +123,8 @@ class _Path:
         before, token = self.answer.ids[place - 1, None], self.rest.new_tensor([self.substitution.token])
         self.fed = torch.cat([before, token, self.rest[: self.window]])
         # A rewrite may take a quarter longer than what it replaces, if the context allows.
-        context = self.branches.model.config.get_text_config().max_position_embeddings
-        self.limit = min(len(self.rest) * 5 // 4 + 16, context - place - 1)
+        context, longer = context_of(self.branches.model), len(self.rest) * 5 // 4 + 16
+        self.limit = longer if context is None else min(longer, context - place - 1)
         self.original, self.place, self.reach = self.rest.tolist(), 0, 2
         self.new: list[int] = []
 

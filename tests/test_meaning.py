@@ -39,6 +39,13 @@ def test_reconvergence():
         ("```python\ndef double(x) return x\n```", False),
         ("```python\nwhile True: pass\n```", False),
         ("```python\ndef double(x):\n    return 2 * x", True),  # cut off in the block
+        ("```python\ndef double(x):\n    return 2 * x\n```\nUse:\n```python\ndouble(3)\n```\n```\n6\n```", True),
+        ("```\ndef double(x):\n    return 2 * x\n```\nprints\n```\n6\n```", True),
+        ("import sys\nsys.exit(0)", False),
+        ("import os\nos._exit(0)", False),
+        ("def double(x):\n    return 2 * x\0", False),
+        ("def double(x):\n    return 2 * x  # \ud800", True),
+        ("def double(x):\n    return 2 * x  # " + "x" * 200_000, True),
     ],
 )
 def test_code(answer, passes):

@@ -35,6 +35,8 @@ def write(path, *rows):
         ({"question_id": 7, "turns": ["first", "second"]}, "first", "text"),
         ({"text": "t"}, "t", "text"),
         ({"prompt": "code", "tests": "assert 1"}, "code", "tests"),
+        ({"prompt": "code", "tests": ["assert 1", "assert 2"]}, "code", "tests"),
+        ({"prompt": "p", "id": None, "category": None}, "p", "text"),
         ({"messages": CHAT}, "Why?", "text"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "So."}]}, "Why?", "text"),
         ({"prompt": CHAT}, "Why?", "text"),
@@ -57,6 +59,7 @@ def test_options(tmp_path):
         answer="r0",
     )  # fmt: skip
     assert [prompt.id for prompt in prompts] == ["0", "1"]
+    assert prompts.options == {"column": "ask", "answer_column": "reply", "system": "Be brief.", "limit": 2}
     shuffled = [prompt.id for prompt in read_prompts(path, shuffle=1)]
     assert shuffled == [prompt.id for prompt in read_prompts(path, shuffle=1)] != [str(i) for i in range(9)]
     assert sorted(shuffled) == [str(i) for i in range(9)]
@@ -105,6 +108,9 @@ def test_fingerprints(tmp_path):
         ('{"prompt": " "}', "p.jsonl:1: the prompt is empty"),
         ('{"prompt": "a", "check": "vibes"}', "`check` must be one of"),
         ('{"prompt": "a", "check": "tests"}', "`check` must be one of"),
+        ('{"prompt": "a", "id": 7}\n{"prompt": "b", "id": 7}', "p.jsonl:2: the id '7' was used before, in p.jsonl:1"),
+        ('{"turns": 5}', "p.jsonl:1: no prompt of a known shape"),
+        ('{"instruction": "a", "instances": ["b"]}', "p.jsonl:1: no prompt of a known shape"),
         ('{"messages": [{"role": "user"}]}', "expected text or chat messages"),
         ('{"messages": ["hello"]}', "expected text or chat messages"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "has no message of the user"),
@@ -123,6 +129,34 @@ def test_missing(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a"})
     with pytest.raises(ValueError, match="p.jsonl:1: has no column `ask`, found \\['prompt'\\]"):
         read_prompts(path, column="ask")
+
+
+def test_missing_values(tmp_path):
+    """An id that is missing is made up, and an answer that is missing is the target's to write."""
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": None, "answer": None}, {"prompt": "b", "answer": "x"})
+    first, second = read_prompts(path, answer_column="answer")
+    assert (first.id, first.answer) == ("p-1", None)
+    assert (second.id, second.answer) == ("p-2", "x")
+
+
+def test_what_is_cached_is_as_good_as_the_code(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"})
+    assert read_prompts(path)[0].text == "a"
+    edited = tmp_path / "edited.py"
+    edited.write_text("another version of the parser")
+    monkeypatch.setattr("hf_selfjudge.prompts.__file__", str(edited))
+    monkeypatch.setattr("hf_selfjudge.prompts.COLUMNS", ("id", "prompt"))
+    write(path, {"prompt": "a"})
+    assert read_prompts(path)[0].text == "a"
+    monkeypatch.setattr("hf_selfjudge.prompts._messages", lambda said, where: [{"role": "user", "content": "other"}])
+    edited.write_text("and another")
+    assert read_prompts(path)[0].text == "other"
+
+
+def test_a_template_that_takes_no_system_message(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
+    with pytest.raises(ValueError, match=r"does not take these messages \(system, user\): System role not supported"):
+        encode(tokenizer, CHAT[:2], 99, 7)
 
 
 def test_encode(tokenizer):
