@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from .hidden import HiddenTap
+from .together import rope_types
 
 
 # Keys and values of each layer, `(heads, length, head_dim)`.
@@ -75,8 +76,9 @@ class Branches:
         """
         device = self.owner.device
         counts = [len(new) for new in tokens]
-        owner = torch.tensor([b.number for b in branches], device=device).repeat_interleave(torch.tensor(counts))
-        start = torch.tensor([b.start for b in branches], device=device).repeat_interleave(torch.tensor(counts))
+        times = torch.tensor(counts, device=device)
+        owner = torch.tensor([b.number for b in branches], device=device).repeat_interleave(times)
+        start = torch.tensor([b.start for b in branches], device=device).repeat_interleave(times)
         position = torch.cat([
             torch.arange(b.start + b.length, b.start + b.length + n, device=device)
             for b, n in zip(branches, counts, strict=True)
@@ -162,11 +164,13 @@ def _forward(
 
 def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
     """For each kind of attention that a model has, how many tokens it sees (`None`: all); empty if there is one whose
-    mask is not told by that."""
+    mask is not told by that: one with a window of its own (GPT-Neo's local attention), or with positions whose
+    frequencies follow the longest sequence of a forward."""
     config = config.to_dict()
     window = config.get("sliding_window")
     kinds = set(config.get("layer_types") or ["sliding_attention" if window else "full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
+    kinds |= set(config.get("attention_layers") or ()) - {"global"}
+    if kinds - {"full_attention", "sliding_attention"} or rope_types(config) & {"dynamic", "longrope"}:
         return {}
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 

@@ -234,7 +234,7 @@ def find_substitutions(
             if token not in seen and (rank == 0 or logprob >= floor):
                 kind = "alternative" if rank else "mismatch"
                 found.append(Substitution(position, choice, token, kind, rank, logits[position]))
-            seen.add(token)
+                seen.add(token)
         for token in answer.choices[position, 1 : 1 + runners_up].tolist():
             if token not in seen:
                 rank = int((logits[position] > logits[position, token]).sum())

@@ -166,12 +166,17 @@ class _Row:
         self.request, self.result = (None, value) if self.coroutine.dead else (value, None)
 
 
+def rope_types(config: dict) -> set[str]:
+    """Kinds of rotary positions that a model has."""
+    rope = config.get("rope_parameters") or {}
+    return {kind["rope_type"] for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind}
+
+
 def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
     """Parts to compute one after another: one, unless long prompts would be padded to much more than they are. Prompts
     fill the processor by themselves, so padding costs as much as text; a few tokens cost little beside reading the
     weights."""
-    rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
-    kinds = {rope.get("rope_type"), *(kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict))}
+    kinds = rope_types(model.config.get_text_config().to_dict())
     parts: list[list[_Row]] = [[]]
     for row in sorted(rows, key=lambda row: (row.request.masked, row.request.tokens)):
         longest, part = row.request.tokens, [*parts[-1], row]

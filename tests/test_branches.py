@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_selfjudge.branches import Alone, Branches, packs
 
@@ -38,6 +38,23 @@ def test_which_architectures_pack(kind, name):
 @pytest.mark.parametrize("name", ["mamba", "recurrent_gemma"])
 def test_recurrent_ones_do_not_pack(name):
     assert not packs(build("recurrent", name))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 128, "num_layers": 2}),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                                      "long_factor": [2.0] * 4}, "original_max_position_embeddings": 64}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)  # fmt: skip
+def test_what_a_short_trial_does_not_show(name, sizes):
+    """A window of its own, or frequencies that follow the longest sequence of a forward."""
+    shared = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    shared |= {"num_attention_heads": 4, "num_heads": 4, "max_position_embeddings": 128}
+    config = AutoConfig.for_model(name, **shared | sizes)
+    assert not packs(AutoModelForCausalLM.from_config(config).eval())
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES, ids=[name for _, name in NAMES])
