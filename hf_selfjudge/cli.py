@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
-from accelerate import PartialState
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -23,6 +23,8 @@ from .inspection import (
     Labels,
     correlations,
     correlations_table,
+    distributions,
+    distributions_table,
     examples,
     in_context,
     predictors,
@@ -33,7 +35,7 @@ from .inspection import (
 from .inspection import plot as draw
 from .judge import Judge
 from .labels import MiningConfig
-from .mining import Writer, counts_of, mine
+from .mining import Writer, counts_of, mine, this_process
 from .mismatches import eos_tokens, greedy, until_eos
 from .prompts import read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
@@ -193,6 +195,9 @@ def mine_command(
     seed: Annotated[int, typer.Option(help="Of all samples.")] = DEFAULT.seed,
 ) -> None:
     """Label substitutions by letting the target finish its answer after each."""
+    process = this_process()
+    if prompts == "-" and process.num_processes > 1:
+        raise ValueError("`prompts`: several processes cannot share standard input. Give a file.")
     check_writable(output)
     questions = read_prompts(
         prompts,
@@ -220,9 +225,13 @@ def mine_command(
         answers_at_once=answers_at_once,
         seed=seed,
     )
-    writer = judge and judged_writer(JudgedModel.from_pretrained(target, judge), draft)
-    mine(target, draft, tokenizer, questions, config, output, Path(prompts).name, writer or None, judge)
-    if not PartialState().is_main_process:
+    writer = name = None
+    if judge is not None:
+        judged = JudgedModel.from_pretrained(target, judge)
+        writer = judged_writer(judged, draft)
+        name = f"{judge}, weights {fingerprint(judged.rule.judge)}, threshold {judged.threshold}"
+    mine(target, draft, tokenizer, questions, config, output, Path(prompts).name, writer, name)
+    if not process.is_main_process:
         return
     counts = counts_of(output)
     console.print(
@@ -247,10 +256,13 @@ def labels_command(
     seed: Annotated[int, typer.Option(help="Of the examples and the intervals.")] = 0,
 ) -> None:
     """Look at mined labels: rates, scores beside each other, substitutions in context."""
-    made = [mining_of(folder) for folder in labels]
+    for file in filter(None, (plot, json_file)):
+        check_writable(file.parent)
+    made = mining_of(labels)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(made[0]["target"]))
     found, config = Labels.load(labels, tokenizer), FitConfig(seed=seed)
     by = {name: rates(found, name, config) for name in ("category", "kind", "replaced")}
+    spread = {name: distributions(found, name) for name in ("category", "replaced")}
     names, matrix = correlations(found)
     scores = predictors(found, config)
     console.print(
@@ -262,6 +274,8 @@ def labels_command(
     )
     for name, rows in by.items():
         console.print(rates_table(rows, name))
+    for name, rows in spread.items():
+        console.print(distributions_table(rows, name))
     console.print(correlations_table(names, matrix))
     console.print(predictors_table(scores))
     for harmful in (False, True):
@@ -273,7 +287,12 @@ def labels_command(
     if json_file is not None:
         write_json(
             json_file,
-            {"rates": by, "correlations": {"scores": names, "matrix": matrix.tolist()}, "predictors": scores},
+            {
+                "rates": by,
+                "distributions": spread,
+                "correlations": {"scores": names, "matrix": np.where(np.isnan(matrix), None, matrix).tolist()},
+                "predictors": scores,
+            },
         )
 
 
@@ -402,16 +421,14 @@ def check_writable(folder: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write under a temporary name, then rename."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.rename(path)
 
 
 def main() -> None:
     """Run the command line; the user's mistakes end in one sentence, not in a traceback."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    if not torch.cuda.is_available():
-        # Else transformers copies keys and values for every head that shares them, in each forward with a mask.
-        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+    if "OMP_NUM_THREADS" not in os.environ:  # a launcher of several processes sets it
+        torch.set_num_threads(os.cpu_count() or 1)
     try:
         app()
     except (SourceError, ValueError, OSError) as error:

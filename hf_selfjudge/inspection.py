@@ -11,29 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .labels import CHEAP_SCORES, load_labels
-from .trainer import FitConfig, auc, interval
+from .trainer import FitConfig, auc, interval, mining_of
 
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-
+TITLES = {"replaced": "token replaced", "kind": "kind of substitution"}
 REWRITE_SCORES = ("lost", "says_no")  # what a rewrite tells, beside `flipped`
 COMPONENTS, FOLDS, ACCEPTED = 16, 5, 0.75
+DECILES = (0.1, 0.5, 0.9)
 CONTEXT = 24  # tokens shown before and behind a substitution
 
 
@@ -55,8 +53,14 @@ class Labels:
         """
         Raises:
             FileNotFoundError: If a folder has none.
+        ValueError: If they are of different models.
         """
-        rows = datasets.concatenate_datasets([load_labels(folder) for folder in folders])
+        mining_of(folders)
+        return cls.of(datasets.concatenate_datasets([load_labels(folder) for folder in folders]), tokenizer)
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Labels:
+        """Of rows that are at hand."""
         columns = {name: np.array(rows[name][:]) for name in ("prompt_id", "category", "check", "kind", "substitute")}
         for name in (*CHEAP_SCORES, "changed", "reconvergence", "says_no", "flipped", "draft_logprob"):
             columns[name] = np.array(rows[name][:], dtype=float)
@@ -113,6 +117,18 @@ def rates(labels: Labels, by: str, config: FitConfig) -> list[dict]:
     return result
 
 
+def distributions(labels: Labels, by: str) -> list[dict]:
+    """Of each cheap score, for each value of a column: its 10, 50 and 90 % quantiles, nats, or `None`."""
+    result = []
+    for value in sorted(set(labels.columns[by])):
+        here = labels.columns[by] == value
+        scores = {name: labels.columns[name][here] for name in CHEAP_SCORES}
+        known = {name: values[np.isfinite(values)] for name, values in scores.items()}
+        quantiles = {name: np.quantile(v, DECILES).tolist() if len(v) else None for name, v in known.items()}
+        result.append({by: str(value), **quantiles})
+    return result
+
+
 def correlations(labels: Labels) -> tuple[list[str], np.ndarray]:
     """Names of scores and the rank correlation of each two, over the rows that have both; shape `(n, n)`."""
     names = [
@@ -137,9 +153,12 @@ def predictors(labels: Labels, config: FitConfig) -> list[dict]:
     Returns:
         `list[dict]` with, for each: AUC for a changed answer, rank correlation with the share of 4-grams lost (both
         `[value, low, high]` with a 95 % bootstrap interval over prompts, or `None`), and the share of changed answers
-        and of 4-grams lost among the 75 % accepted.
+        and of 4-grams lost among the 75 % that would be accepted (of the rows where each is known). Empty if nothing
+        was rewritten; without the models if there are too few changed answers to fit them.
     """
     keep = np.flatnonzero(labels.rewritten)
+    if not len(keep):
+        return []
     columns = {name: values[keep] for name, values in labels.columns.items()}
     scores = {name: columns[name] for name in CHEAP_SCORES}
     scores["low log-probability of the draft"] = -columns["draft_logprob"]
@@ -150,34 +169,43 @@ def predictors(labels: Labels, config: FitConfig) -> list[dict]:
         "hidden after": np.stack(rows["hidden_after"][:]).astype(np.float32),
     }
     label = (columns["changed"] > 0.5).astype(int)
-    if len(set(columns["prompt_id"])) >= FOLDS and 0 < label.sum() < len(label):
+    least = min((len(set(columns["prompt_id"][label == value])) for value in (0, 1)), default=0)
+    if least >= FOLDS:  # then both labels are in every fold's training rows
         for name, features in parts.items():
             most = min(COMPONENTS, features.shape[1], len(features) // 2)
             steps = [StandardScaler(), *([PCA(most, random_state=config.seed)] if name != "scalars" else [])]
             model = make_pipeline(*steps, StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
             name = f"logistic regression, {name}" + (f" (PCA-{most})" if len(steps) > 1 else "")
             scores[name] = cross_val_predict(
-                model, features, label, groups=columns["prompt_id"], cv=GroupKFold(FOLDS), method="predict_proba"
+                model,
+                features,
+                label,
+                groups=columns["prompt_id"],
+                cv=StratifiedGroupKFold(FOLDS),
+                method="predict_proba",
             )[:, 1]
     result = []
     for name, score in scores.items():
         usable = np.isfinite(score)
         known, prompt = usable & np.isfinite(columns["flipped"]), columns["prompt_id"]
-        accepted = usable & (score <= np.nanquantile(score, ACCEPTED))
         result.append(
             {
                 "score": name,
                 "auc": interval(columns["flipped"], score, prompt, known, auc, config),
                 "correlation": interval(columns["lost"], score, prompt, usable, _rank, config),
-                "changed_among_accepted": _mean(columns["flipped"][accepted & known], None),
-                "lost_among_accepted": _mean(columns["lost"][accepted], None),
+                "changed_among_accepted": _among_accepted(columns["flipped"][known], score[known]),
+                "lost_among_accepted": _among_accepted(columns["lost"][usable], score[usable]),
             }
         )
     return result
 
 
+def _among_accepted(label: np.ndarray, score: np.ndarray) -> float | None:
+    return float(label[score <= np.quantile(score, ACCEPTED)].mean()) if len(label) else None
+
+
 def _mean(values: np.ndarray, _) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+    return float(values.mean())
 
 
 def _rank(label: np.ndarray, score: np.ndarray) -> float:
@@ -196,7 +224,7 @@ def in_context(labels: Labels, index: int, tokenizer: PreTrainedTokenizerBase) -
     changed = "" if row["flipped"] is None else ", the answer changed" if row["flipped"] else ", the answer stayed"
     text = Text(f"{row['category']}, {row['prompt_id']}: {1 - row['reconvergence']:.0%} lost{changed}\n", style="bold")
     text.append(f"  … {before}\n".replace("\n", " "), style="dim")
-    for name, style, (token, rest) in zip(("target", "draft "), ("green", "magenta"), ways, strict=True):
+    for name, style, (token, rest) in zip(("target", "other "), ("green", "magenta"), ways, strict=True):
         text.append(f"\n  {name} ").append(token.replace("\n", "⏎"), style=f"{style} reverse")
         text.append(rest.replace("\n", "⏎") + " …", style=style)
     return text.append("\n")
@@ -216,11 +244,26 @@ def examples(labels: Labels, harmful: bool, count: int, seed: int) -> list[int]:
     return chosen
 
 
+def _table(by: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(TITLES.get(by, by))
+    return table
+
+
+def distributions_table(rows: list[dict], by: str) -> Table:
+    """Rows of [`distributions`] for the terminal."""
+    table = _table(by, f"scores by {TITLES.get(by, by)}: 10, 50 and 90 %, nats")
+    for name in CHEAP_SCORES:
+        table.add_column(name, justify="right")
+    for row in rows:
+        values = (row[name] for name in CHEAP_SCORES)
+        table.add_row(row[by], *("–" if v is None else "{:.2f} {:.2f} {:.2f}".format(*v) for v in values))
+    return table
+
+
 def rates_table(rows: list[dict], by: str) -> Table:
     """Rows of [`rates`] for the terminal."""
-    title = {"replaced": "token replaced", "kind": "kind of substitution"}.get(by, by)
-    table = Table(title=f"by {title}", title_justify="left")
-    table.add_column(title)
+    table = _table(by, f"by {TITLES.get(by, by)}")
     for name in ("substitutions", "rewritten", "answers checked", "changed", "4-grams lost"):
         table.add_column(name, justify="right")
     for row in rows:
@@ -236,7 +279,8 @@ def predictors_table(rows: list[dict]) -> Table:
     for name in ("AUC, changed answer", "rank correlation, lost", "changed among 75 %", "lost among 75 %"):
         table.add_column(name, justify="right")
     for row in rows:
-        shares = (f"{row[key]:.3f}" for key in ("changed_among_accepted", "lost_among_accepted"))
+        accepted = (row["changed_among_accepted"], row["lost_among_accepted"])
+        shares = ("–" if share is None else f"{share:.3f}" for share in accepted)
         table.add_row(row["score"], _shown(row["auc"]), _shown(row["correlation"]), *shares)
     return table
 
@@ -258,36 +302,36 @@ def _shown(value: list[float] | None) -> str:
 
 def plot(labels: Labels, path: str | os.PathLike) -> None:
     """
-    Distribution of each cheap score by category, and how the share of changed answers and of lost 4-grams rises with
-    it, over tenths of the rewritten rows.
+    Distribution of each cheap score by category and by the kind of token that is replaced, and how the share of
+    changed answers and of lost 4-grams rises with it, over tenths of the rewritten rows.
 
     Raises:
         ValueError: If the ending of `path` is no format that matplotlib writes.
     """
-    figure, axes = plt.subplots(2, len(CHEAP_SCORES), figsize=(4 * len(CHEAP_SCORES), 7), squeeze=False)
-    categories = sorted(set(labels.columns["category"]))
-    for (upper, lower), name in zip(axes.T, CHEAP_SCORES, strict=True):
+    figure = Figure(figsize=(4 * len(CHEAP_SCORES), 10))
+    axes = figure.subplots(3, len(CHEAP_SCORES), squeeze=False)
+    for column, name in zip(axes.T, CHEAP_SCORES, strict=True):
         values = labels.columns[name]
         usable = np.isfinite(values)
         if not usable.any():
             continue
         edges = np.linspace(*np.quantile(values[usable], [0.01, 0.99]), 40)
-        for category in categories:
-            here = usable & (labels.columns["category"] == category)
-            upper.hist(values[here], edges, histtype="step", density=True, label=category)
-        upper.set(title=name, xlabel="nats", ylabel="density")
+        for axis, by in zip(column, ("category", "replaced"), strict=False):
+            for value in sorted(set(labels.columns[by])):
+                here = usable & (labels.columns[by] == value)
+                axis.hist(values[here], edges, histtype="step", density=True, label=value)
+            axis.set(title=f"{name}, by {TITLES.get(by, by)}", xlabel="nats", ylabel="density")
         for target, among in (("flipped", "changed answers"), ("lost", "4-grams lost")):
             known = usable & np.isfinite(labels.columns[target])
             if known.sum() >= 20:
                 parts = np.array_split(np.argsort(values[known]), 10)
                 means = [(values[known][part].mean(), labels.columns[target][known][part].mean()) for part in parts]
-                lower.plot(*zip(*means, strict=True), "o-", label=among)
-        lower.set(xlabel=f"{name}, nats", ylabel="share", ylim=(0, 1))
-    axes[0, 0].legend(fontsize="x-small")
-    axes[1, 0].legend(fontsize="x-small")
+                column[2].plot(*zip(*means, strict=True), "o-", label=among)
+        column[2].set(xlabel=f"{name}, nats", ylabel="share", ylim=(0, 1))
+    for axis in axes[:, 0]:
+        axis.legend(fontsize="x-small")
     figure.tight_layout()
     path = Path(path)
     incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
     figure.savefig(incomplete)
-    plt.close(figure)
     incomplete.rename(path)

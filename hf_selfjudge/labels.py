@@ -7,6 +7,7 @@ yardstick (SelfJudge, https://huggingface.co/papers/2510.02329).
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,10 @@ class MiningConfig:
         window (`int`): Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.
         ask (`bool`): Ask the target whether rewritten text says the same.
         allow_code (`bool`): Run the code of answers to prompts with `tests`; else they are compared as text.
-        shard (`int`): Prompts whose labels are written together: what a kill loses at most.
+        shard (`int`): Prompts whose labels are written together: what a kill loses at most. Their answers stay in
+            memory, with the target's cache of each until it is labelled.
         answer_batch (`int`): Answers decoded at a time.
-        forward_tokens (`int`): Tokens of one forward of the target over substitutions: the limit of memory.
+        forward_tokens (`int`): Tokens of one forward of the target over substitutions.
         answers_at_once (`int`): Answers whose substitutions share a forward.
         seed (`int`): Of all samples; together with a prompt's id, so that they do not depend on the order of prompts.
     """
@@ -94,31 +96,35 @@ def label_answer(
         substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
     chosen = {id(s) for s in sample(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")}
     eos, room = eos_tokens(model), max(1, config.forward_tokens // config.at_once(packed))
-    yardsticks = {} if answer.own else _own_endings(model, answer, found, chosen, eos, room, packed)
+    own = {} if answer.own else _own_ways(model, answer, found, chosen, eos, config.window, room, packed)
     order = {id(substitution): i for i, substitution in enumerate(found)}
     rows: list[dict] = [{}] * len(found)
     followed = follow(model, answer, found, [id(s) in chosen for s in found], eos, config.window, room, packed)
     for new in followed:
-        row = feature_row(new) | {"mismatches": mismatches}
+        way = own.get(new.substitution.position)
+        row = feature_row(new, way) | {"mismatches": mismatches}
         if new.rewrite is not None:
-            original = yardsticks.get(new.substitution.position, (answer.tokens.tolist(), answer.finished))
+            original = (answer.tokens.tolist(), answer.finished) if way is None else (_whole(way), way.finished)
             row |= label_row(model, tokenizer, new, *original, config)
         rows[order[id(new.substitution)]] = row
     return rows
 
 
-def _own_endings(model, answer, found, chosen, eos, room, packed) -> dict[int, tuple[list[int], bool]]:
-    """For each place: the answer up to it and then as the target itself goes on; and whether that ended."""
-    own = {s.position: s.own() for s in found if id(s) in chosen}
-    followed = follow(model, answer, [*own.values()], [True] * len(own), eos, 0, room, packed)
+def _own_ways(model, answer, found, chosen, eos, window, room, packed) -> dict[int, Followed]:
+    """For each place: the answer up to it, then the target's own choice, and what comes of that. Only where something
+    is compared with it: a rewrite, or scores along a text that has another token there."""
+    rewritten = {s.position for s in found if id(s) in chosen}
     text = answer.tokens.tolist()
-    return {
-        new.substitution.position: (
-            [*text[: new.substitution.position], new.substitution.token, *new.rewrite],
-            new.finished,
-        )
-        for new in followed
-    }
+    own = {s.position: s.own() for s in found if s.position in rewritten or text[s.position] != s.choice}
+    asked = [position in rewritten for position in own]
+    ways = follow(model, answer, [*own.values()], asked, eos, window, room, packed)
+    return {way.substitution.position: way for way in ways}
+
+
+def _whole(way: Followed) -> list[int]:
+    """The answer up to the substitution, and how it goes on from there."""
+    position = way.substitution.position
+    return [*way.answer.tokens[:position].tolist(), way.substitution.token, *way.rewrite]
 
 
 def label_row(
@@ -137,12 +143,12 @@ def label_row(
 
     Returns:
         `dict` with `reconvergence` in [0, 1]; `flipped`, whether the final number, or passing the tests, changed
-        (`None` where the prompt is not checked so, or one of the answers did not end); `says_no`, the target's own
-        probability that they do not say the same (`None` if it was not asked); and `changed` in [0, 1], the label:
+        (`None` where the prompt is not checked so, one of the answers did not end, or both fail the tests);
+        `says_no`, the target's own probability that they do not say the same (`None` if it was not asked); and
+        `changed` in [0, 1], the label:
         `flipped` where it is known, else 1 − `reconvergence`.
     """
-    prompt, position = new.answer.prompt, new.substitution.position
-    rewritten = [*new.answer.tokens[:position].tolist(), new.substitution.token, *new.rewrite]
+    prompt, position, rewritten = new.answer.prompt, new.substitution.position, _whole(new)
     share = reconvergence(original[position + 1 :], new.rewrite)
     before, after = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (original, rewritten))
     flipped = no = None
@@ -150,11 +156,13 @@ def label_row(
         if prompt.check == "number":
             flipped = final_number(before) != final_number(after)
         elif prompt.check == "tests" and config.allow_code:
-            flipped = passes_tests(before, prompt.tests) != passes_tests(after, prompt.tests)
+            passed = passes_tests(before, prompt.tests), passes_tests(after, prompt.tests)
+            flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
     if config.ask:
         no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
     return {
         "answer_ids": original,
+        "finished": finished,
         "rewritten_ids": rewritten,
         "rewrite_finished": new.finished,
         "reconvergence": share,
@@ -164,9 +172,15 @@ def label_row(
     }
 
 
-def feature_row(new: Followed) -> dict:
+def feature_row(new: Followed, own: Followed | None = None) -> dict:
     """
     What the judge will see of a substitution, and the scores that need no rewrite.
+
+    Args:
+        own ([`Followed`], *optional*): What the target's own choice does in that place, if the answer is not its own.
+
+    Returns:
+        `dict`; among its keys the [`CHEAP_SCORES`]:
 
     - `margin`: log P(choice) − log P(substitute), nats;
     - `likelihood`: mean drop in log-probability of the next tokens of the answer, nats (suffix term of SelfJudge,
@@ -180,6 +194,7 @@ def feature_row(new: Followed) -> dict:
     scalars = candidate_scalars(logits[:1], token, logits[1:], position)
     logprobs, draft_logprobs = logits[0].log_softmax(-1), substitution.draft_logits.cpu().float().log_softmax(-1)
     behind = slice(substitution.position + 1, substitution.position + 1 + len(new.logprobs))
+    before = (answer.logprobs[behind], answer.best[behind]) if own is None else (own.logprobs, own.best)
     return {
         "prompt_id": answer.prompt.id,
         "category": answer.prompt.category,
@@ -195,8 +210,8 @@ def feature_row(new: Followed) -> dict:
         "scalars": scalars[0].tolist(),
         "draft_logprob": float(draft_logprobs[substitution.token]),
         "margin": float(scalars[0, SCALARS.index("margin")]),
-        "likelihood": _mean(answer.logprobs[behind] - new.logprobs),
-        "confidence": _mean(answer.best[behind] - new.best),
+        "likelihood": _mean(before[0] - new.logprobs),
+        "confidence": _mean(before[1] - new.best),
         "kl_target_draft": float((logprobs.exp() * (logprobs - draft_logprobs)).sum()),
         "kl_draft_target": float((draft_logprobs.exp() * (draft_logprobs - logprobs)).sum()),
         "hidden_before": new.hidden[0].half().cpu().numpy(),
@@ -234,11 +249,13 @@ def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
         FileNotFoundError: If there are none.
         ValueError: If they are empty.
     """
-    shards = sorted(str(path) for path in Path(folder).glob("labels-*.parquet"))
+    folder = Path(folder)
+    shards = sorted(folder.glob("labels-*.parquet"))
     if not shards:
         raise FileNotFoundError(f"`labels`: no labels-*.parquet in {folder}. Make them with `hf-selfjudge mine`.")
     if not any(read_metadata(shard).num_rows for shard in shards):
         raise ValueError(
             f"`labels`: {folder} holds no substitution: the draft never differed, or all prompts were too long."
         )
-    return datasets.Dataset.from_parquet(shards)
+    # What `datasets` makes of them to read them from disk lies beside them, and goes with them.
+    return datasets.Dataset.from_parquet([glob.escape(str(shard)) for shard in shards], cache_dir=folder / "cache")

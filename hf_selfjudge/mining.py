@@ -6,6 +6,7 @@ In: prompts, a pair, a folder. Out: a dataset of labels in that folder, and how 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import time
@@ -26,7 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .branches import packs
 from .labels import MiningConfig, features_of, label_answer, load_labels
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
-from .prompts import Prompt, TooLong, encode, fingerprint_of
+from .prompts import Prompt, Prompts, TooLong, context_of, encode, fingerprint_of
 from .sources import fingerprint, precision
 from .together import Tally, together
 
@@ -67,16 +68,19 @@ def mine(
         `datasets.Dataset`, one row for each substitution; columns of [`features_of`].
 
     Raises:
-        ValueError: If `folder` holds labels of other settings, or a prompt is checked by running code and
-            `config.allow_code` is false.
+        ValueError: If `folder` holds labels of other settings, or the target is recurrent.
         OSError: If `folder` cannot be written.
     """
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
-    folder = Path(folder)
+    if target._is_stateful:
+        raise ValueError(
+            f"`target`: {target.config.name_or_path} keeps a state that cannot go back to an earlier token; mining, "
+            "like decoding with a draft, needs a cache of keys and values. Choose another target."
+        )
+    state, folder = this_process(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     never, packed = special_tokens(target, tokenizer), packs(target)
     with state.main_process_first():
-        _claim(folder, target, draft, never, packed, prompts, prompts_name, writer_name, config)
+        _claim(folder, target, draft, tokenizer, never, packed, prompts, prompts_name, writer_name, config)
     shards = -(-len(prompts) // config.shard)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total} prompts"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not state.is_main_process) as progress:
@@ -95,6 +99,11 @@ def mine(
     return load_labels(folder)
 
 
+def this_process() -> PartialState:
+    """Which of several processes this is; on GPUs it takes its own. To be asked before models are loaded."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+
 def _mine_shard(
     target: PreTrainedModel,
     draft: PreTrainedModel,
@@ -110,7 +119,7 @@ def _mine_shard(
     """Mine and write one shard; `advance` is told how many prompts' worth of work was done."""
     since, tally = time.monotonic(), Tally()
     fitting, ids = [], []
-    context = target.config.get_text_config().max_position_embeddings
+    context = context_of(target)
     for prompt in prompts:
         try:
             ids.append(encode(tokenizer, prompt.said, context, config.max_new_tokens).to(target.device))
@@ -122,6 +131,7 @@ def _mine_shard(
 
     def label(model: PreTrainedModel, answer: Answer) -> list[dict]:
         rows = label_answer(model, draft, tokenizer, answer, never, config, packed)
+        answer.cache.clear()
         advance(0.7)
         return rows
 
@@ -133,7 +143,7 @@ def _mine_shard(
         "answer_tokens": sum(len(answer.tokens) for answer in answers),
         "substitutions": len(rows),
         "rewrites": sum("rewritten_ids" in row for row in rows),
-        "target_tokens": tally.tokens,
+        "target_tokens": tally.tokens,  # a writer's own not among them
         "target_forwards": tally.forwards,
         "seconds": round(time.monotonic() - since, 1),
     }
@@ -205,6 +215,7 @@ def _claim(
     folder: Path,
     target: PreTrainedModel,
     draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     never: list[int],
     packed: bool,
     prompts: Sequence[Prompt],
@@ -227,6 +238,8 @@ def _claim(
         "prompts": len(prompts),
         "prompts_name": prompts_name,
         "prompts_sha256": fingerprint_of(prompts),
+        "prompts_options": prompts.options if isinstance(prompts, Prompts) else {},
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "written_by": writer_name,
         **asdict(config),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,8 +38,9 @@ class FitConfig:
     How a judge is fitted.
 
     Args:
-        accept_share (`float`): Share of held-out mismatches that the judge's own threshold accepts. Thresholds are set
-            by acceptance: published constants do not carry over from one pair to another.
+        accept_share (`float`): Share of held-out mismatches (the draft's first choices, which decoding meets) that
+            the judge's own threshold accepts. Thresholds are set by acceptance: published constants do not carry over
+            from one pair to another.
         folds (`int`): Of the cross-validation, split by prompt.
         resamples (`int`): Bootstrap resamples of prompts for the intervals.
         seed (`int`): Of the bootstrap and the randomised components.
@@ -54,26 +55,26 @@ class FitConfig:
 @dataclass
 class Table:
     """Labels as arrays: `scalars` `(rows, len(SCALARS))`, `hidden` `(rows, 2, hidden_size)`, `changed` `(rows,)` in
-    [0, 1], `flipped` `(rows,)` with NaN where unknown, `prompt` `(rows,)`."""
+    [0, 1], `flipped` `(rows,)` with NaN where unknown, `prompt` and `kind` `(rows,)`."""
 
     scalars: np.ndarray
     hidden: np.ndarray
     changed: np.ndarray
     flipped: np.ndarray
     prompt: np.ndarray
+    kind: np.ndarray
 
     @classmethod
     def of(cls, labels: datasets.Dataset) -> Table:
         columns = labels.with_format("numpy")
         hidden = np.stack([np.stack(columns[name][:]) for name in ("hidden_before", "hidden_after")], axis=1)
         flipped = np.array([np.nan if value is None else float(value) for value in labels["flipped"]])
-        prompt = np.array(labels["prompt_id"])
-        return cls(np.stack(columns["scalars"][:]), hidden.astype(np.float32), columns["changed"][:], flipped, prompt)
+        prompt, kind = (np.array(labels[name]) for name in ("prompt_id", "kind"))
+        changed = columns["changed"][:]
+        return cls(np.stack(columns["scalars"][:]), hidden.astype(np.float32), changed, flipped, prompt, kind)
 
     def rows(self, index: np.ndarray) -> Table:
-        return Table(
-            self.scalars[index], self.hidden[index], self.changed[index], self.flipped[index], self.prompt[index]
-        )
+        return Table(*(column[index] for column in vars(self).values()))
 
 
 class Projection:
@@ -110,20 +111,15 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
 
     Raises:
         FileNotFoundError: If a folder has no labels.
-        ValueError: If the folders are of different models, or have too few prompts.
+        ValueError: If the folders are of different models, have too few prompts, or no rewrites.
     """
     config = config or FitConfig()
-    mining = [mining_of(folder) for folder in folders]
+    mining = mining_of(folders)
     first = mining[0]
-    for other in mining[1:]:
-        for name in ("target", "target_fingerprint", "draft"):
-            if other[name] != first[name]:
-                raise ValueError(
-                    f"`labels`: the folders are of different models ({name}: {first[name]!r} and {other[name]!r}). "
-                    "Fit one judge for each pair."
-                )
     labels = datasets.concatenate_datasets([load_labels(folder) for folder in folders])
     rewritten = [row for row, changed in enumerate(labels["changed"]) if changed is not None]
+    if not rewritten:
+        raise ValueError("`labels`: no substitution was rewritten. Mine with `rewrites` above 0.")
     table = Table.of(labels.select(rewritten))
     if len(set(table.prompt)) < 2 * config.folds:
         raise ValueError(
@@ -132,7 +128,8 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
         )
     most = min(max(COMPONENTS), table.hidden.shape[-1], len(table.changed) // 2)
     components, penalty, held_out = _select(table, most, config)
-    threshold = float(np.quantile(held_out, config.accept_share))
+    met = held_out[table.kind == "mismatch"]
+    threshold = float(np.quantile(met if len(met) else held_out, config.accept_share))
     info = JudgeInfo(
         target=first["target"],
         target_fingerprint=first["target_fingerprint"],
@@ -152,16 +149,27 @@ def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None)
     return _assemble(info, projection, _logistic(projection(table, components), table.changed, penalty))
 
 
-def mining_of(folder: str | os.PathLike) -> dict:
-    """How labels were mined.
+def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
+    """
+    How labels were mined, for each folder.
 
     Raises:
-        FileNotFoundError: If `folder` is not one of labels.
+        FileNotFoundError: If one of them is not one of labels.
+        ValueError: If they are of different models.
     """
-    path = Path(folder) / "mining.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    mining = []
+    for folder in folders:
+        path = Path(folder) / "mining.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
+        mining.append(json.loads(path.read_text(encoding="utf-8")))
+        for name in ("target", "target_fingerprint", "draft"):
+            if mining[-1][name] != mining[0][name]:
+                raise ValueError(
+                    f"`labels`: the folders are of different models ({name}: {mining[0][name]!r} and "
+                    f"{mining[-1][name]!r}). Take those of one pair."
+                )
+    return mining
 
 
 def _select(table: Table, most: int, config: FitConfig) -> tuple[int, float, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,8 +64,31 @@ def test_mining_along_judged_text(run, judge, pair_folders, prompts_file, tmp_pa
     rows = load_labels(tmp_path / "on")
     assert {*rows["own"]} == {False}
     made = json.loads((tmp_path / "on" / "mining.json").read_text())
-    assert made["written_by"] == str(judge)
+    assert made["written_by"].startswith(f"{judge}, weights ")
     assert made["prompts"] == 3
+    assert made["prompts_options"] == {"limit": 3, "shuffle": 0}
+
+
+def test_without_rewrites(run, pair_folders, prompts_file, tmp_path):
+    """Labels can be looked at; there is nothing to train on."""
+    code, _, err = run(
+        *("mine", "--pair", pair_folders, "--prompts", prompts_file, "--output", tmp_path / "l"), *MINE,
+        *("--rewrites", 0),
+    )  # fmt: skip
+    assert code == 0, err
+    code, out, err = run("labels", tmp_path / "l", "--json", tmp_path / "t.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "t.json").read_text())["predictors"] == []
+    code, _, err = run("train", tmp_path / "l", "--output", tmp_path / "j")
+    assert code == 1
+    assert "no substitution was rewritten" in err
+
+
+def test_standard_input_is_for_one_process(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "this_process", lambda: SimpleNamespace(num_processes=2))
+    code, _, err = run("mine", "--prompts", "-", "--output", tmp_path / "l")
+    assert code == 1
+    assert "several processes cannot share standard input" in err
 
 
 def test_mine_train_quickstart_card(run, judge, pair_folders, prompts_file, tmp_path):
@@ -165,6 +189,8 @@ def test_unwritable_paths_fail_before_the_work(run, prompts_file, tmp_path):
     for arguments in (
         ("mine", "--prompts", prompts_file, "--output", below),
         ("train", tmp_path, "--output", below),
+        ("labels", tmp_path, "--plot", below / "p.png"),
+        ("labels", tmp_path, "--json", below / "t.json"),
         ("quickstart", "--prompts", prompts_file, "--json", below / "f.json"),
         ("quickstart", "--prompts", prompts_file, "--train", "--output", below),
     ):

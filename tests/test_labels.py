@@ -6,8 +6,9 @@ import torch
 
 from hf_selfjudge import MiningConfig, Prompt
 from hf_selfjudge.features import SCALARS, candidate_scalars
-from hf_selfjudge.labels import label_answer
-from hf_selfjudge.mismatches import eos_tokens, read_answers, target_answers
+from hf_selfjudge.labels import label_answer, label_row
+from hf_selfjudge.mismatches import Answer, Substitution, eos_tokens, read_answers, target_answers
+from hf_selfjudge.rewrites import Followed
 
 from .conftest import VOCAB
 from .test_rewrites import greedy
@@ -90,8 +91,8 @@ def test_labels(llama, tokenizer, monkeypatch):
         config = MiningConfig(max_new_tokens=40, top=3, floor=0.0, per_answer=40, rewrites=40, allow_code=allow)
         for answer in target_answers(target, PROMPTS, ids_of(), 40):
             for row in rows_of(target, draft, tokenizer, answer, config):
-                checked = answer.prompt.check == "number" or (answer.prompt.check == "tests" and allow)
-                known = checked and answer.finished and row["rewrite_finished"]
+                # Random code fails its tests before and after, which tells nothing.
+                known = answer.prompt.check == "number" and answer.finished and row["rewrite_finished"]
                 ends.append(known)
                 assert (row["flipped"] is not None) == known
                 assert row["changed"] == (float(row["flipped"]) if known else 1 - row["reconvergence"])
@@ -102,6 +103,42 @@ def test_labels(llama, tokenizer, monkeypatch):
     assert {*ends} == {True, False}
 
 
+class Speller:
+    """A tokenizer whose tokens are the words of a list."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def decode(self, tokens, **kwargs):
+        return "".join(self.words[token] for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("check", "words", "flipped"),
+    [
+        ("number", ("so ", "it is ", "4", "5"), (False, True)),
+        ("tests", ("def f(): ", "return ", "4", "5"), (False, True)),
+        ("tests", ("def f(): ", "return ", "6", "4"), (None, True)),  # the answer itself is wrong
+        ("text", ("so ", "it is ", "4", "5"), (None, None)),
+    ],
+)
+def test_what_a_change_is(check, words, flipped):
+    """The answer is words 0, 1, 2; it is rewritten with word 1 again in its place, once the same and once with 3."""
+    prompt = Prompt("p", "?", check=check, tests="assert f() == 4" if check == "tests" else None)
+    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None)
+    config = MiningConfig(allow_code=True)
+    for end, expected in zip((2, 3), flipped, strict=True):
+        new = Followed(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [end], True)
+        row = label_row(None, Speller(*words), new, [0, 1, 2], True, config)
+        assert row["flipped"] is expected
+        assert row["changed"] == (float(expected) if expected is not None else float(end == 3))
+        assert row["rewritten_ids"] == [0, 1, end]
+    unfinished = label_row(None, Speller(*words), new, [0, 1, 2], False, config)
+    assert unfinished["flipped"] is None
+    assert unfinished["finished"] is False
+
+
+@torch.no_grad()
 def test_text_that_is_not_the_targets_own(pair, tokenizer):
     """The yardstick is what the target makes of the text with its own choice in that place."""
     target, draft = pair
@@ -113,11 +150,23 @@ def test_text_that_is_not_the_targets_own(pair, tokenizer):
             place = answer.prompt_length + row["position"]
             assert row["token"] == int(target(answer.ids[None, :place]).logits[0, -1].argmax())
             differ += row["token"] != answer.ids[place]
+            # Both tokens in the same place of the same text; what follows is the text's.
+            suffix = answer.ids[place + 1 :][:5]
+            told = []
+            for token in (row["token"], row["substitute"]):
+                swapped = torch.cat([answer.ids[:place], torch.tensor([token]), suffix])
+                told.append(target(swapped[None]).logits[0, place:-1].log_softmax(-1))
+            if len(suffix):
+                drop = (told[0] - told[1]).gather(-1, suffix[:, None]).mean()
+                assert row["likelihood"] == pytest.approx(float(drop), abs=1e-3)
+                drop = (told[0].amax(-1) - told[1].amax(-1)).mean()
+                assert row["confidence"] == pytest.approx(float(drop), abs=1e-3)
             if "changed" in row:
                 limit = (len(answer.ids) - place - 1) * 5 // 4 + 16
                 own = torch.cat([answer.ids[:place], torch.tensor([row["token"]])])
                 yardstick = [*own[answer.prompt_length :].tolist(), *greedy(target, own, limit)]
                 assert row["answer_ids"] == yardstick
+                assert row["finished"] is False
                 assert eos == []
     assert differ > 5
 

@@ -51,6 +51,7 @@ def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
     assert counts["target_tokens"] > counts["answer_tokens"] == 72
     assert {path.name for path in tmp_path.iterdir()} == {
         "mining.json",
+        "cache",
         *(f"labels-0000{i}-of-00002.{ending}" for i in range(2) for ending in ("json", "parquet")),
     }
 
@@ -66,11 +67,16 @@ def test_labels_do_not_depend_on_how_work_is_packed(llama, tokenizer, tmp_path, 
 
 def test_a_model_that_does_not_pack(tokenizer, tmp_path, capsys):
     target = build_any("dense", "bloom")
-    target.config.max_position_embeddings = 256
     rows = mine(target, perturbed(target), tokenizer, PROMPTS, CONFIG, tmp_path)
     assert len(rows) > 10
     assert json.loads((tmp_path / "mining.json").read_text())["packed"] is False
     assert "not packed" in capsys.readouterr().out
+
+
+def test_a_recurrent_target(tokenizer, tmp_path):
+    target = build_any("recurrent", "mamba")
+    with pytest.raises(ValueError, match="keeps a state that cannot go back"):
+        mine(target, target, tokenizer, PROMPTS, CONFIG, tmp_path)
 
 
 def test_killed_at_any_moment(llama, tokenizer, tmp_path):
@@ -133,6 +139,32 @@ def test_only_too_long_prompts(llama, tokenizer, tmp_path):
         mine(target, draft, tokenizer, [Prompt("long", "a" * 300)], CONFIG, tmp_path)
 
 
+def test_a_folder_with_any_name(llama, tokenizer, tmp_path):
+    """And what `datasets` makes to read the labels lies in it."""
+    target, draft = llama
+    assert len(mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path / "lab[1]*")) == 8
+    assert (tmp_path / "lab[1]*" / "cache").is_dir()
+
+
+def test_a_writer_that_fails(llama, tokenizer, tmp_path):
+    """What was done before stays, and is not done again."""
+    target, draft = llama
+    config, asked = replace(CONFIG, shard=1), []
+
+    def writer(prompts, limit):
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise OSError("no more ink")
+        return [torch.tensor([5, 6, 7, 8, 9] * 4)[:limit] for _ in prompts]
+
+    with pytest.raises(OSError, match="ink"):
+        mine(target, draft, tokenizer, PROMPTS, config, tmp_path, writer=writer, writer_name="w")
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    rows = mine(target, draft, tokenizer, PROMPTS, config, tmp_path, writer=writer, writer_name="w")
+    assert [*dict.fromkeys(rows["prompt_id"])] == ["a", "b", "c"]
+    assert len(asked) == 4
+
+
 def test_no_labels(tmp_path):
     with pytest.raises(FileNotFoundError, match="no labels"):
         load_labels(tmp_path)
@@ -158,16 +190,30 @@ def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
 SMALL = ["--max-new-tokens", "12", "--per-answer", "4", "--rewrites", "2", "--window", "4", "--shard", "10"]
 
 
+# What the command does, and which process did it.
+COMMAND = """
+from accelerate import PartialState
+from hf_selfjudge.cli import main
+try:
+    main()
+finally:
+    print("process", PartialState().process_index, "of", PartialState().num_processes)
+"""
+
+
 def test_two_processes_are_one(pair_folders, prompts_file, tmp_path):
-    command = ["hf_selfjudge.cli", "mine", "--pair", pair_folders, "--prompts", prompts_file, "--shard", "3"]
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND)
+    command = [script, "mine", "--pair", pair_folders, "--prompts", prompts_file, "--shard", "3"]
     command += [*SMALL[:-2], "--dtype", "float32", "--output"]
-    one = [sys.executable, "-m", *command, tmp_path / "one"]
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    two += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", *command, tmp_path / "two"]
-    for run in (one, two):
-        done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    for launch, name, count in ([sys.executable], "one", 1), (two, "two", 2):
+        run = [*launch, *command, tmp_path / name]
+        done = subprocess.run(run, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("substitutions") == 1
+        assert all(f"process {index} of {count}" in done.stdout for index in range(count))
     first, second = (load_labels(tmp_path / name) for name in ("one", "two"))
     assert same(first, second)
     assert len(first) == 48
@@ -182,8 +228,9 @@ print(peak(int(sys.argv[1]), sys.argv[2]))
 
 
 def peak(count: int, folder: str) -> int:
-    """Peak memory of mining `count` prompts, kB."""
-    target = build("llama")
+    """Peak memory of mining `count` prompts, kB. What is kept of a prompt by mistake is some 300 kB: caches, hidden
+    states and logits of a model that is wide for its depth."""
+    target = build("llama", hidden_size=768)
     path = f"{folder}/{count}.jsonl"
     with open(path, "w") as file:
         file.writelines(json.dumps({"prompt": f"why is {i} so?"}) + "\n" for i in range(count))
