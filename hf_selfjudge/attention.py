@@ -2,7 +2,8 @@
 
 In: what transformers gives an attention function. Out: what it expects, to rounding. With a mask, transformers copies
 keys and values for each head that shares them; here the queries of these heads are put one behind the other instead.
-In a batch of 50 rows with 300 tokens behind them that takes a tenth of the time.
+Two new tokens in each of 50 rows, with 300 behind them, took 3.0 ms a layer instead of 42; 24 new tokens 24 ms instead
+of 69 (bf16, 12 heads that share 2, two cores).
 """
 
 from __future__ import annotations

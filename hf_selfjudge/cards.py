@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -68,6 +69,7 @@ def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = N
         info=info,
         **info.training,
         results=results,
+        quote=shlex.quote,
     )
     path = folder / "README.md"
     temporary = path.with_suffix(".tmp")

@@ -1,6 +1,7 @@
 """Fitting a judge on labels with a planted signal."""
 
 import json
+import shlex
 
 import datasets
 import numpy as np
@@ -138,6 +139,12 @@ def test_card(fitted, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     text = write_card(judge, tmp_path / "my-judge", read_results(tmp_path / "results.json")).read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
+    judge.info.training["mining"][0]["prompts_options"] = {"system": "Don't ramble.", "limit": 40, "shuffle": 0}
+    text = write_card(judge, tmp_path / "my-judge").read_text()
+    (command,) = (line for line in text.splitlines() if line.startswith("hf-selfjudge mine"))
+    arguments = shlex.split(command)
+    assert arguments[arguments.index("--system") + 1] == "Don't ramble."
+    assert arguments.count("--limit") == arguments.count("--shuffle") == 1
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of `hf-selfjudge quickstart --json`"):
         read_results(tmp_path / "results.json")
