@@ -7,8 +7,6 @@ has, or what the target itself says when asked. Nobody else is asked.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tempfile
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -18,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from . import sandbox
 from .prompts import TooLong, context_of, encode
 
 
@@ -71,8 +70,8 @@ def code_of(text: str) -> str:
 
 def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:
     """
-    Whether the code of an answer passes `tests`. It **runs the code**, in a process of its own, in an empty folder,
-    for at most `seconds`; nothing else holds it back, so the caller must have been told to.
+    Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; what
+    holds it back is told in `sandbox.py`. The caller must have been told to.
     """
     return _passes(code_of(text), tests, seconds)
 
@@ -83,19 +82,7 @@ def _passes(code: str, tests: str, seconds: float) -> bool:
         script, work = Path(folder) / "answer.py", Path(folder) / "work"
         script.write_text(f"{code}\n\n{tests}\n\nraise SystemExit({PASSED})\n", encoding="utf-8", errors="replace")
         work.mkdir()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", script],
-                cwd=work,
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-    return done.returncode == PASSED
+        return sandbox.run(script, work, seconds) == PASSED
 
 
 def differing(first: str, second: str) -> tuple[str, str]:

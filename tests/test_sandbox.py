@@ -1,0 +1,70 @@
+"""What code may do that nobody has read."""
+
+import pytest
+
+from hf_selfjudge import sandbox
+
+
+def run(tmp_path, code, seconds=10.0):
+    script, work = tmp_path / "script.py", tmp_path / "work"
+    script.write_text(f"{code}\nraise SystemExit(7)\n")
+    work.mkdir(exist_ok=True)
+    return sandbox.run(script, work, seconds)
+
+
+def test_it_works_in_its_folder(tmp_path):
+    code = "import os\nopen('a', 'w').write('x')\nos.mkdir('d')\nos.rename('a', 'd/a')"
+    assert run(tmp_path, code) == 7
+    assert (tmp_path / "work" / "d" / "a").read_text() == "x"
+
+
+@pytest.mark.skipif(not sandbox.landlock(), reason="the kernel cannot confine a process")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open('{there}/new', 'w')",
+        "open('{there}/old', 'a').write('x')",
+        "import os\nos.truncate('{there}/old', 0)",
+        "import os\nos.remove('{there}/old')",
+        "import os\nos.mkdir('{there}/new')",
+        "import os\nos.mkfifo('{there}/new')",
+        "import os\nos.symlink('x', '{there}/new')",
+        "import os\nos.link('{there}/old', 'linked')\nopen('linked', 'w')",
+        "import os\nos.rename('{there}/old', 'here')",
+        "import os\nos.symlink('{there}/old', 'linked')\nopen('linked', 'w')",
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'open(\"{there}/new\", \"w\")'], check=True)",
+    ],
+)
+def test_it_changes_nothing_elsewhere(tmp_path, code):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "old").write_text("kept")
+    assert run(tmp_path, code.format(there=there)) == 1
+    assert [(path.name, path.read_text()) for path in there.iterdir()] == [("old", "kept")]
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("while True: pass", None),
+        ("import time; time.sleep(60)", None),
+        (f"bytearray({2 * sandbox.MEMORY})", 1),
+        (f"open('big', 'wb').write(bytes({2 * sandbox.FILE_SIZE}))", 1),
+    ],
+)
+def test_limits(tmp_path, code, status):
+    assert run(tmp_path, code, seconds=2.0) == status
+
+
+def test_nothing_is_left_running(tmp_path):
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    for _ in range(200):\n        open('beat', 'a').write('x'); time.sleep(0.05)\n"
+        "time.sleep(1)"
+    )
+    assert run(tmp_path, code) == 7
+    beats = (tmp_path / "work" / "beat").read_text()
+    assert beats
+    assert run(tmp_path, "import time; time.sleep(1)") == 7
+    assert (tmp_path / "work" / "beat").read_text() == beats
