@@ -29,6 +29,8 @@ from .sources import SourceError
 CHECKS = ("number", "tests", "text")
 # What a row's prompt may be called, in this order.
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
+# Spec-Bench has these categories of MT-Bench as one.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TABLES = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -45,6 +47,8 @@ class Prompt:
             `tests`), or `"text"`.
         messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`.
         tests (`str`, *optional*): Python code that fails unless the answer's code is right.
+        references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
+            look at them.
         answer (`str`, *optional*): An answer to take instead of the target's own.
     """
 
@@ -54,6 +58,7 @@ class Prompt:
     check: str = "text"
     messages: list[dict] | None = None
     tests: str | None = None
+    references: list[str] | None = None
     answer: str | None = None
 
     @property
@@ -109,7 +114,8 @@ def read_prompts(
 
     A row has one of `messages` or `conversations` (chat), `prompt` (text or chat), `question`, `instruction` with an
     optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
-    `category`, `check`, `tests`. A GSM8K answer (`#### 42`) sets `check` to `"number"`.
+    `category`, `check`, `tests`, `reference` (text, or several that are right; of `turns`, a list with one for each).
+    A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`.
 
     Args:
         limit (`int`, *optional*): Use only the first ones.
@@ -139,7 +145,7 @@ def read_prompts(
                 _normalised,
                 features=datasets.Features(
                     {key: datasets.Value("string") for key in ("id", "text", "category", "check")}
-                    | {key: datasets.Value("string") for key in ("messages", "tests", "answer")}
+                    | {key: datasets.Value("string") for key in ("messages", "tests", "references", "answer")}
                 ),
                 gen_kwargs={"path": path, "table": table, "plain": name == "-", "how": how},
                 fingerprint=hashlib.sha256(json.dumps([content, how, path.stem]).encode()).hexdigest()[:32],
@@ -154,7 +160,7 @@ def read_prompts(
 
 
 def _from_row(row: dict) -> Prompt:
-    return Prompt(**row | {"messages": row["messages"] and json.loads(row["messages"])})
+    return Prompt(**row | {name: row[name] and json.loads(row[name]) for name in ("messages", "references")})
 
 
 def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
@@ -240,19 +246,36 @@ def _prompt_row(
         raise ValueError(f"{where}: the prompt is empty. Remove the row or give it text.")
     tests = row.get("tests")
     tests = "\n".join(tests) if isinstance(tests, list) else tests
-    gsm8k = "####" in str(row.get("answer", ""))
+    references = _references(row, column)
+    gsm8k = any("####" in reference for reference in references)
     check = row.get("check") or ("tests" if tests else "number" if gsm8k else "text")
     if check not in CHECKS or (check == "tests" and not tests):
         raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
     return {
         "id": str(next((row[name] for name in ("id", "question_id") if row.get(name) is not None), default_id)),
         "text": text,
-        "category": str(row.get("category") or default_id.rpartition("-")[0]),
+        "category": _category(row, column) or default_id.rpartition("-")[0],
         "check": check,
         "messages": json.dumps(messages) if len(messages) > 1 else None,
         "tests": tests,
+        "references": json.dumps(references) if references else None,
         "answer": None if answer_column is None or row[answer_column] is None else str(row[answer_column]),
     }
+
+
+def _references(row: dict, column: str) -> list[str]:
+    """What is right, of the shapes that Spec-Bench and GSM8K have."""
+    right = row.get("reference")
+    if column == "turns" and right:
+        right = right[0]
+    if right is None and "####" in str(row.get("answer", "")):
+        right = row["answer"]
+    return [str(one) for one in (right if isinstance(right, list) else [right]) if one]
+
+
+def _category(row: dict, column: str) -> str:
+    category = str(row.get("category") or "")
+    return "mt_bench" if column == "turns" and category in MT_BENCH else category
 
 
 def _messages(said: str | list, where: str) -> list[dict]:

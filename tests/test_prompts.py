@@ -168,3 +168,20 @@ def test_encode(tokenizer):
         TooLong, match=r"`prompt` has 3 tokens; with `max_new_tokens`=8 it exceeds the target's context of 10"
     ):
         encode(tokenizer, "abc", 10, 8)
+
+
+@pytest.mark.parametrize(
+    ("row", "references", "category"),
+    [
+        ({"question": "q", "answer": "so\n#### 4"}, ["so\n#### 4"], "file"),
+        ({"question": "q", "answer": "no reference"}, None, "file"),
+        ({"prompt": "p", "reference": "one", "category": "math"}, ["one"], "math"),
+        ({"prompt": "p", "reference": ["one", "other"]}, ["one", "other"], "file"),
+        ({"turns": ["p", "q"], "reference": ["of p", "of q"], "category": "math"}, ["of p"], "mt_bench"),
+        ({"turns": ["p"], "reference": [["one", "other"]], "category": "rag"}, ["one", "other"], "rag"),
+        ({"turns": ["p"], "reference": ["", ""], "category": "stem"}, None, "mt_bench"),
+    ],
+)
+def test_references(tmp_path, row, references, category):
+    (prompt,) = read_prompts(write(tmp_path / "file.jsonl", row))
+    assert (prompt.references, prompt.category) == (references, category)
