@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .files import write_text
 from .judge import Judge
 
 
@@ -72,9 +73,7 @@ def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = N
         quote=shlex.quote,
     )
     path = folder / "README.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(str(card), encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, str(card))
     return path
 
 

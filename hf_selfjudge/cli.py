@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .cards import read_results, shipped_judge, write_card
+from .files import write_json
 from .generation import JudgedModel
 from .inspection import (
     Labels,
@@ -416,13 +416,6 @@ def check_writable(folder: Path) -> None:
         raise OSError(
             f"`output`: cannot write to {folder} ({error.strerror or error}). Choose another path."
         ) from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.rename(path)
 
 
 def main() -> None:

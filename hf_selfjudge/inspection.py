@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .files import whole
 from .labels import CHEAP_SCORES, load_labels
 from .trainer import FitConfig, auc, interval, mining_of
 
@@ -332,6 +333,5 @@ def plot(labels: Labels, path: str | os.PathLike) -> None:
         axis.legend(fontsize="x-small")
     figure.tight_layout()
     path = Path(path)
-    incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
-    figure.savefig(incomplete)
-    incomplete.rename(path)
+    with whole(path) as incomplete:
+        figure.savefig(incomplete)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from .features import SCALARS
+from .files import whole, write_json
 from .sources import fingerprint
 
 
@@ -129,10 +130,9 @@ class Judge(torch.nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / f"{WEIGHTS}.tmp")
-        (folder / f"{CONFIG}.tmp").write_text(json.dumps(asdict(self.info), indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            (folder / f"{name}.tmp").rename(folder / name)
+        with whole(folder / WEIGHTS) as weights:
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
+            write_json(folder / CONFIG, asdict(self.info))
 
     @classmethod
     def from_pretrained(

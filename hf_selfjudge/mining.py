@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import packs
+from .files import claim, whole, write_json
 from .labels import MiningConfig, features_of, label_answer, load_labels
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
 from .prompts import Prompt, Prompts, TooLong, context_of, encode, fingerprint_of
@@ -147,12 +148,11 @@ def _mine_shard(
         "target_forwards": tally.forwards,
         "seconds": round(time.monotonic() - since, 1),
     }
-    _write(shard.with_suffix(".json"), json.dumps(counts, indent=2) + "\n")
+    write_json(shard.with_suffix(".json"), counts)
     columns = features_of(target.config.get_text_config().hidden_size)
     table = {name: [row.get(name) for row in rows] for name in columns}
-    incomplete = shard.with_suffix(".incomplete")
-    datasets.Dataset.from_dict(table, features=columns).to_parquet(incomplete)
-    incomplete.rename(shard)
+    with whole(shard) as incomplete:
+        datasets.Dataset.from_dict(table, features=columns).to_parquet(incomplete)
 
 
 def _answers(
@@ -204,13 +204,6 @@ def counts_of(folder: str | os.PathLike) -> dict:
     return {key: sum(shard[key] for shard in shards) for key in shards[0]} if shards else {}
 
 
-def _write(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed."""
-    incomplete = path.with_name(f"{path.name}.incomplete")
-    incomplete.write_text(text, encoding="utf-8")
-    incomplete.rename(path)
-
-
 def _claim(
     folder: Path,
     target: PreTrainedModel,
@@ -244,17 +237,4 @@ def _claim(
         **asdict(config),
     }
     versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
-    path = folder / "mining.json"
-    if not path.is_file():
-        _write(path, json.dumps(settings | {"versions": versions}, indent=2) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if other := [
-        f"{key}: {before.get(key)!r} there, {value!r} now"
-        for key, value in settings.items()
-        if key not in PACE and before.get(key) != value
-    ]:
-        raise ValueError(
-            f"`output` {folder} holds labels of other settings ({'; '.join(other)}). Choose another folder or "
-            "remove it."
-        )
+    claim(folder / "mining.json", settings, {"versions": versions}, PACE)

@@ -117,7 +117,7 @@ def test_what_is_done_is_not_done_again(llama, tokenizer, tmp_path, monkeypatch)
 def test_other_settings_are_refused(llama, tokenizer, tmp_path):
     target, draft = llama
     mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
-    with pytest.raises(ValueError, match=r"labels of other settings \(prompts: 1 there, 2 now"):
+    with pytest.raises(ValueError, match=r"made with other settings \(prompts: 1 there, 2 now"):
         mine(target, draft, tokenizer, PROMPTS[:2], CONFIG, tmp_path)
     with pytest.raises(ValueError, match=r"draft_fingerprint: .* there, .* now"):
         mine(target, target, tokenizer, PROMPTS[:1], CONFIG, tmp_path)

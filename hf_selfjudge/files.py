@@ -1,0 +1,87 @@
+"""Files that survive: whole or not there, and never of two runs.
+
+Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` if nothing fails."""
+    path = Path(path)
+    incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
+    yield incomplete
+    incomplete.rename(path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """All of it, or nothing."""
+    with whole(path) as incomplete:
+        incomplete.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """The same. NaN is refused: other readers of JSON do not take it."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def claim(path: Path, settings: dict, notes: dict, free: Collection[str] = ()) -> None:
+    """
+    Write how the files of a folder are made, or compare with what is there.
+
+    Args:
+        path (`Path`): A file in that folder.
+        settings (`dict`): What must be the same when a run goes on.
+        notes (`dict`): What is noted when it begins.
+        free (`Collection[str]`): Those of `settings` that may differ.
+
+    Raises:
+        ValueError: If the folder was begun with other settings.
+    """
+    if not path.is_file():
+        write_json(path, settings | notes)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if other := [
+        f"{key}: {before.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if key not in free and before.get(key) != value
+    ]:
+        raise ValueError(
+            f"`output` {path.parent} was made with other settings ({'; '.join(other)}). Choose another folder or "
+            "remove it."
+        )
+
+
+class Lines:
+    """
+    A file of JSON lines that grows while a run goes on. A line that a kill cut off is dropped when it is opened.
+
+    Args:
+        path (`Path`): Made with the first line.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        if path.is_file():
+            content = path.read_bytes()
+            complete = content[: content.rfind(b"\n") + 1]
+            if len(complete) < len(content):
+                os.truncate(path, len(complete))
+            self.rows = [json.loads(line) for line in complete.splitlines()]
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+    def add(self, row: dict) -> None:
+        """At once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.rows.append(row)
