@@ -1,0 +1,60 @@
+"""Every measure with an answer that is known."""
+
+import pytest
+
+from hf_selfjudge.measures import repetition, task_of, task_score
+from hf_selfjudge.prompts import Prompt
+
+
+def prompt(category="math_reasoning", check="text", references=None, tests=None):
+    return Prompt("1", "question", category, check, tests=tests, references=references)
+
+
+GSM8K = prompt(check="number", references=["1,000 + 5\n#### 1,005"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "finished", "score"),
+    [
+        (GSM8K, "So it is $1005.00.", True, 1),
+        (GSM8K, "So it is 1006.", True, 0),
+        (GSM8K, "It is 1005.", False, 0),
+        (GSM8K, "No idea.", True, 0),
+        (prompt("rag", references=["George Harrison", "James Ray"]), "Well: the James  Ray!", True, 1),
+        (prompt("qa", references=["Ray"]), "James Rayner", True, 0),
+        (prompt("qa", references=["The Beatles"]), "By Beatles.", True, 1),
+        # Longest common subsequence of 4 words; precision 4/6, recall 4/5.
+        (prompt("summarization", references=["police kill the gunman today"]), "the police kill gunman today again",
+         True, 2 * (4 / 6) * (4 / 5) / (4 / 6 + 4 / 5)),
+        (prompt("summarization", references=["x", "He walks"]), "he walked", True, 1),
+        (prompt("translation", references=["The cat"]), "The cat", True, 1),
+        (prompt("translation", references=["The cat"]), "Ein Hund", True, 0),
+        (prompt("mt_bench", references=["an essay"]), "an essay", True, None),
+        (prompt("qa"), "anything", True, None),
+        (prompt(check="tests", tests="assert f(2) == 4"), "```python\ndef f(x):\n    return x * x\n```", True, 1),
+        (prompt(check="tests", tests="assert f(2) == 4"), "```python\ndef f(x):\n    return x\n```", True, 0),
+    ],
+)  # fmt: skip
+def test_task_scores(asked, text, finished, score):
+    found = task_score(asked, text, finished, allow_code=True)
+    assert found == (score if score is None else pytest.approx(score))
+
+
+def test_chrf_by_hand():
+    # Characters of "ab" and "ac" share 1 of 2, their one pair is not shared: the mean F2 of both orders.
+    found = task_score(prompt("translation", references=["ab"]), "ac", True, False)
+    assert found == pytest.approx((0.5 + 0) / 2)
+
+
+def test_code_is_not_run_unasked():
+    asked = prompt(check="tests", tests="assert False")
+    assert task_of(asked, allow_code=False) is None
+    assert task_score(asked, "x", True, allow_code=False) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([], 0), ([1, 1, 1], 0), ([1, 2, 3, 4, 5], 0), ([1] * 8, 4 / 5), ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5)],
+)
+def test_repetition(tokens, share):
+    assert repetition(tokens) == pytest.approx(share)
