@@ -89,6 +89,7 @@ def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), 
         judge.projection.copy_(torch.randn(judge.projection.shape, generator=generator) / config.hidden_size**0.5)
         judge.head.weight.copy_(torch.randn(judge.head.weight.shape, generator=generator))
         judge.head.weight[:, : len(SCALARS)] *= 0.1
+        judge.head.bias.zero_()
     return judge
 
 
