@@ -1,0 +1,189 @@
+"""Speed against quality: what each rule buys, what it costs, and how sure that is.
+
+In: a [`Grid`], figures of every setting on every prompt. Out: tables, curves and comparisons, each with a 95 %
+bootstrap interval over prompts, drawn within categories. Knows nothing of models.
+
+**Retention** of a setting is how much of the lossless answers' quality it keeps: in each category the mean score of
+its answers divided by that of the lossless answers, and over all the mean of the categories.
+
+**Speed** is tokens a round, the bonus token included, divided by that of lossless decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+LEVELS = (0.99, 0.97, 0.95, 0.9)  # of retention, where rules are compared
+AREA = (0.9, 1.0)  # of retention, between which the area between curves lies
+BASE = "lossless"
+
+
+@dataclass
+class Grid:
+    """
+    Figures of `S` settings on `P` prompts.
+
+    Args:
+        settings (`list[str]`): Their names; `lossless` is one.
+        families (`list[str]`): For each, the rule it is a threshold of.
+        categories (`np.ndarray` of shape `(P,)`): Of the prompts.
+        tokens (`np.ndarray` of shape `(S, P)`): Of the answers.
+        rounds (`np.ndarray` of shape `(S, P)`): Forwards of the target; NaN where it had none.
+        scores (`dict[str, np.ndarray]` of shape `(S, P)`): Of each measure; NaN where it does not apply.
+        resamples (`int`): Of the bootstrap.
+        seed (`int`): Of the bootstrap.
+    """
+
+    settings: list[str]
+    families: list[str]
+    categories: np.ndarray
+    tokens: np.ndarray
+    rounds: np.ndarray
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self):
+        self.weights = draws(self.categories, self.resamples, self.seed)
+        self.base = self.settings.index(BASE)
+
+    def among(self, category: str | None) -> np.ndarray:
+        """Which prompts are of a category, or all of them."""
+        return np.ones(len(self.categories), bool) if category is None else self.categories == category
+
+    def ratio(self, above: np.ndarray, below: np.ndarray, category: str | None = None) -> np.ndarray:
+        """Sum of `above` over sum of `below`, both of shape `(S, P)`: `(1 + resamples, S)`, the first row of the
+        prompts as they are."""
+        here = self.weights[:, self.among(category)]
+        above, below = (values[:, self.among(category)].T for values in (above, below))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (here @ above) / (here @ below)
+
+    def speed(self, category: str | None = None) -> np.ndarray:
+        """Tokens a round over those of lossless decoding, `(1 + resamples, S)`."""
+        rate = self.ratio(self.tokens, self.rounds, category)
+        return rate / rate[:, [self.base]]
+
+    def mean(self, measure: str, category: str | None = None) -> np.ndarray:
+        """Mean score, `(1 + resamples, S)`; NaN where a prompt has none."""
+        return self.ratio(self.scores[measure], np.ones_like(self.tokens), category)
+
+    def measure_of(self, category: str, preference: Sequence[str]) -> str | None:
+        """The first of some measures that all answers of a category have."""
+        here = self.among(category)
+        return next((name for name in preference if np.isfinite(self.scores[name][:, here]).all()), None)
+
+    def retention(self, preference: Sequence[str], category: str | None = None) -> np.ndarray:
+        """
+        Share of the lossless answers' quality that is kept, `(1 + resamples, S)`.
+
+        Args:
+            preference (`Sequence[str]`): Measures; each category is judged by the first that it has. Categories with
+                none, and those where the lossless answers score 0, are left out.
+            category (`str`, *optional*): One instead of the mean of all.
+        """
+        kept = []
+        for name in [category] if category is not None else sorted(set(self.categories)):
+            measure = self.measure_of(name, preference)
+            if measure is not None and (mean := self.mean(measure, name))[0, self.base] > 0:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    kept.append(mean / mean[:, [self.base]])
+        if not kept:
+            return np.full((len(self.weights), len(self.settings)), np.nan)
+        return np.mean(kept, axis=0)
+
+    def curve(self, family: str) -> list[int]:
+        """The settings of a rule, and lossless decoding: where every curve begins."""
+        return [self.base] + [i for i, name in enumerate(self.families) if name == family and i != self.base]
+
+
+def draws(categories: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """How often each prompt is drawn, of shape `(1 + resamples, P)`: first each once, then bootstrap samples, drawn
+    within categories."""
+    rng, weights = np.random.default_rng(seed), np.ones((1 + resamples, len(categories)))
+    for category in np.unique(categories):
+        (here,) = np.nonzero(categories == category)
+        weights[1:, here] = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=resamples)
+    return weights
+
+
+def interval(values: np.ndarray) -> list[float] | None:
+    """`[value, low, high]` of a first value and its bootstrap samples; `None` where it is undefined."""
+    if not np.isfinite(values[0]):
+        return None
+    samples = values[1:][np.isfinite(values[1:])]
+    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (np.nan, np.nan)
+    return [float(values[0]), float(low), float(high)]
+
+
+def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
+    """
+    The highest speed at which a rule keeps a share of the quality. Between two thresholds it can use the one for some
+    prompts and the other for the rest, so that the straight line between them is reached too.
+
+    Args:
+        level (`float`): Retention to keep.
+        retention, speed (`np.ndarray` of shape `(n, k)`): Of the rule's settings, one of which keeps it.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`.
+    """
+    keeps = retention >= level
+    best = np.where(keeps, speed, -np.inf).max(1)
+    for i in range(retention.shape[1]):
+        for j in range(retention.shape[1]):
+            mixed = keeps[:, i] & ~keeps[:, j]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = (retention[:, i] - level) / (retention[:, i] - retention[:, j])
+                both = speed[:, i] + share * (speed[:, j] - speed[:, i])
+            best = np.where(mixed, np.maximum(best, both), best)
+    return best
+
+
+def area_between(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Mean difference of [`speed_at`] of two rules, each `(retention, speed)`, over the levels of `AREA`."""
+    levels = np.linspace(*AREA, 21)
+    return np.mean([speed_at(level, *first) - speed_at(level, *second) for level in levels], axis=0)
+
+
+def compare_rules(grid: Grid, preference: Sequence[str], first: str, second: str) -> dict:
+    """
+    One rule against another.
+
+    Returns:
+        `dict`: `speed_ratio` for each of `LEVELS`, tokens a round at equal retention, first over second, and
+        `area_between`, each `[value, low, high]`.
+    """
+    retention, speed = grid.retention(preference), grid.speed()
+    one, other = ((retention[:, grid.curve(name)], speed[:, grid.curve(name)]) for name in (first, second))
+    ratios = {str(level): interval(speed_at(level, *one) / speed_at(level, *other)) for level in LEVELS}
+    return {
+        "first": first,
+        "second": second,
+        "speed_ratio": ratios,
+        "area_between": interval(area_between(one, other)),
+    }
+
+
+def separation(grid: Grid, coin: str | None) -> list[dict]:
+    """
+    How far each measure tells the lossless answers from those of a coin and of the draft: the mean difference,
+    lossless first, as `[value, low, high]`, and the same in standard deviations of the lossless answers' scores. A
+    measure whose interval holds 0 does not tell them apart.
+    """
+    rows = []
+    for name, scores in grid.scores.items():
+        known = np.isfinite(scores).all(0)
+        spread = scores[grid.base, known].std() if known.any() else 0
+        row = {"measure": name, "prompts": int(known.sum())}
+        for other in filter(None, (coin, "draft" if "draft" in grid.settings else None)):
+            gap = np.where(known, scores[grid.base] - scores[grid.settings.index(other)], 0.0)
+            mean = (grid.weights @ gap) / (grid.weights @ known) if known.any() else np.full(len(grid.weights), np.nan)
+            row[other] = interval(mean)
+            row[f"{other}, standardised"] = float(mean[0] / spread) if spread > 0 else None
+        rows.append(row)
+    return rows

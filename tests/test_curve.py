@@ -1,0 +1,104 @@
+"""Speed against quality, with answers that are known."""
+
+import numpy as np
+import pytest
+
+from hf_selfjudge.curve import Grid, area_between, compare_rules, draws, interval, separation, speed_at
+
+
+SETTINGS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
+FAMILIES = ["lossless", "margin", "margin", "coin", "draft"]
+
+
+def grid(prompts=4, **scores):
+    shape = (len(SETTINGS), prompts)
+    rounds = np.array([10.0, 8, 5, 8, np.nan])[:, None] * np.ones(shape)
+    categories = np.array(["a", "b"]).repeat(prompts // 2)
+    return Grid(SETTINGS, FAMILIES, categories, np.full(shape, 40.0), rounds, scores, resamples=200)
+
+
+def of_categories(a, b):
+    """Scores of each setting, the same for both prompts of a category."""
+    return np.array([[x, x, y, y] for x, y in zip(a, b, strict=True)], float)
+
+
+TASK = of_categories([0.5, 0.5, 0.4, 0.25, 0.1], [np.nan] * 5)
+SAME = of_categories([1, 0.9, 0.9, 0.9, 0], [1, 0.8, 0.7, 0.5, 0])
+
+
+def test_speed():
+    speed = grid().speed()
+    assert speed.shape == (201, 5)
+    assert speed[:, :4] == pytest.approx(np.array([[1, 1.25, 2, 1.25]] * 201))
+    assert np.isnan(speed[:, 4]).all()
+
+
+def test_retention_is_the_mean_of_categories_each_by_its_first_measure():
+    made = grid(task=TASK, same=SAME)
+    assert [made.measure_of(name, ["task", "same"]) for name in "ab"] == ["task", "same"]
+    assert made.measure_of("b", ["task"]) is None
+    by_a, by_b = [1, 1, 0.8, 0.5, 0.2], [1, 0.8, 0.7, 0.5, 0]
+    assert made.retention(["task", "same"], "a")[0] == pytest.approx(by_a)
+    assert made.retention(["task", "same"])[0] == pytest.approx(np.mean([by_a, by_b], axis=0))
+    assert made.retention(["task"])[0] == pytest.approx(by_a)  # b has none and is left out
+    assert np.isnan(grid(task=np.zeros((5, 4))).retention(["task"])).all()
+
+
+def test_the_bootstrap_draws_prompts_within_categories():
+    weights = draws(np.array(["a", "a", "b"]), 1000, 0)
+    assert (weights[0] == 1).all()
+    assert (weights[:, :2].sum(1) == 2).all()
+    assert (weights[:, 2] == 1).all()
+    assert 0.2 < (weights[1:, 0] == 2).mean() < 0.3
+
+
+def test_interval():
+    # A mean of n values of spread 1 has a 95 % interval of about ±1.96 / √n.
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 1, 400)
+    mean = draws(np.zeros(400), 2000, 1) @ values / 400
+    value, low, high = interval(mean)
+    assert value == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
+    assert interval(np.array([np.nan, 1.0])) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "speed"),
+    [(1.0, 1.0), (0.95, 1.25), (0.9, 1.5), (0.8, 2.0), (0.7, 2.0)],
+)
+def test_speed_at(level, speed):
+    # The point at .9 lies under the line from 1 to .8, and is not used.
+    retention, speeds = np.array([[1, 0.9, 0.8]]), np.array([[1, 1.1, 2.0]])
+    assert speed_at(level, retention, speeds) == pytest.approx(speed)
+
+
+def test_area_between():
+    level = np.array([[1.0, 0.9]])
+    # Lines from 1 to 2 and from 1 to 1.5: half of the mean of the differences 0 to .5.
+    assert area_between((level, np.array([[1, 2.0]])), (level, np.array([[1, 1.5]]))) == pytest.approx(0.25)
+
+
+def test_rules_are_compared_at_equal_retention():
+    made = grid(same=SAME)
+    # Overall the margin keeps .85 at 1.25 and .8 at 2, the coin .7 at 1.25: at .9 these are at 1.5 and 1 + 1/12.
+    found = compare_rules(made, ["same"], "margin", "coin")
+    assert found["speed_ratio"]["0.9"] == pytest.approx([1.5 / (1 + 0.25 / 3)] * 3)
+    assert found["speed_ratio"]["0.99"] == pytest.approx([(1 + 0.05) / (1 + 0.25 / 30)] * 3)
+    same = compare_rules(made, ["same"], "margin", "margin")
+    assert same["area_between"] == [0, 0, 0]
+
+
+def test_a_measure_that_tells_nothing_shows():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(5, 200))
+    good = np.array([1, 0.8, 0.6, 0.5, 0])[:, None] + rng.normal(scale=0.5, size=(5, 200))
+    made = grid(200, good=good, noise=noise, task=np.full((5, 200), np.nan))
+    by = {row["measure"]: row for row in separation(made, "coin=0.5")}
+    assert by["good"]["coin=0.5"][1] > 0
+    assert by["good"]["draft, standardised"] == pytest.approx(2, abs=0.3)
+    assert by["noise"]["coin=0.5"][1] < 0 < by["noise"]["coin=0.5"][2]
+    assert by["task"] == {
+        "measure": "task", "prompts": 0, "coin=0.5": None, "draft": None, "coin=0.5, standardised": None,
+        "draft, standardised": None,
+    }  # fmt: skip
