@@ -1,4 +1,4 @@
-"""`hf-selfjudge quickstart | mine | labels | train | card`."""
+"""`hf-selfjudge quickstart | mine | labels | train | bench | card`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .cards import read_results, shipped_judge, write_card
-from .files import write_json
+from .bench import BenchConfig, decode
+from .cards import SHIPPED, read_results, shipped_judge, write_card
+from .files import write_json, write_text
 from .generation import JudgedModel
 from .inspection import (
     Labels,
@@ -35,10 +37,14 @@ from .inspection import (
 from .inspection import plot as draw
 from .judge import Judge
 from .labels import MiningConfig
+from .measures import check_tasks, task_of
 from .mining import Writer, counts_of, mine, this_process
 from .mismatches import eos_tokens, greedy, until_eos
-from .prompts import read_prompts
+from .prompts import balanced, read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
+from .results import Scorer, grid_of, markdown, summarise_quality, summarise_timing, write_spec_bench
+from .results import plot as plot_curve
+from .settings import COIN, DEFAULT_RULES, needs_draft, parse_settings
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
 from .trainer import FitConfig, fit_judge, mining_of
 
@@ -47,7 +53,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(width=max(110, Console().width))
 
 PROMPTS = Path(__file__).parent / "data"
-DEFAULT = MiningConfig()
+MINING = MiningConfig()
 # Small enough for a first try on two cores.
 QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 
@@ -165,34 +171,32 @@ def mine_command(
     judge: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a judge: mine along text decoded with it.")
     ] = None,
-    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
-    top: Annotated[int, typer.Option(min=1, help="Choices of the draft to substitute at each place.")] = DEFAULT.top,
+    max_new_tokens: MaxNewTokens = MINING.max_new_tokens,
+    top: Annotated[int, typer.Option(min=1, help="Choices of the draft to substitute at each place.")] = MINING.top,
     floor: Annotated[
         float, typer.Option(min=0, max=1, help="Least probability of a choice of the draft but its first.")
-    ] = DEFAULT.floor,
+    ] = MINING.floor,
     runners_up: Annotated[
         int, typer.Option(min=0, help="Next choices of the target itself to substitute at each place.")
-    ] = DEFAULT.runners_up,
-    per_answer: Annotated[
-        int, typer.Option(min=1, help="Substitutions to score in each answer.")
-    ] = DEFAULT.per_answer,
-    rewrites: Annotated[int, typer.Option(min=0, help="How many of these to rewrite.")] = DEFAULT.rewrites,
+    ] = MINING.runners_up,
+    per_answer: Annotated[int, typer.Option(min=1, help="Substitutions to score in each answer.")] = MINING.per_answer,
+    rewrites: Annotated[int, typer.Option(min=0, help="How many of these to rewrite.")] = MINING.rewrites,
     window: Annotated[
         int, typer.Option(min=0, help="Tokens behind a substitution that likelihood and confidence look at.")
-    ] = DEFAULT.window,
+    ] = MINING.window,
     ask: Annotated[bool, typer.Option("--ask", help="Ask the target whether rewritten text says the same.")] = False,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run the code of answers to prompts with `tests` on this machine.")
     ] = False,
-    shard: Annotated[int, typer.Option(min=1, help="Prompts whose labels are written together.")] = DEFAULT.shard,
-    answer_batch: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.")] = DEFAULT.answer_batch,
+    shard: Annotated[int, typer.Option(min=1, help="Prompts whose labels are written together.")] = MINING.shard,
+    answer_batch: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.")] = MINING.answer_batch,
     forward_tokens: Annotated[
         int, typer.Option(min=8, help="Tokens of one forward over substitutions: the limit of memory.")
-    ] = DEFAULT.forward_tokens,
+    ] = MINING.forward_tokens,
     answers_at_once: Annotated[
         int, typer.Option(min=1, help="Answers whose substitutions share a forward.")
-    ] = DEFAULT.answers_at_once,
-    seed: Annotated[int, typer.Option(help="Of all samples.")] = DEFAULT.seed,
+    ] = MINING.answers_at_once,
+    seed: Annotated[int, typer.Option(help="Of all samples.")] = MINING.seed,
 ) -> None:
     """Label substitutions by letting the target finish its answer after each."""
     process = this_process()
@@ -307,6 +311,75 @@ def train(
     """Fit a judge on mined labels and write its card."""
     check_writable(output)
     save_judge(labels, output, FitConfig(accept_share=accept_share))
+
+
+@app.command("bench")
+def bench_command(
+    prompts: Annotated[
+        str, typer.Option(help="Spec-Bench, GSM8K or chat rows: a file, or a folder or Hub id of a dataset.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for answers and results; started again, the bench goes on.")],
+    pair: Pair = "qwen2.5-coder",
+    dtype: Dtype = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to compare, with thresholds: margin=0.5,1 top-k=2 judge=0.2,0.4 judge:FOLDER=0.3 coin (thrown "
+            "as often as the judge accepts) … By default every rule with three."
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="quality: many answers side by side, for text and rounds; timing: one at a time.")
+    ] = "quality",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
+    per_category: Annotated[int | None, typer.Option(min=1, help="Use only so many prompts of each category.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
+    system: Annotated[str | None, typer.Option(help="A system message for all prompts.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    draft_length: DraftLength = "5",
+    lookup: Annotated[
+        bool, typer.Option("--lookup", help="Draft by prompt lookup instead of the draft model.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="With timing: how often.")] = 1,
+    at_once: Annotated[int, typer.Option(min=1, help="With quality: answers under way at a time.")] = 48,
+    ask: Annotated[bool, typer.Option("--ask", help="Ask the target whether answers say the same.")] = False,
+    embeddings: Annotated[
+        str | None, typer.Option(help="A sentence-transformers model (folder or Hub id), for similarity.")
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the code of answers to prompts with `tests` on this machine.")
+    ] = False,
+    spec_bench: Annotated[
+        bool, typer.Option("--spec-bench", help="Also write the answers as Spec-Bench does.")
+    ] = False,
+) -> None:
+    """What each rule buys, and what it costs: speed and quality of many decodings of the same prompts."""
+    shipped = str(shipped_judge(pair)) if pair in SHIPPED else None
+    rules = rule or [*DEFAULT_RULES, *(["judge=0.2,0.35,0.5", COIN] if shipped else [])]
+    settings = parse_settings([r for r in rules if rule or not (lookup and needs_draft(r))], shipped, lookup)
+    length = read_length(draft_length)
+    config = BenchConfig(mode, max_new_tokens, length, lookup, repeats, at_once)
+    check_writable(output)
+    questions = balanced(read_prompts(prompts, limit, system=system, split=split), per_category)
+    check_tasks([task_of(question, allow_code) for question in questions], embeddings)
+    judges = {name: Judge.from_pretrained(name) for name in {setting.judge for setting in settings} - {None}}
+    target_id, draft_id = parse_pair(pair)
+    target, tokenizer = load_model(target_id, read_dtype(dtype))
+    draft = None if lookup else load_draft(draft_id, length, read_dtype(dtype))
+    lines = decode(target, draft, tokenizer, questions, settings, judges, config, output)
+    if mode == "quality":
+        scorer = Scorer(tokenizer, output, allow_code, target if ask else None, embeddings)
+        found = summarise_quality(grid_of(lines, questions, settings, scorer), lines)
+        plot_curve(found, output / "curve.png")
+    else:
+        found = summarise_timing(lines, questions, settings)
+    write_json(output / f"{mode}-results.json", {mode: found})
+    text = markdown({mode: found})
+    write_text(output / f"{mode}-results.md", text)
+    if spec_bench:
+        write_spec_bench(lines, questions, tokenizer, output / f"spec-bench-{mode}")
+    console.print(Markdown(text))
+    console.print(f"Written to {output}: {mode}-results.json, {mode}-results.md.", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
+from functools import lru_cache
 
 from .meaning import GRAM, final_number, passes_tests
 from .prompts import Prompt
@@ -91,3 +92,16 @@ def repetition(tokens: Sequence[int]) -> float:
 def _normalised(text: str) -> str:
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(ARTICLES.sub(" ", text).split())
+
+
+@lru_cache(maxsize=1)
+def _encoder(model: str):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model, device="cpu")
+
+
+def similarity(model: str, first: str, second: str) -> float:
+    """Cosine of the sentence embeddings of two texts, by a sentence-transformers model (folder or Hub id)."""
+    one, other = _encoder(model).encode([first, second], normalize_embeddings=True)
+    return float(one @ other)

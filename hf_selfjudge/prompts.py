@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -299,6 +300,17 @@ def _messages(said: str | list, where: str) -> list[dict]:
     if not messages:
         raise ValueError(f"{where}: the conversation has no message of the user.")
     return messages
+
+
+def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
+    """The first prompts of each category, in their order; all of them where `per_category` is `None`."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for prompt in prompts:
+        seen[prompt.category] += 1
+        if per_category is None or seen[prompt.category] <= per_category:
+            kept.append(prompt)
+    return kept
 
 
 def context_of(model: PreTrainedModel) -> int | None:

@@ -20,7 +20,7 @@ TRAINING_FREE = {"top-k": TopK, "margin": Margin, "kl": KLGate, "look-ahead": Lo
 ENSEMBLE, COIN, JUDGE = "ensemble", "coin", "judge"
 # Drafts of prompt lookup have no probabilities, and there is no draft that could answer alone.
 NEED_DRAFT = ("draft", "kl", ENSEMBLE)
-DEFAULT = (
+DEFAULT_RULES = (
     *PLAIN,
     "ensemble=0.25,0.5,0.75",
     "top-k=2,3,5",
@@ -91,7 +91,7 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
         family, _, folder = name.partition(":")
         if family == JUDGE and not folder and shipped is None:
             raise ValueError(f"`rule` {text!r}: no judge is shipped for this pair. Name one: judge:FOLDER=0.3.")
-        if lookup and family in NEED_DRAFT:
+        if lookup and needs_draft(text):
             raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
         coins_like_judges |= text == COIN
         for setting in [] if text == COIN else _read(text, family, folder or shipped, bool(folder), numbers):
@@ -106,6 +106,11 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
     if coins_like_judges:
         settings |= {coin.name: coin for coin in (Setting(COIN, like=judge) for judge in judges)}
     return list(settings.values())
+
+
+def needs_draft(text: str) -> bool:
+    """Whether what a text names is nothing without a draft model."""
+    return text.partition("=")[0] in NEED_DRAFT
 
 
 def _read(text: str, family: str, judge: str | None, named: bool, numbers: str) -> list[Setting]:

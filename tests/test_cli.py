@@ -206,3 +206,93 @@ def test_empty_and_long_prompts(run, judge, pair_folders, tmp_path):
         code, _, err = run("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", path)
         assert code == 1
         assert message in err
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Rows as Spec-Bench has them."""
+    rows = [
+        {"question_id": i, "category": category, "turns": [f"what is {i}?"], "reference": [reference]}
+        for i, (category, reference) in enumerate(
+            [("math_reasoning", "so\n#### 7"), ("rag", ["a", "b"]), ("writing", "")] * 3
+        )
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_bench(run, judge, pair_folders, questions, tmp_path):
+    bench = ("bench", "--pair", pair_folders, "--prompts", questions, "--output", tmp_path / "b", "--dtype", "float32")
+    bench += ("--max-new-tokens", 24, "--per-category", 2)
+    rules = ["greedy", "stock", "draft", "margin=0.5,2", "coin=0.5", "coin", f"judge:{judge}=0.3,0.6"]
+    options = [part for rule in rules for part in ("--rule", rule)]
+    code, out, err = run(*bench, *options, "--ask", "--spec-bench")
+    assert code == 0, err
+    quality = json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"]
+    assert quality["prompts"] == 6
+    assert {name: row["retention_by"] for name, row in quality["categories"].items()} == {
+        "math_reasoning": "task", "mt_bench": "same", "rag": "task",
+    }  # fmt: skip
+    rows = {row["setting"]: row for row in quality["settings"]}
+    assert len(rows) == 11
+    assert rows["lossless"]["speed"] == [1, 1, 1]
+    assert rows["greedy"]["tokens_per_round"] == [1, 1, 1]
+    assert rows["draft"]["tokens_per_round"] is None
+    assert rows["judge:j=0.6"]["judged_share"] > 0
+    assert {(row["first"], row["second"]) for row in quality["comparisons"]} == {
+        ("judge:j", "margin"), ("judge:j", "coin"), ("judge:j", "coin like judge:j"),
+    }  # fmt: skip
+    assert "| coin like judge:j=0.3 |" in (tmp_path / "b" / "quality-results.md").read_text()
+    assert (tmp_path / "b" / "curve.png").stat().st_size > 10_000
+    answers = [json.loads(x) for x in (tmp_path / "b" / "spec-bench-quality" / "lossless.jsonl").open()]
+    assert len(answers) == 6
+    assert all(sum(a["choices"][0]["accept_lengths"]) == a["choices"][0]["new_tokens"][0] for a in answers)
+    asked = (tmp_path / "b" / "views.jsonl").read_text()
+    code, out, err = run(*bench, *options, "--ask")  # again: nothing is decoded and nobody is asked
+    assert code == 0, err
+    assert (tmp_path / "b" / "views.jsonl").read_text() == asked
+    assert json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"] == quality
+    code, out, err = run(*bench, *options, "--mode", "timing", "--repeats", 2)
+    assert code == 0, err
+    timing = json.loads((tmp_path / "b" / "timing-results.json").read_text())["timing"]
+    assert (timing["prompts"], timing["repeats"], len(timing["settings"])) == (6, 2, 11)
+    stock = next(row for row in timing["settings"] if row["setting"] == "stock")
+    assert stock["speed_over_stock"] == [1, 1, 1]
+    assert {*stock["speed_over_greedy_by_category"]} == {"math_reasoning", "mt_bench", "rag"}
+    assert "seconds of stock ÷ its own" in (tmp_path / "b" / "timing-results.md").read_text()
+    assert not list((tmp_path / "b").glob("*.incomplete*"))
+
+
+def test_bench_with_prompt_lookup(run, pair_folders, questions, tmp_path):
+    code, out, err = run(
+        *("bench", "--pair", pair_folders, "--prompts", questions, "--output", tmp_path / "b", "--dtype", "float32"),
+        *("--max-new-tokens", 24, "--lookup", "--limit", 3),
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"]["settings"]
+    families = {row["family"] for row in rows}
+    assert families == {"lossless", "greedy", "stock", "top-k", "margin", "look-ahead", "coin"}
+    assert {row["draft_forwards"] for row in rows} == {0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--rule", "margins=1"), "`rule` must be"),
+        (("--rule", "judge=0.3"), "no judge is shipped"),
+        (("--rule", "judge:nowhere=0.3"), "nowhere"),
+        (("--rule", "kl=1", "--lookup"), "with prompt lookup there is none"),
+        (("--mode", "fast"), "`mode` must be one of"),
+        (("--draft-length", "auto"), "goes by the clock"),
+        (("--prompts", "nowhere.jsonl"), "could not be read"),
+    ],
+)
+def test_a_bench_that_cannot_be_is_refused_before_models_load(run, questions, tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr(cli, "load_model", None)
+    code, _, err = run(
+        *("bench", "--pair", "no,models", "--prompts", questions, "--output", tmp_path / "b", "--rule", "margin=1"),
+        *wrong,
+    )
+    assert code == 1
+    assert message in err

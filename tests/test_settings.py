@@ -3,7 +3,7 @@
 import pytest
 
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, TopK
-from hf_selfjudge.settings import DEFAULT, Setting, parse_settings
+from hf_selfjudge.settings import DEFAULT_RULES, Setting, parse_settings
 
 
 def names(*texts, **how):
@@ -17,7 +17,7 @@ def test_thresholds():
     assert rules == [Lossless(), Margin(0.3), Margin(1), KLGate(0.1, 0.8), TopK(2)]
     (_, look) = parse_settings(["look-ahead=2:0.05"])
     assert look.rule({}) == LookAhead(2, 0.05)
-    assert names(*DEFAULT)[:4] == ["lossless", "greedy", "stock", "draft"]
+    assert names(*DEFAULT_RULES)[:4] == ["lossless", "greedy", "stock", "draft"]
 
 
 def test_judges():

@@ -1,0 +1,334 @@
+"""What a bench found, in tables, a plot and files.
+
+In: the lines that decoding wrote, and their prompts. Out: a [`Grid`] with every measure, and from it Markdown, JSON, a
+picture, and answers in the format of Spec-Bench.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.progress import track
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .bench import accepted_share
+from .curve import BASE, LEVELS, Grid, compare_rules, interval, separation
+from .files import Lines, whole, write_text
+from .meaning import reconvergence, says_no
+from .measures import repetition, similarity, task_score
+from .prompts import Prompt
+from .settings import COIN, JUDGE, PLAIN, Setting
+
+
+# Measures that retention is built on, the first that a category has; chosen by what `separation` shows.
+RETENTION = ("task", "same", "agreement")
+
+
+@dataclass
+class Scorer:
+    """
+    Every measure of one answer.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the pair.
+        folder (`Path`): Scores that cost a forward are kept there, in `views.jsonl`.
+        allow_code (`bool`): Whether code of answers may be run.
+        target ([`~transformers.PreTrainedModel`], *optional*): To be asked whether an answer says the same as the
+            lossless one: the measure `same`.
+        embeddings (`str`, *optional*): A sentence-transformers model for the measure `similarity`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    allow_code: bool = False
+    target: PreTrainedModel | None = None
+    embeddings: str | None = None
+
+    def __post_init__(self):
+        self.views = Lines(self.folder / "views.jsonl")
+        self.known = {(line["measure"], line["texts"]): line["value"] for line in self.views}
+
+    def scores(self, prompt: Prompt, line: dict, lossless: dict) -> dict[str, float | None]:
+        """Of a line of the bench beside that of lossless decoding."""
+        own, text = (self.tokenizer.decode(one["tokens"], skip_special_tokens=True) for one in (lossless, line))
+        count = max(1, len(line["tokens"]))
+        found = {
+            "task": task_score(prompt, text, line["finished"], self.allow_code),
+            "agreement": reconvergence(lossless["tokens"], line["tokens"]),
+            "logprob": line["logprob"] / count,
+            "repetition": repetition(line["tokens"]),
+            "length": len(line["tokens"]) / max(1, len(lossless["tokens"])),
+            "finished": float(line["finished"]),
+        }
+        if self.target is not None:
+            no = self._view(
+                "same",
+                (self.target.config.name_or_path, prompt.text, own, text),
+                lambda: 0.0 if text == own else says_no(self.target, self.tokenizer, prompt.text, own, text),
+            )
+            found["same"] = None if no is None else 1 - no
+        if self.embeddings is not None:
+            found["similarity"] = self._view(
+                "similarity", (self.embeddings, own, text), lambda: similarity(self.embeddings, own, text)
+            )
+        return found
+
+    def _view(self, measure: str, texts: Sequence[str], ask: Callable[[], float | None]) -> float | None:
+        key = measure, hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        if key not in self.known:
+            self.known[key] = ask()
+            self.views.add({"measure": measure, "texts": key[1], "value": self.known[key]})
+        return self.known[key]
+
+
+def grid_of(lines: Sequence[dict], prompts: Sequence[Prompt], settings: Sequence[Setting], scorer: Scorer) -> Grid:
+    """
+    Every measure of every answer, with a progress bar.
+
+    Args:
+        lines (`Sequence[dict]`): Of `quality`, as [`decode`] returns them.
+    """
+    by = {(line["setting"], line["prompt"]): line for line in lines}
+    shape = (len(settings), len(prompts))
+    scores: dict[str, np.ndarray] = {}
+    tokens, rounds = np.zeros(shape), np.full(shape, np.nan)
+    for column, prompt in enumerate(track(prompts, "Measure")):
+        for row, setting in enumerate(settings):
+            line = by[setting.name, prompt.id]
+            tokens[row, column], rounds[row, column] = len(line["tokens"]), len(line["lengths"]) or np.nan
+            for name, value in scorer.scores(prompt, line, by[BASE, prompt.id]).items():
+                if value is not None:
+                    scores.setdefault(name, np.full(shape, np.nan))[row, column] = value
+    names, families = [setting.name for setting in settings], [family_of(setting) for setting in settings]
+    return Grid(names, families, np.array([prompt.category for prompt in prompts]), tokens, rounds, scores)
+
+
+def family_of(setting: Setting) -> str:
+    """The curve that a setting lies on."""
+    return f"{setting.family} like {setting.like.family}" if setting.like is not None else setting.family
+
+
+def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
+    """
+    All tables of `quality`.
+
+    Returns:
+        `dict` that JSON can hold: `settings` (a row for each), `categories`, `separation` of the measures, and
+        `comparisons` of each judge with every other rule.
+    """
+    preference = [name for name in RETENTION if name in grid.scores]
+    speed, retention = grid.speed(), grid.retention(preference)
+    rate = grid.ratio(grid.tokens, grid.rounds)
+    rows = []
+    for i, name in enumerate(grid.settings):
+        mine = [line for line in lines if line["setting"] == name]
+        produced = sum(len(line["tokens"]) for line in mine)
+        rounds = sum(len(line["lengths"]) for line in mine)
+        rows.append(
+            {
+                "setting": name,
+                "family": grid.families[i],
+                "tokens_per_round": interval(rate[:, i]),
+                "tokens_per_round_without_bonus": (produced - rounds) / rounds if rounds else None,
+                "speed": interval(speed[:, i]),
+                "retention": interval(retention[:, i]),
+                "judged_share": sum(line["judged"] for line in mine) / produced,
+                "accepted_share": accepted_share(mine),
+                "target_forwards": rounds,
+                "draft_forwards": sum(line["draft_forwards"] for line in mine),
+                "tokens": produced,
+                "unfinished": sum(not line["finished"] for line in mine),
+                "measures": {
+                    measure: interval(_mean_of_known(grid, values)[:, i]) for measure, values in grid.scores.items()
+                },
+                "by_category": {
+                    category: {
+                        "speed": interval(grid.speed(category)[:, i]),
+                        "retention": interval(grid.retention(preference, category)[:, i]),
+                    }
+                    for category in sorted(set(grid.categories))
+                },
+            }
+        )
+    judges = [name for name in dict.fromkeys(grid.families) if name.partition(":")[0] == JUDGE]
+    others = [name for name in dict.fromkeys(grid.families) if name not in (*judges, *PLAIN)]
+    return {
+        "prompts": len(grid.categories),
+        "categories": {
+            category: {
+                "prompts": int((grid.categories == category).sum()),
+                "retention_by": grid.measure_of(category, preference),
+            }
+            for category in sorted(set(grid.categories))
+        },
+        "settings": rows,
+        "separation": separation(grid, _middle_coin(grid)),
+        "comparisons": [compare_rules(grid, preference, judge, other) for judge in judges for other in others],
+    }
+
+
+def _mean_of_known(grid: Grid, values: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values).all(0)
+    return grid.ratio(np.where(known, values, 0), np.broadcast_to(known, values.shape).astype(float))
+
+
+def _middle_coin(grid: Grid) -> str | None:
+    """The coin whose share is nearest to a half."""
+    coins = [name for name in grid.settings if name.startswith(f"{COIN}=")]
+    return min(coins, key=lambda name: abs(float(name.partition("=")[2]) - 0.5), default=None)
+
+
+def summarise_timing(lines: Sequence[dict], prompts: Sequence[Prompt], settings: Sequence[Setting]) -> dict:
+    """
+    All tables of `timing`: for each setting tokens a second, seconds an answer, and the ratio of seconds of greedy and
+    of stock decoding to its own, over all prompts and for each category.
+    """
+    categories = np.array([prompt.category for prompt in prompts])
+    seconds, tokens = {}, {}
+    for setting in settings:
+        mine = {prompt.id: [] for prompt in prompts}
+        for line in lines:
+            if line["setting"] == setting.name:
+                mine[line["prompt"]].append(line)
+        seconds[setting.name] = np.array([[np.mean([line["seconds"] for line in some]) for some in mine.values()]])
+        tokens[setting.name] = np.array([[np.mean([len(line["tokens"]) for line in some]) for some in mine.values()]])
+    grid = Grid([BASE], [BASE], categories, np.ones((1, len(prompts))), np.ones((1, len(prompts))))
+    rows = []
+    for name in seconds:
+        row = {
+            "setting": name,
+            "tokens_per_second": interval(grid.ratio(tokens[name], seconds[name])[:, 0]),
+            "seconds_per_answer": float(seconds[name].mean()),
+            "tokens_per_answer": float(tokens[name].mean()),
+        }
+        for other in ("greedy", "stock", BASE):
+            if other in seconds:
+                row[f"speed_over_{other}"] = interval(grid.ratio(seconds[other], seconds[name])[:, 0])
+                row[f"speed_over_{other}_by_category"] = {
+                    category: interval(grid.ratio(seconds[other], seconds[name], category)[:, 0])
+                    for category in sorted(set(categories))
+                }
+        rows.append(row)
+    return {"prompts": len(prompts), "repeats": max(line["repeat"] for line in lines) + 1, "settings": rows}
+
+
+def markdown(results: dict) -> str:
+    """The tables of `quality` and `timing`, whichever there are, ready for a card."""
+    parts = []
+    if "quality" in results:
+        found = results["quality"]
+        parts.append(_table(
+            ("decoding", "tokens/round", "× lossless", "retention", "judged", "accepted", "task", "unfinished"),
+            [
+                (
+                    row["setting"], _show(row["tokens_per_round"]), _show(row["speed"]), _show(row["retention"], 3),
+                    f"{row['judged_share']:.1%}", f"{row['accepted_share']:.0%}",
+                    _show(row["measures"].get("task"), 3), str(row["unfinished"]),
+                )
+                for row in found["settings"]
+            ],
+        ))  # fmt: skip
+        if found["comparisons"]:
+            parts.append(_table(
+                ("tokens a round at equal retention", *(f"{level:.0%}" for level in LEVELS), "area between"),
+                [
+                    (
+                        f"{row['first']} ÷ {row['second']}",
+                        *(_show(row["speed_ratio"][str(level)]) for level in LEVELS), _show(row["area_between"], 3),
+                    )
+                    for row in found["comparisons"]
+                ],
+            ))  # fmt: skip
+        keys = [key for key in found["separation"][0] if key not in ("measure", "prompts")]
+        parts.append(_table(
+            ("measure", "prompts", *(f"lossless − {key}" for key in keys)),
+            [
+                (row["measure"], str(row["prompts"]), *(
+                    _show(row[key], 3) if isinstance(row[key], list | None) else f"{row[key]:.2f}" for key in keys
+                ))
+                for row in found["separation"]
+            ],
+        ))  # fmt: skip
+    if "timing" in results:
+        rows = results["timing"]["settings"]
+        over = [key for key in ("greedy", "stock", BASE) if f"speed_over_{key}" in rows[0]]
+        parts.append(_table(
+            ("decoding", "tokens/s", "s/answer", "tokens/answer", *(f"seconds of {key} ÷ its own" for key in over)),
+            [
+                (
+                    row["setting"], _show(row["tokens_per_second"]), f"{row['seconds_per_answer']:.1f}",
+                    f"{row['tokens_per_answer']:.0f}", *(_show(row[f"speed_over_{key}"]) for key in over),
+                )
+                for row in rows
+            ],
+        ))  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _show(value: list[float] | None, digits: int = 2) -> str:
+    return "–" if value is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits).replace("-", "−")
+
+
+def plot(quality: dict, path: Path) -> None:
+    """Speed against retention, of [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
+    figure = Figure(figsize=(8, 5.5))
+    axis = figure.subplots()
+    rows = [row for row in quality["settings"] if row["speed"] and row["retention"]]
+    families = dict.fromkeys(row["family"] for row in rows if row["family"] not in PLAIN)
+    for family in families:
+        points = sorted((row for row in rows if row["family"] in (family, BASE)), key=lambda row: row["speed"][0])
+        x, y = (np.array([row[key] for row in points]) for key in ("retention", "speed"))
+        axis.errorbar(
+            x[:, 0], y[:, 0], xerr=abs(x[:, 1:] - x[:, :1]).T, yerr=abs(y[:, 1:] - y[:, :1]).T, label=family,
+            marker="o", markersize=4, linewidth=2 if family.startswith(JUDGE) else 1, elinewidth=0.4,
+        )  # fmt: skip
+    axis.set_xlabel("retention (lossless = 1)")
+    axis.set_ylabel("tokens a round (lossless = 1)")
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.tight_layout()
+    with whole(path) as incomplete:
+        figure.savefig(incomplete, dpi=150)
+
+
+def write_spec_bench(lines: Sequence[dict], prompts: Sequence[Prompt], tokenizer, folder: Path) -> None:
+    """
+    Answers in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), a file for each setting, with its
+    `wall_time` where the mode was `timing`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    of = {prompt.id: prompt for prompt in prompts}
+    for setting in dict.fromkeys(line["setting"] for line in lines):
+        rows = []
+        for line in (line for line in lines if line["setting"] == setting and line["prompt"] in of):
+            choice = {
+                "index": line["repeat"],
+                "turns": [tokenizer.decode(line["tokens"], skip_special_tokens=True)],
+                "decoding_steps": [len(line["lengths"])],
+                "new_tokens": [len(line["tokens"])],
+                "wall_time": [line["seconds"]],
+                "accept_lengths": line["lengths"],
+            }
+            row = {
+                "question_id": line["prompt"],
+                "category": of[line["prompt"]].category,
+                "answer_id": f"{line['prompt']}-{line['repeat']}",
+                "model_id": setting,
+                "choices": [choice],
+                "tstamp": 0.0,
+            }
+            rows.append(json.dumps(row))
+        write_text(folder / f"{setting.replace('/', '-').replace(' ', '-')}.jsonl", "\n".join(rows) + "\n")
