@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ from rich.markdown import Markdown
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .bench import BenchConfig, decode
+from .bench import BenchConfig, Plan, decode, plan, planned
 from .cards import SHIPPED, read_results, shipped_judge, write_card
 from .files import write_json, write_text
 from .generation import JudgedModel
@@ -40,11 +42,11 @@ from .labels import MiningConfig
 from .measures import check_tasks, task_of
 from .mining import Writer, counts_of, mine, this_process
 from .mismatches import eos_tokens, greedy, until_eos
-from .prompts import balanced, read_prompts
+from .prompts import Prompt, balanced, read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
 from .results import Scorer, grid_of, markdown, summarise_quality, summarise_timing, write_spec_bench
 from .results import plot as plot_curve
-from .settings import COIN, DEFAULT_RULES, needs_draft, parse_settings
+from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
 from .trainer import FitConfig, fit_judge, mining_of
 
@@ -342,6 +344,10 @@ def bench_command(
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="With timing: how often.")] = 1,
     at_once: Annotated[int, typer.Option(min=1, help="With quality: answers under way at a time.")] = 48,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes for all answers: a pilot decides how many prompts and thresholds fit."),
+    ] = None,
     ask: Annotated[bool, typer.Option("--ask", help="Ask the target whether answers say the same.")] = False,
     embeddings: Annotated[
         str | None, typer.Option(help="A sentence-transformers model (folder or Hub id), for similarity.")
@@ -366,7 +372,32 @@ def bench_command(
     target_id, draft_id = parse_pair(pair)
     target, tokenizer = load_model(target_id, read_dtype(dtype))
     draft = None if lookup else load_draft(draft_id, length, read_dtype(dtype))
-    lines = decode(target, draft, tokenizer, questions, settings, judges, config, output)
+
+    def go(questions: list[Prompt], settings: list[Setting], folder: Path) -> list[dict]:
+        return decode(target, draft, tokenizer, questions, settings, judges, config, folder)
+
+    if budget is not None:
+        categories = Counter(question.category for question in questions)
+
+        def pilot() -> Plan:
+            """A prompt of each category, lossless and with a rule."""
+            some = [setting for setting in settings if setting.like is None][:2]
+            with tempfile.TemporaryDirectory() as folder:
+                since = time.monotonic()
+                lines = go(balanced(questions, 1), some, Path(folder))
+            seconds = (time.monotonic() - since) / len(lines) * config.repeats
+            return plan(budget, seconds, len(categories), max(categories.values()), settings)
+
+        chosen = planned(output, budget, settings, pilot)
+        questions = balanced(questions, chosen.per_category)
+        settings = [setting for setting in settings if setting.name in chosen.settings]
+        console.print(
+            f"Budget of {budget:g} minutes, {chosen.seconds_per_answer:.1f} s an answer: {chosen.per_category} of "
+            f"each category's prompts ({len(questions)} in all), {len(settings)} of {len(chosen.asked)} settings.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    lines = go(questions, settings, output)
     if mode == "quality":
         scorer = Scorer(tokenizer, output, allow_code, target if ask else None, embeddings)
         found = summarise_quality(grid_of(lines, questions, settings, scorer), lines)

@@ -267,9 +267,10 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
 def test_bench_with_prompt_lookup(run, pair_folders, questions, tmp_path):
     code, out, err = run(
         *("bench", "--pair", pair_folders, "--prompts", questions, "--output", tmp_path / "b", "--dtype", "float32"),
-        *("--max-new-tokens", 24, "--lookup", "--limit", 3),
+        *("--max-new-tokens", 24, "--lookup", "--limit", 3, "--budget", 60),
     )
     assert code == 0, err
+    assert "1 of each category's prompts (3 in all), 15 of 15 settings" in out
     rows = json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"]["settings"]
     families = {row["family"] for row in rows}
     assert families == {"lossless", "greedy", "stock", "top-k", "margin", "look-ahead", "coin"}
