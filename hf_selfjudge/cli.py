@@ -350,7 +350,11 @@ def bench_command(
     ] = None,
     ask: Annotated[bool, typer.Option("--ask", help="Ask the target whether answers say the same.")] = False,
     embeddings: Annotated[
-        str | None, typer.Option(help="A sentence-transformers model (folder or Hub id), for similarity.")
+        str | None,
+        typer.Option(
+            help="For similarity: a sentence-transformers model (folder or Hub id), such as "
+            "sentence-transformers/all-MiniLM-L6-v2."
+        ),
     ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run the code of answers to prompts with `tests` on this machine.")

@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from .meaning import GRAM, final_number, passes_tests
 from .prompts import Prompt
+from .sources import resolve_model
 
 
 # Categories of Spec-Bench whose references are scored in a way of their own.
 TASKS = {"translation": "chrf", "summarization": "rouge_l", "qa": "contains", "rag": "contains"}
-EMBEDDINGS = "sentence-transformers/all-MiniLM-L6-v2"
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -72,6 +72,7 @@ def check_tasks(tasks: Sequence[str | None], embeddings: str | None) -> None:
 
     Raises:
         ValueError: If a library is missing that one of `tasks` or `embeddings` needs.
+        SourceError: If the model for `embeddings` cannot be had.
     """
     needed = {"rouge_l": "rouge_score", "chrf": "sacrebleu"}
     modules = {needed[task] for task in tasks if task in needed}
@@ -81,6 +82,8 @@ def check_tasks(tasks: Sequence[str | None], embeddings: str | None) -> None:
             __import__(module)
         except ImportError as error:
             raise ValueError(f"`prompts` need {module} to be scored: pip install 'hf-selfjudge[bench]'.") from error
+    if embeddings:
+        resolve_model(embeddings)
 
 
 def repetition(tokens: Sequence[int]) -> float:
@@ -98,7 +101,7 @@ def _normalised(text: str) -> str:
 def _encoder(model: str):
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(model, device="cpu")
+    return SentenceTransformer(resolve_model(model), device="cpu", model_kwargs={"use_safetensors": True})
 
 
 def similarity(model: str, first: str, second: str) -> float:

