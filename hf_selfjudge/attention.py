@@ -8,6 +8,10 @@ of 69 (bf16, 12 heads that share 2, two cores).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -16,6 +20,21 @@ from transformers.masking_utils import sdpa_mask
 
 
 NAME = "grouped_sdpa"
+# Queries and keys of each sequence, where a forward holds several one behind the other.
+_sequences: ContextVar[tuple[list[int], list[int]] | None] = ContextVar("_sequences", default=None)
+
+
+@contextmanager
+def end_to_end(news: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+    """
+    Forwards in here hold several sequences one behind the other, none of which sees another: sequence `i` has
+    `news[i]` queries and `lengths[i]` keys, and its rows of the mask begin at the left.
+    """
+    token = _sequences.set((list(news), list(lengths)))
+    try:
+        yield
+    finally:
+        _sequences.reset(token)
 
 
 def grouped_sdpa(
@@ -37,13 +56,23 @@ def grouped_sdpa(
     Returns:
         `torch.Tensor` of shape `(batch, new, heads, head_dim)`, and no weights.
     """
+    how = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if (sequences := _sequences.get()) is None:
+        return _one(module, query, key, value, attention_mask, **how), None
+    news, lengths = sequences
+    queries, masks = query.split(news, 2), attention_mask.split(news, 2)
+    parts = zip(queries, key.split(lengths, 2), value.split(lengths, 2), masks, lengths, strict=True)
+    return torch.cat([_one(module, q, k, v, mask[..., :n], **how) for q, k, v, mask, n in parts], 1), None
+
+
+def _one(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> torch.Tensor:
     batch, heads, new, width = query.shape
     sharing = heads // key.shape[1]
     others = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
     if sharing == 1 or attention_mask is None or attention_mask.shape[1] != 1 or others:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        )[0]
     output = scaled_dot_product_attention(
         query.reshape(batch, -1, sharing * new, width),
         key,
@@ -52,11 +81,16 @@ def grouped_sdpa(
         dropout_p=dropout,
         scale=scaling,
     )
-    return output.view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
+    return output.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, grouped_sdpa)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def takes_end_to_end(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is this one, which knows of several sequences ([`end_to_end`])."""
+    return model.config._attn_implementation == NAME
 
 
 def share_keys(model: PreTrainedModel) -> None:

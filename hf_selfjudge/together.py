@@ -24,6 +24,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
+from .attention import end_to_end, takes_end_to_end
 from .hidden import HiddenTap, untapped
 
 
@@ -184,13 +185,18 @@ def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
         cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
         single = kinds & {"dynamic", "longrope"} or not cached
         padding = longest * len(part) - sum(row.request.tokens for row in part)
-        padded = padding > max(32, 0.25 * (longest * len(part) - padding))
+        padded = padding > max(32, 0.25 * (longest * len(part) - padding)) and not _unpadded(model, row.request)
         unlike = row.request.masked != part[0].request.masked
         if parts[-1] and (single or padded or unlike):
             parts.append([row])
         else:
             parts[-1] = part
     return parts
+
+
+def _unpadded(model: PreTrainedModel, request: Request) -> bool:
+    """Whether a forward can be put one behind the other with those like it, instead of side by side."""
+    return request.masked and takes_end_to_end(model)
 
 
 def _fork_random() -> contextlib.AbstractContextManager:
@@ -228,6 +234,13 @@ def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[Mode
             return [(model(**requests[0].arguments), *seen)]
         rows = [_arguments(request.arguments) for request in requests]
         news = [request.tokens for request in requests]
+        if _unpadded(model, requests[0]):
+            output = _end_to_end(model, rows, news)
+            parts = output.logits.split(news, 1), seen[0].split(news, 1)
+            return [
+                (type(output)(logits=logits, past_key_values=row["past_key_values"]), hidden)
+                for row, logits, hidden in zip(rows, *parts, strict=True)
+            ]
         cache = SideBySide([row["past_key_values"] for row in rows], news)
         device = rows[0]["input_ids"].device
         ids = torch.zeros(len(rows), max(news), dtype=torch.long, device=device)
@@ -260,6 +273,31 @@ def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[Mode
     ]
 
 
+def _end_to_end(model: PreTrainedModel, rows: list[dict], news: list[int]) -> ModelOutput:
+    """One forward for rows that say for each pair of tokens who sees whom: no token of it is padding."""
+    cache = EndToEnd([row["past_key_values"] for row in rows], news)
+    masks = [row["attention_mask"] for row in rows]
+    with end_to_end(news, cache.lengths):
+        return model(
+            input_ids=torch.cat([row["input_ids"] for row in rows], 1),
+            position_ids=torch.cat([row["position_ids"] for row in rows], -1),
+            attention_mask=(
+                {kind: _stack_masks([mask[kind] for mask in masks]) for kind in masks[0]}
+                if isinstance(masks[0], dict)
+                else _stack_masks(masks)
+            ),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+
+
+def _stack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
+    """Additive masks of shape `(1, 1, new, length)` one below the other, each at the left."""
+    longest = max(mask.shape[-1] for mask in masks)
+    return torch.cat([torch.nn.functional.pad(mask, (0, longest - mask.shape[-1])) for mask in masks], 2)
+
+
 def _arguments(arguments: dict) -> dict:
     """
     Raises:
@@ -272,6 +310,30 @@ def _arguments(arguments: dict) -> dict:
             f"A batch cannot decode with {', '.join(sorted(unknown))}. Ask for one prompt at a time, or leave it out."
         )
     return dict.fromkeys(ARGUMENTS) | arguments
+
+
+class EndToEnd(Cache):
+    """
+    The caches of several sequences as one cache of a single sequence, for the time of a forward: attention sees the
+    keys of one behind those of the other.
+
+    Args:
+        caches (`list[Cache]`): One for each sequence, of layers that keep every key.
+        news (`list[int]`): How many tokens the forward adds to each.
+    """
+
+    def __init__(self, caches: list[Cache], news: list[int]):
+        super().__init__(layers=caches[0].layers)
+        self.caches, self.news = caches, news
+        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = zip(self.caches, key_states.split(self.news, 2), value_states.split(self.news, 2), strict=True)
+        states = [cache.update(keys, values, layer_idx, *args, **kwargs) for cache, keys, values in parts]
+        keys, values = zip(*states, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 class SideBySide(Cache):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from hf_selfjudge.attention import share_keys
 from hf_selfjudge.branches import Alone, Branches, packs
+from hf_selfjudge.together import together
 
 from .test_matrix import DENSE, MIXTURE, SLIDING_WINDOW, VISION_LANGUAGE, build
 
@@ -85,3 +87,25 @@ def test_branches_are_what_they_are_alone(kind, name):
             torch.testing.assert_close(rows[start], expected, atol=2e-4, rtol=1e-3)
             kept[start] = torch.cat([kept[start], new[start][:keep]])
             views[start].cut(branches[start], len(kept[start]))
+
+
+@pytest.mark.parametrize(("kind", "name"), [case for case in NAMES if case[1] not in CANNOT], ids=str)
+@torch.no_grad()
+def test_branches_of_several_answers_share_a_forward(kind, name):
+    """Answers of unlike lengths, with unlike counts of tokens; where the model's attention knows of several sequences,
+    none of them is padded."""
+    model = build(kind, name)
+    share_keys(model)
+    ids = torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(1))
+    answers = {40: {21: ids[3:15], 5: ids[17:20]}, 9: {8: ids[:1]}, 25: {12: ids[9:21]}}
+    trunks = [trunk_of(model, ids[:length]) for length in answers]
+
+    def call(stand_in, trunk, texts):
+        branches = Branches(stand_in, trunk)
+        return branches.feed([branches.branch(start) for start in texts], [*texts.values()])
+
+    calls = [lambda m, item=item: call(m, *item) for item in zip(trunks, answers.values(), strict=True)]
+    for rows, texts in zip(together([model], calls), answers.values(), strict=True):
+        for row, (start, text) in zip(rows, texts.items(), strict=True):
+            expected = alone(model, torch.cat([ids[:start], text]), len(text))
+            torch.testing.assert_close(row, expected, atol=2e-4, rtol=1e-3)

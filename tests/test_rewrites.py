@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_selfjudge import Prompt
+from hf_selfjudge.attention import share_keys, takes_end_to_end
 from hf_selfjudge.mismatches import (
     eos_tokens,
     find_substitutions,
@@ -26,10 +27,14 @@ def ids_of(seed=5):
     return [torch.randint(2, VOCAB, (1, length), generator=generator) for length in (7, 12, 3)]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3", "gpt2", "qwen2, end to end", "gemma3, end to end"])
 def case(request):
     """Target, draft, three answers, and substitutions of each; texts end early at some tokens."""
-    target = build(request.param)
+    name, *end_to_end = request.param.split(", ")
+    target = build(name)
+    if end_to_end:
+        share_keys(target)
+        assert takes_end_to_end(target)
     target.generation_config.eos_token_id = [1, 30, 45]
     draft = perturbed(target, 0.05)
     answers = target_answers(target, PROMPTS, ids_of(), NEW, RUNNERS)
