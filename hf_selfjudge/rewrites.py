@@ -2,7 +2,8 @@
 
 In: an answer and its substitutions. Out: for each one a [`Followed`]. Substitutions of one answer are branches of it;
 each forward takes some tokens of many of them. A rewrite is decoded speculatively with the original answer as its
-draft, since it mostly comes back to it. Knows nothing of what the results mean.
+draft, since it mostly comes back to it, or else with the other rewrites of it, which leave it in like ways. Knows
+nothing of what the results mean.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def follow(
     Yields:
         [`Followed`], each when it is done.
     """
+    rewrites: list[list[int]] = []  # of this answer, those under way among them
     if not packed:
         for substitution, rewrite in zip(substitutions, rewritten, strict=True):
-            path = _Path(Alone(model, answer.cache), answer, substitution, rewrite, eos, window)
+            path = _Path(Alone(model, answer.cache), answer, substitution, rewrite, eos, window, rewrites)
             while not path.done:
                 path.take(path.branches.feed([path.branch], [path.tokens(room)])[0])
             yield path.followed
@@ -89,7 +91,7 @@ def follow(
                 fed.append((path, path.tokens(min(share, left))))
                 left -= len(fed[-1][1])
         while left and waiting:
-            paths.append(_Path(branches, answer, *waiting.popleft(), eos, window))
+            paths.append(_Path(branches, answer, *waiting.popleft(), eos, window, rewrites))
             fed.append((paths[-1], paths[-1].tokens(left)))
             left -= len(fed[-1][1])
         rows = branches.feed([path.branch for path, _ in fed], [tokens for _, tokens in fed])
@@ -110,6 +112,7 @@ class _Path:
     rewrite: bool
     eos: list[int]
     window: int
+    rewrites: list[list[int]]
     done: bool = False
     rewriting: bool = False
     followed: Followed | None = None
@@ -162,6 +165,7 @@ class _Path:
             self.done = True
             return
         self.rewriting = True
+        self.rewrites.append(self.new)
         kept = _same(self.fed[2:].tolist(), choices[1:].tolist())
         self.branches.cut(self.branch, 2 + kept)
         self.place = kept + 1
@@ -177,15 +181,23 @@ class _Path:
             self.branches.cut(self.branch, 0)
 
     def _guess(self) -> list[int]:
-        """How the rewrite goes on if it is back in the original: behind the place there that ends like it, of several
-        the nearest to where it was."""
+        """How the rewrite goes on if it says what was said before: behind the place in the original that ends like it,
+        of several the nearest to where it was, or else behind the last such place in another rewrite."""
         for size in NGRAMS:
-            tail, original = self.new[-size:], self.original
-            ends = [i + size for i in range(len(original) - size + 1) if original[i : i + size] == tail]
-            if ends:
+            tail = self.new[-size:]
+            if ends := _ends(self.original, tail):
                 self.place = min(ends, key=lambda end: abs(end - self.place))
-                return original[self.place : self.place + self.reach]
+                return self.original[self.place : self.place + self.reach]
+            for other in self.rewrites:
+                if other is not self.new and (ends := _ends(other[:-1], tail)):
+                    return other[ends[-1] : ends[-1] + self.reach]
         return []
+
+
+def _ends(text: list[int], tail: list[int]) -> list[int]:
+    """Behind which places of a text `tail` stands."""
+    size = len(tail)
+    return [i + size for i in range(len(text) - size + 1) if text[i : i + size] == tail]
 
 
 def _same(draft: list[int], choices: list[int]) -> int:
