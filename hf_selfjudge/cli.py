@@ -181,7 +181,9 @@ def mine_command(
     runners_up: Annotated[
         int, typer.Option(min=0, help="Next choices of the target itself to substitute at each place.")
     ] = MINING.runners_up,
-    per_answer: Annotated[int, typer.Option(min=1, help="Substitutions to score in each answer.")] = MINING.per_answer,
+    per_answer: Annotated[
+        int, typer.Option(min=1, help="Substitutions to score in each answer, mismatches first.")
+    ] = MINING.per_answer,
     rewrites: Annotated[int, typer.Option(min=0, help="How many of these to rewrite.")] = MINING.rewrites,
     window: Annotated[
         int, typer.Option(min=0, help="Tokens behind a substitution that likelihood and confidence look at.")

@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .features import SCALARS, candidate_scalars
 from .meaning import final_number, passes_tests, reconvergence, says_no
-from .mismatches import Answer, eos_tokens, find_substitutions, sample
+from .mismatches import Answer, Substitution, eos_tokens, find_substitutions, sample
 from .rewrites import Followed, follow
 
 
@@ -38,8 +38,9 @@ class MiningConfig:
         top (`int`): Choices of the draft to substitute at each place of the answer.
         floor (`float`): Probability below which a choice of the draft other than its first one is left out.
         runners_up (`int`): Next choices of the target itself to substitute at each place.
-        per_answer (`int`): Substitutions to score in each answer, sampled evenly from all.
-        rewrites (`int`): How many of these to rewrite, sampled evenly.
+        per_answer (`int`): Substitutions to score in each answer: mismatches first, since they are what decoding
+            meets, then others; sampled evenly where there are more.
+        rewrites (`int`): How many of these to rewrite, chosen in the same way.
         window (`int`): Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.
         ask (`bool`): Ask the target whether rewritten text says the same.
         allow_code (`bool`): Run the code of answers to prompts with `tests`; else they are compared as text.
@@ -91,10 +92,10 @@ def label_answer(
     """
     found = find_substitutions(draft, answer, never, config.top, config.floor, config.runners_up)
     mismatches = sum(substitution.kind == "mismatch" for substitution in found)
-    found = sample(found, config.per_answer, config.seed, answer.prompt.id)
+    found = _mismatches_first(found, config.per_answer, config.seed, answer.prompt.id)
     for substitution in found:
         substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
-    chosen = {id(s) for s in sample(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")}
+    chosen = {id(s) for s in _mismatches_first(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")}
     eos, room = eos_tokens(model), max(1, config.forward_tokens // config.at_once(packed))
     own = {} if answer.own else _own_ways(model, answer, found, chosen, eos, config.window, room, packed)
     order = {id(substitution): i for i, substitution in enumerate(found)}
@@ -108,6 +109,15 @@ def label_answer(
             row |= label_row(model, tokenizer, new, *original, config)
         rows[order[id(new.substitution)]] = row
     return rows
+
+
+def _mismatches_first(found: list[Substitution], limit: int, *seed: int | str) -> list[Substitution]:
+    """At most `limit` of them, in their order."""
+    mismatches = [s for s in found if s.kind == "mismatch"]
+    kept = sample(mismatches, limit, *seed)
+    kept += sample([s for s in found if s.kind != "mismatch"], limit - len(kept), *seed)
+    order = {id(s) for s in kept}
+    return [s for s in found if id(s) in order]
 
 
 def _own_ways(model, answer, found, chosen, eos, window, room, packed) -> dict[int, Followed]:
