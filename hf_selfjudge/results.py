@@ -224,16 +224,24 @@ def markdown(results: dict) -> str:
     parts = []
     if "quality" in results:
         found = results["quality"]
+        rows, categories = found["settings"], found["categories"]
         parts.append(_table(
-            ("decoding", "tokens/round", "× lossless", "retention", "judged", "accepted", "task", "unfinished"),
+            ("decoding", "tokens/round", "× lossless", "retention", "judged", "accepted", "unfinished"),
             [
                 (
                     row["setting"], _show(row["tokens_per_round"]), _show(row["speed"]), _show(row["retention"], 3),
-                    f"{row['judged_share']:.1%}", f"{row['accepted_share']:.0%}",
-                    _show(row["measures"].get("task"), 3), str(row["unfinished"]),
+                    f"{row['judged_share']:.1%}", f"{row['accepted_share']:.0%}", str(row["unfinished"]),
                 )
-                for row in found["settings"]
+                for row in rows
             ],
+        ))  # fmt: skip
+        parts.append(_table(
+            ("× lossless / retention", *categories),
+            [(row["setting"], *(_both(row["by_category"][name]) for name in categories)) for row in rows],
+        ))  # fmt: skip
+        parts.append(_table(
+            ("mean of", *rows[0]["measures"]),
+            [(row["setting"], *(_show(value, 3) for value in row["measures"].values())) for row in rows],
         ))  # fmt: skip
         if found["comparisons"]:
             parts.append(_table(
@@ -279,6 +287,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _show(value: list[float] | None, digits: int = 2) -> str:
     return "–" if value is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits).replace("-", "−")
+
+
+def _both(category: dict) -> str:
+    """Speed and retention in a category, without their intervals."""
+    speed, retention = (category[key] for key in ("speed", "retention"))
+    return f"{speed[0]:.2f} / {retention[0]:.3f}" if speed and retention else "–"
 
 
 def plot(quality: dict, path: Path) -> None:

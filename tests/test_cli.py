@@ -243,7 +243,10 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
     assert {(row["first"], row["second"]) for row in quality["comparisons"]} == {
         ("judge:j", "margin"), ("judge:j", "coin"), ("judge:j", "coin like judge:j"),
     }  # fmt: skip
-    assert "| coin like judge:j=0.3 |" in (tmp_path / "b" / "quality-results.md").read_text()
+    tables = (tmp_path / "b" / "quality-results.md").read_text()
+    assert "| coin like judge:j=0.3 |" in tables
+    assert "| × lossless / retention | math_reasoning | mt_bench | rag |" in tables
+    assert "| lossless | – | 1.00 / 1.000 | " in tables  # no random number is right
     assert (tmp_path / "b" / "curve.png").stat().st_size > 10_000
     answers = [json.loads(x) for x in (tmp_path / "b" / "spec-bench-quality" / "lossless.jsonl").open()]
     assert len(answers) == 6

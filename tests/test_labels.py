@@ -35,6 +35,9 @@ def test_rows(pair, tokenizer):
         rows = rows_of(target, draft, tokenizer, answer)
         assert len(rows) == 10
         assert sum("changed" in row for row in rows) == 6
+        mismatches = [row for row in rows if row["kind"] == "mismatch"]  # they go before alternatives
+        assert len(mismatches) == min(10, rows[0]["mismatches"])
+        assert sum("changed" in row for row in mismatches) == min(6, len(mismatches))
         assert [row["position"] for row in rows] == sorted(row["position"] for row in rows)
         logits = target(answer.ids[None]).logits[0].log_softmax(-1)
         drafted = draft(answer.ids[None]).logits[0].log_softmax(-1)
