@@ -1,9 +1,11 @@
-"""The measurement as `evaluate` loads it, on answers whose agreement is known."""
+"""The measurement as `evaluate` loads it, on answers whose agreement is known, and its page."""
 
+import importlib.util
 from pathlib import Path
 
 import evaluate
 import pytest
+from gradio_client import Client
 
 
 FOLDER = Path(__file__).parents[1] / "spaces" / "judge-agreement"
@@ -49,3 +51,15 @@ def test_retention_is_the_mean_of_categories(measurement):
 def test_what_does_not_fit_is_refused(measurement, wrong, message):
     with pytest.raises(ValueError, match=message):
         measurement.compute(predictions=ANSWERS, references=ANSWERS, **wrong)
+
+
+def test_the_page_of_the_measurement(monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    spec = importlib.util.spec_from_file_location("app", FOLDER / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    _, url, _ = app.page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)
+    try:
+        assert Client(url, verbose=False).predict("a b c d e", "a b c d x", api_name="/agreement") == 0.5
+    finally:
+        app.page.close()
