@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .features import SCALARS, candidate_scalars
-from .meaning import final_number, passes_tests, reconvergence, says_no
+from .meaning import final_number, has_code, passes_tests, reconvergence, says_no
 from .mismatches import Answer, Substitution, eos_tokens, find_substitutions, sample
 from .rewrites import Followed, follow
 
@@ -153,7 +153,8 @@ def label_row(
 
     Returns:
         `dict` with `reconvergence` in [0, 1]; `flipped`, whether the final number, or passing the tests, changed
-        (`None` where the prompt is not checked so, one of the answers did not end, or both fail the tests);
+        (`None` where the prompt is not checked so, one of the answers did not end (with tests: not even its code), or
+        both fail the tests);
         `says_no`, the target's own probability that they do not say the same (`None` if it was not asked); and
         `changed` in [0, 1], the label:
         `flipped` where it is known, else 1 − `reconvergence`.
@@ -162,12 +163,12 @@ def label_row(
     share = reconvergence(original[position + 1 :], new.rewrite)
     before, after = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (original, rewritten))
     flipped = no = None
-    if finished and new.finished:
-        if prompt.check == "number":
-            flipped = final_number(before) != final_number(after)
-        elif prompt.check == "tests" and config.allow_code:
-            passed = passes_tests(before, prompt.tests), passes_tests(after, prompt.tests)
-            flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
+    ended = finished and new.finished
+    if prompt.check == "number" and ended:
+        flipped = final_number(before) != final_number(after)
+    elif prompt.check == "tests" and config.allow_code and (ended or (has_code(before) and has_code(after))):
+        passed = passes_tests(before, prompt.tests), passes_tests(after, prompt.tests)
+        flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
     if config.ask:
         no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
     return {

@@ -24,6 +24,7 @@ GRAM = 4  # tokens
 CONTEXT = 12  # words shown around a difference
 PASSED = 77  # exit status behind the last test; code that ends the process before it has not passed
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+WHOLE_BLOCK = re.compile(r"```([^\n]*)\n(.*?)```", re.DOTALL)
 QUESTION = """Two answers to the same request differ in one passage.
 
 Request: {request}
@@ -62,10 +63,20 @@ def reconvergence(original: list[int], rewritten: list[int]) -> float:
 
 
 def code_of(text: str) -> str:
-    """The Python blocks of an answer (the first fenced block if none says that it is Python), or all of it."""
-    blocks = re.findall(r"```([^\n]*)\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    python = [code for language, code in blocks if language.strip().lower() in ("python", "py", "python3")]
-    return "\n".join(python or [code for _, code in blocks[:1]] or [text])
+    """The Python blocks of an answer (the first fenced block if none says that it is Python), or all of it. A block
+    that was cut off counts only where there is no whole one."""
+    python = [code for language, code in _blocks(text) if language.strip().lower() in ("python", "py", "python3")]
+    return "\n".join(python or [code for _, code in _blocks(text)[:1]] or [text])
+
+
+def has_code(text: str) -> bool:
+    """Whether an answer has a whole block of code: whatever follows, its code is there."""
+    return WHOLE_BLOCK.search(text) is not None
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Language and code of each."""
+    return WHOLE_BLOCK.findall(text) or re.findall(r"```([^\n]*)\n(.*)", text, re.DOTALL)
 
 
 def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:

@@ -141,6 +141,22 @@ def test_what_a_change_is(check, words, flipped):
     assert unfinished["finished"] is False
 
 
+@pytest.mark.parametrize(
+    ("words", "flipped"),
+    [
+        (("```python\n", "def f(): return 4\n", "```\nIt ", "```\nAs "), False),
+        (("```python\n", "def f(): return 4\n", "```\nIt ", "f = 5\n```\nAs "), True),
+        (("```python\n", "def f(): return 4\n", "# so it ", "```\nAs "), None),
+    ],
+)
+def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipped):
+    prompt = Prompt("p", "?", check="tests", tests="assert f() == 4")
+    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, False, True, [], None, None, None)
+    new = Followed(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], False)
+    row = label_row(None, Speller(*words), new, [0, 1, 2], False, MiningConfig(allow_code=True))
+    assert row["flipped"] is flipped
+
+
 @torch.no_grad()
 def test_text_that_is_not_the_targets_own(pair, tokenizer):
     """The yardstick is what the target makes of the text with its own choice in that place."""

@@ -40,6 +40,7 @@ def test_reconvergence():
         ("```python\nwhile True: pass\n```", False),
         ("```python\ndef double(x):\n    return 2 * x", True),  # cut off in the block
         ("```python\ndef double(x):\n    return 2 * x\n```\nUse:\n```python\ndouble(3)\n```\n```\n6\n```", True),
+        ("```python\ndef double(x):\n    return 2 * x\n```\nUse:\n```python\nprint(doub", True),  # cut off behind it
         ("```\ndef double(x):\n    return 2 * x\n```\nprints\n```\n6\n```", True),
         ("import sys\nsys.exit(0)", False),
         ("import os\nos._exit(0)", False),
