@@ -218,7 +218,7 @@ def answer(
         "logprob": own.logprob(tokens.tolist()) if quality else None,
         "lengths": lengths,  # of each forward of the target
         "draft_forwards": len(recorders[0].known) if len(recorders) > 1 else 0,
-        **{name: getattr(stats, name) for name in ("drafted", "matched", "judged", "target", "bonus")},
+        **{name: getattr(stats, name) for name in ("drafted", "matched", "asked", "judged", "target", "bonus")},
     }
 
 
@@ -347,9 +347,8 @@ def planned(folder: Path, minutes: float, settings: Sequence[Setting], pilot: Ca
 
 def accepted_share(lines: Sequence[dict]) -> float:
     """Of the mismatches that a rule was asked about, the share that it accepted, in [0, 1]."""
-    judged = sum(line["judged"] for line in lines)
-    rejected = sum(line["target"] - line["bonus"] for line in lines)
-    return judged / (judged + rejected) if judged + rejected else 0.0
+    asked = sum(line["asked"] for line in lines)
+    return sum(line["judged"] for line in lines) / asked if asked else 0.0
 
 
 def _jobs(

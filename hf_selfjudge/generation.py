@@ -66,6 +66,7 @@ class Round:
             self.prompt_length = start
         self.start, self.candidates, self.draft_logits = start, candidates, draft_logits
         self.scores = self.hidden = self.logits = self.matches = None
+        self.asked: list[int] = []
         self.judged: dict[int, float] = {}
         self.verifying, self.rejected = True, False
         self.since, self.verify_seconds = time.perf_counter(), 0.0
@@ -94,6 +95,8 @@ class Round:
         # (`remove_invalid_values` turns -inf into a number).
         if torch.isin(torch.stack([choice, candidate]), self.special).any() or not final_scores.softmax(-1)[candidate]:
             return False
+        if mismatch:
+            self.asked.append(row)
         rows = self._rows(row, final_scores)
         if not self.rule.accept(rows):
             return False
@@ -126,7 +129,8 @@ class Round:
         ]
         sources += ["target"] * (len(kept) - len(sources))
         given_up = sum(self.judged[i] for i, source in enumerate(sources) if source == "judged")
-        self.stats.count(drafted, sources, given_up)
+        # What was asked behind an end of text did not come to pass.
+        self.stats.count(drafted, sum(row < len(kept) for row in self.asked), sources, given_up)
 
 
 class JudgeCandidateGenerator(CandidateGenerator):

@@ -21,6 +21,8 @@ class Stats:
         rounds (`int`): Drafts, each with one target forward.
         drafted (`int`): Candidates, tokens.
         matched (`int`): Candidates kept because the target chose them too, tokens.
+        asked (`int`): Mismatches that the rule was asked about, tokens: those with a special token or a masked one are
+            none of its business.
         judged (`int`): Mismatches kept because the rule accepted them, tokens.
         target (`int`): Tokens that the target itself added: the correction or the bonus of each round.
         bonus (`int`): How many of these followed a draft that was kept to its end, tokens.
@@ -40,6 +42,7 @@ class Stats:
     rounds: int = 0
     drafted: int = 0
     matched: int = 0
+    asked: int = 0
     judged: int = 0
     target: int = 0
     bonus: int = 0
@@ -72,18 +75,20 @@ class Stats:
         """For each place in the draft, the share of rounds that drafted that far and kept the candidate there."""
         return [kept / offered for kept, offered in zip(self.kept_at, self.offered_at, strict=True)]
 
-    def count(self, drafted: int, sources: list[str], given_up: float) -> None:
+    def count(self, drafted: int, asked: int, sources: list[str], given_up: float) -> None:
         """
         Count one round.
 
         Args:
             drafted (`int`): Candidates of the round.
+            asked (`int`): Mismatches that the rule was asked about.
             sources (`list[str]`): Who decided each token that the round added.
             given_up (`float`): Log-probability that its judged tokens gave up, nats.
         """
         kept = len(sources) - sources.count("target")
         self.rounds += 1
         self.drafted += drafted
+        self.asked += asked
         self.matched += sources.count("matched")
         self.judged += sources.count("judged")
         self.target += sources.count("target")

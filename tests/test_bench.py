@@ -81,7 +81,7 @@ def test_quality_gives_the_text_that_each_setting_gives_alone(architecture, toke
             assert sum(line["lengths"]) == len(tokens)
             assert min(line["lengths"]) >= 1
         if isinstance(model, JudgedModel):
-            for name in ("drafted", "matched", "judged", "target", "bonus"):
+            for name in ("drafted", "matched", "asked", "judged", "target", "bonus"):
                 assert line[name] == getattr(model.stats, name), name
     assert any(line["judged"] for line in lines)
 
@@ -108,9 +108,17 @@ def test_a_coin_like_a_judge_accepts_as_often(models, tokenizer, tmp_path):
 
 
 def test_accepted_share():
-    # 3 rounds: a rejection, a draft kept to its end, a rejection behind two judged tokens.
-    lines = [{"judged": 0, "target": 2, "bonus": 1}, {"judged": 2, "target": 1, "bonus": 0}]
+    lines = [{"judged": 0, "asked": 1}, {"judged": 2, "asked": 3}]
     assert accepted_share(lines) == 2 / 4
+    assert accepted_share([{"judged": 0, "asked": 0}]) == 0
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_a_coin_that_always_says_yes_accepts_all_it_is_asked(models, tokenizer, tmp_path, lookup):
+    """Mismatches with a special token and rounds without a draft do not count: the rule has no say there."""
+    config = BenchConfig(max_new_tokens=24, lookup=lookup)
+    _, _, lines = bench(models, tokenizer, tmp_path, ["coin=1"], config)
+    assert accepted_share([line for line in lines if line["setting"] == "coin=1"]) == 1
 
 
 def test_a_bench_goes_on(models, tokenizer, tmp_path, monkeypatch):

@@ -293,7 +293,7 @@ def test_statistics(llama, prompt):
     assert 0 < stats.bonus < stats.target
     assert min(stats.draft_seconds, stats.verify_seconds, stats.rule_seconds) > 0
     assert total.calls == 3
-    for name in ("rounds", "drafted", "matched", "judged", "target", "bonus", "tokens"):
+    for name in ("rounds", "drafted", "matched", "asked", "judged", "target", "bonus", "tokens"):
         assert getattr(total, name) == sum(getattr(call, name) for call in calls), name
     assert total.draft_seconds == pytest.approx(sum(call.draft_seconds for call in calls))
     assert sum(total.offered_at) == total.drafted
