@@ -15,12 +15,11 @@ import json
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import DynamicCache, PreTrainedModel
@@ -28,7 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .branches import Keys
-from .files import Lines, claim, write_json
+from .files import Lines, claim
 from .generation import JudgedModel
 from .judge import Judge
 from .mismatches import eos_tokens, greedy, special_tokens, until_eos
@@ -43,7 +42,6 @@ from .together import together
 MODES = ("quality", "timing")
 FREE = ("at_once", "repeats")  # what may differ when a run goes on
 WITHOUT_RULE = ("greedy", "stock", "draft", ENSEMBLE)
-FEWEST = 5  # prompts of a category, before thresholds are thinned out
 STOCK_LENGTH = 5  # tokens that stock drafts where rules have "auto"
 
 
@@ -274,75 +272,12 @@ def decode(
             (_side_by_side if config.mode == "quality" else _in_turns)(jobs, models, judges, special, config, keep)
 
         if config.mode == "timing":
-            measured = _shares(Lines(folder / "quality.jsonl"), later)
+            measured = _shares(Lines(folder / "quality.jsonl"), later, lines)
             go(_jobs(settings, prompts, ids, config, measured))
         else:
             go(_jobs(first, prompts, ids, config, {}))
-            go(_jobs(later, prompts, ids, config, _shares(done.values(), later)))
+            go(_jobs(later, prompts, ids, config, _shares(done.values(), later, lines)))
     return [done[job.key] for job in _jobs(settings, prompts, ids, config, dict.fromkeys(settings))]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """
-    What fits into a budget.
-
-    Args:
-        minutes (`float`): The budget.
-        asked (`list[str]`): Names of all settings that were asked for.
-        seconds_per_answer (`float`): As a pilot measured them.
-        per_category (`int`): Prompts of each category.
-        settings (`list[str]`): Names of those to decode with.
-    """
-
-    minutes: float
-    asked: list[str]
-    seconds_per_answer: float
-    per_category: int
-    settings: list[str]
-
-
-def plan(minutes: float, seconds_per_answer: float, categories: int, most: int, settings: Sequence[Setting]) -> Plan:
-    """
-    As many prompts as fit, the same number of each category; thresholds are thinned out where else fewer than
-    `FEWEST` would fit, evenly, and never the last of a rule.
-
-    Args:
-        minutes (`float`): For all answers.
-        categories (`int`): How many there are.
-        most (`int`): Prompts of the largest category.
-    """
-    asked = [setting.name for setting in settings]
-    of = Counter(setting.family for setting in settings if setting.like is None)
-    for thresholds in range(max(of.values()), 0, -1):
-        kept = _thinned(settings, thresholds)
-        fits = int(minutes * 60 / (seconds_per_answer * categories * len(kept)))
-        if fits >= min(FEWEST, most):
-            break
-    return Plan(minutes, asked, seconds_per_answer, max(1, min(fits, most)), [setting.name for setting in kept])
-
-
-def _thinned(settings: Sequence[Setting], thresholds: int) -> list[Setting]:
-    """At most so many thresholds of each rule, and the coins like them."""
-    kept = set()
-    for family in dict.fromkeys(setting.family for setting in settings if setting.like is None):
-        of = [setting for setting in settings if setting.family == family and setting.like is None]
-        places = np.linspace(0, len(of) - 1, thresholds) if thresholds > 1 else [(len(of) - 1) // 2]
-        kept |= {of[round(place)] for place in places}
-    return [setting for setting in settings if (setting.like or setting) in kept]
-
-
-def planned(folder: Path, minutes: float, settings: Sequence[Setting], pilot: Callable[[], Plan]) -> Plan:
-    """The plan that was made in `folder` before for the same, or a new one: a bench that goes on does not change
-    it."""
-    path = folder / "plan.json"
-    if path.is_file():
-        before = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        if (before.minutes, before.asked) == (minutes, [setting.name for setting in settings]):
-            return before
-    made = pilot()
-    write_json(path, asdict(made))
-    return made
 
 
 def accepted_share(lines: Sequence[dict]) -> float:
@@ -366,10 +301,11 @@ def _jobs(
     ]
 
 
-def _shares(lines: Sequence[dict], coins: Sequence[Setting]) -> dict[Setting, float]:
-    """What each coin is thrown with."""
-    shares = {}
-    for coin in coins:
+def _shares(lines: Iterable[dict], coins: Sequence[Setting], before: Iterable[dict]) -> dict[Setting, float]:
+    """What each coin is thrown with: as `before` in this folder, or as often as its judge accepts in `lines`."""
+    thrown = {line["setting"]: line["share"] for line in before}
+    shares = {coin: thrown[coin.name] for coin in coins if coin.name in thrown}
+    for coin in [coin for coin in coins if coin not in shares]:
         like = [line for line in lines if line["setting"] == coin.like.name]
         if not like:
             raise ValueError(
@@ -432,8 +368,12 @@ def _key(line: dict) -> tuple[str, str, int]:
 
 
 def _made_with(job: Job, judges: Mapping[str, Judge]) -> str:
-    """A digest of the prompt's tokens and the judge's weights."""
-    judge = fingerprint(judges[job.setting.judge]) if job.setting.judge is not None else ""
+    """A digest of the prompt's tokens, the judge (its weights, and its own threshold where the setting names none),
+    and the share of a coin."""
+    judge = None
+    if job.setting.judge is not None:
+        info = judges[job.setting.judge].info
+        judge = [fingerprint(judges[job.setting.judge]), info.special_tokens, job.setting.values or info.threshold]
     return hashlib.sha256(json.dumps([job.ids.tolist(), judge, job.share]).encode()).hexdigest()[:16]
 
 
@@ -466,11 +406,13 @@ def _claim(
         "draft_dtype": None if draft is None else precision(draft),
         **{name: value for name, value in asdict(config).items() if name not in FREE},
     }
-    notes = {
+    made_on = {
         "versions": {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")},
         "machine": machine(),
     }
-    claim(folder / f"{config.mode}.json", settings, notes)
+    # Seconds of another machine are not to be mixed with these; its text is the same, to rounding.
+    compared, noted = (settings | made_on, {}) if config.mode == "timing" else (settings, made_on)
+    claim(folder / f"{config.mode}.json", compared, noted)
 
 
 def machine() -> str:

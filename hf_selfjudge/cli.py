@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from rich.markdown import Markdown
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .bench import BenchConfig, Plan, decode, plan, planned
+from .bench import WITHOUT_RULE, BenchConfig, decode
 from .cards import SHIPPED, read_results, shipped_judge, write_card
 from .files import write_json, write_text
 from .generation import JudgedModel
@@ -42,6 +43,7 @@ from .labels import MiningConfig
 from .measures import check_tasks, task_of
 from .mining import Writer, counts_of, mine, this_process
 from .mismatches import eos_tokens, greedy, until_eos
+from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
 from .results import Scorer, grid_of, markdown, summarise_quality, summarise_timing, write_spec_bench
@@ -386,15 +388,21 @@ def bench_command(
         categories = Counter(question.category for question in questions)
 
         def pilot() -> Plan:
-            """A prompt of each category, lossless and with a rule."""
-            some = [setting for setting in settings if setting.like is None][:2]
+            """A prompt of each category, lossless and with another rule."""
+            some = [setting for setting in settings if setting.like is None and setting.family not in WITHOUT_RULE][:2]
             with tempfile.TemporaryDirectory() as folder:
                 since = time.monotonic()
                 lines = go(balanced(questions, 1), some, Path(folder))
             seconds = (time.monotonic() - since) / len(lines) * config.repeats
             return plan(budget, seconds, len(categories), max(categories.values()), settings)
 
-        chosen = planned(output, budget, settings, pilot)
+        asked = {
+            "minutes": budget,
+            "settings": [setting.name for setting in settings],
+            "categories": categories,
+            "config": asdict(config),
+        }
+        chosen = planned(output / f"plan-{mode}.json", asked, pilot)
         questions = balanced(questions, chosen.per_category)
         settings = [setting for setting in settings if setting.name in chosen.settings]
         console.print(

@@ -73,23 +73,29 @@ class Grid:
         return self.ratio(self.scores[measure], np.ones_like(self.tokens), category)
 
     def measure_of(self, category: str, preference: Sequence[str]) -> str | None:
-        """The first of some measures that all answers of a category have."""
+        """The first of some measures that all answers of a category have, and at which the lossless ones are good
+        enough to lose something: in 99 % of the bootstrap's samples one of them scores above 0."""
         here = self.among(category)
-        return next((name for name in preference if np.isfinite(self.scores[name][:, here]).all()), None)
+        for name in preference:
+            known = np.isfinite(self.scores[name][:, here]).all()
+            if known and (self.mean(name, category)[:, self.base] > 0).mean() >= 0.99:
+                return name
+        return None
 
     def retention(self, preference: Sequence[str], category: str | None = None) -> np.ndarray:
         """
         Share of the lossless answers' quality that is kept, `(1 + resamples, S)`.
 
         Args:
-            preference (`Sequence[str]`): Measures; each category is judged by the first that it has. Categories with
-                none, and those where the lossless answers score 0, are left out.
+            preference (`Sequence[str]`): Measures; each category is judged by one ([`measure_of`]). Categories with
+                none are left out.
             category (`str`, *optional*): One instead of the mean of all.
         """
         kept = []
         for name in [category] if category is not None else sorted(set(self.categories)):
             measure = self.measure_of(name, preference)
-            if measure is not None and (mean := self.mean(measure, name))[0, self.base] > 0:
+            if measure is not None:
+                mean = self.mean(measure, name)
                 with np.errstate(divide="ignore", invalid="ignore"):
                     kept.append(mean / mean[:, [self.base]])
         if not kept:
@@ -123,7 +129,7 @@ def interval(values: np.ndarray) -> list[float] | None:
 def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
     """
     The highest speed at which a rule keeps a share of the quality. Between two thresholds it can use the one for some
-    prompts and the other for the rest, so that the straight line between them is reached too.
+    prompts and the other for the rest. Then what both need adds up, rounds a token: the speed is their harmonic mean.
 
     Args:
         level (`float`): Retention to keep.
@@ -132,16 +138,35 @@ def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarr
     Returns:
         `np.ndarray` of shape `(n,)`.
     """
-    keeps = retention >= level
-    best = np.where(keeps, speed, -np.inf).max(1)
+    keeps, cost = retention >= level, 1 / speed
+    best = np.where(keeps, cost, np.inf).min(1)
     for i in range(retention.shape[1]):
         for j in range(retention.shape[1]):
             mixed = keeps[:, i] & ~keeps[:, j]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = (retention[:, i] - level) / (retention[:, i] - retention[:, j])
-                both = speed[:, i] + share * (speed[:, j] - speed[:, i])
-            best = np.where(mixed, np.maximum(best, both), best)
-    return best
+                both = cost[:, i] + share * (cost[:, j] - cost[:, i])
+            best = np.where(mixed, np.minimum(best, both), best)
+    return 1 / best
+
+
+def falling(retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
+    """
+    Retention of a rule's settings, of shape `(n, k)`, lossless decoding first, as it is if a faster one keeps no more
+    than a slower one, and none more than lossless decoding: the nearest such values (isotonic regression). Without
+    this, the best of many noisy settings would pass for a good rule, the more so the more thresholds it has.
+    """
+    order = np.argsort(speed[:, 1:], axis=1)
+    values = np.take_along_axis(retention[:, 1:], order, 1)
+    count = values.shape[1]
+    sums = np.concatenate([np.zeros((len(values), 1)), values.cumsum(1)], 1)
+    fitted = np.empty_like(values)
+    for i in range(count):  # the least, over where a run begins, of the greatest mean, over where it ends
+        runs = [[(sums[:, e] - sums[:, b]) / (e - b) for e in range(i + 1, count + 1)] for b in range(i + 1)]
+        fitted[:, i] = np.min([np.max(run, axis=0) for run in runs], axis=0)
+    result = retention.copy()
+    np.put_along_axis(result[:, 1:], order, np.minimum(fitted, retention[:, :1]), 1)
+    return result
 
 
 def area_between(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -156,14 +181,16 @@ def compare_rules(grid: Grid, preference: Sequence[str], first: str, second: str
 
     Returns:
         `dict`: `speed_ratio` for each of `LEVELS`, tokens a round at equal retention, first over second, and
-        `area_between`, each `[value, low, high]`.
+        `area_between`, each `[value, low, high]`; and how many thresholds each has: more of them reach further.
     """
     retention, speed = grid.retention(preference), grid.speed()
-    one, other = ((retention[:, grid.curve(name)], speed[:, grid.curve(name)]) for name in (first, second))
+    curves = grid.curve(first), grid.curve(second)
+    one, other = ((falling(retention[:, curve], speed[:, curve]), speed[:, curve]) for curve in curves)
     ratios = {str(level): interval(speed_at(level, *one) / speed_at(level, *other)) for level in LEVELS}
     return {
         "first": first,
         "second": second,
+        "thresholds": [len(curve) - 1 for curve in curves],
         "speed_ratio": ratios,
         "area_between": interval(area_between(one, other)),
     }

@@ -2,12 +2,13 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hf_selfjudge import JudgedModel
-from hf_selfjudge.bench import BenchConfig, Plan, accepted_share, decode, plan, planned
+from hf_selfjudge.bench import BenchConfig, accepted_share, decode
 from hf_selfjudge.prompts import Prompt, encode
 from hf_selfjudge.report import answer_logprob
 from hf_selfjudge.rules import Coin
@@ -135,6 +136,14 @@ def test_a_bench_goes_on(models, tokenizer, tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == len(whole)
 
 
+def test_more_prompts_may_follow(models, tokenizer, tmp_path):
+    """A coin that is like a judge stays the one it was."""
+    _, _, before = bench(models, tokenizer, tmp_path, ["judge:j=0.5", "coin"], prompts=PROMPTS[:2])
+    _, _, after = bench(models, tokenizer, tmp_path, ["judge:j=0.5", "coin"])
+    assert [line for line in after if line["prompt"] in ("p0", "p1")] == before
+    assert len({line["share"] for line in after if line["setting"] == "coin like judge:j=0.5"}) == 1
+
+
 def test_answers_of_others_are_refused(models, tokenizer, tmp_path):
     target, draft = models
     bench(models, tokenizer, tmp_path, ["judge:j=0.5"])
@@ -146,6 +155,11 @@ def test_answers_of_others_are_refused(models, tokenizer, tmp_path):
     settings, other = parse_settings(["judge:j=0.5"]), {"j": random_judge(target, seed=1)}
     with pytest.raises(ValueError, match="'judge:j=0.5' to prompt"):
         decode(target, draft, tokenizer, PROMPTS, settings, other, CONFIG, tmp_path)
+    settings, stricter = parse_settings(["judge:j"]), {"j": random_judge(target)}
+    decode(target, draft, tokenizer, PROMPTS[:1], settings, stricter, CONFIG, tmp_path)
+    stricter["j"].info = replace(stricter["j"].info, threshold=0.1)
+    with pytest.raises(ValueError, match="'judge:j' to prompt"):
+        decode(target, draft, tokenizer, PROMPTS[:1], settings, stricter, CONFIG, tmp_path)
 
 
 def test_timing(models, tokenizer, tmp_path):
@@ -190,42 +204,3 @@ def test_the_models_are_left_as_they_were(models, tokenizer, tmp_path):
     before = [copy.copy(vars(model)) for model in models]
     bench(models, tokenizer, tmp_path)
     assert [vars(model) for model in models] == before
-
-
-RULES_TO_PLAN = ["greedy", "margin=1,2,3,4,5", "judge:j=0.1,0.2,0.3", "coin"]
-
-
-@pytest.mark.parametrize(
-    ("answers", "per_category", "settings"),
-    [
-        (10**6, 40, 13),  # everything fits; no more than there are
-        (6 * 13 * 7, 7, 13),
-        (6 * 12 * 5, 5, 12),  # four thresholds of the margin instead of five
-        (6 * 8 * 5, 5, 8),  # two of each rule
-        (6 * 7 * 5, 7, 5),  # one
-        (6 * 5, 1, 5),
-        (1, 1, 5),  # the least there is
-    ],
-)
-def test_a_plan_fits_its_budget(answers, per_category, settings):
-    asked = parse_settings(RULES_TO_PLAN)
-    made = plan((answers + 0.5) * 2 / 60, 2.0, 6, 40, asked)
-    assert made.asked == [setting.name for setting in asked]
-    assert (made.per_category, len(made.settings)) == (per_category, settings)
-    families = {name.partition("=")[0] for name in made.settings}
-    assert families == {"lossless", "greedy", "margin", "judge:j", "coin like judge:j"}
-
-
-def test_a_plan_is_kept(tmp_path):
-    asked, made = parse_settings(RULES_TO_PLAN), []
-
-    def pilot():
-        made.append(plan(10, 2.0, 6, 40, asked))
-        return made[-1]
-
-    first = planned(tmp_path, 10, asked, pilot)
-    assert planned(tmp_path, 10, asked, pilot) == first
-    assert len(made) == 1
-    planned(tmp_path, 10, asked[:3], pilot)
-    assert len(made) == 2
-    assert isinstance(first, Plan)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_selfjudge.curve import Grid, area_between, compare_rules, draws, interval, separation, speed_at
+from hf_selfjudge.curve import Grid, area_between, compare_rules, draws, falling, interval, separation, speed_at
 
 
 SETTINGS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
@@ -44,6 +44,14 @@ def test_retention_is_the_mean_of_categories_each_by_its_first_measure():
     assert np.isnan(grid(task=np.zeros((5, 4))).retention(["task"])).all()
 
 
+def test_a_category_that_the_target_fails_is_measured_by_something_else():
+    rare = np.zeros((5, 4))
+    rare[:, 0] = 1  # one of two answers is right: in a quarter of the samples none is
+    made = grid(task=rare, same=SAME)
+    assert [made.measure_of(name, ["task", "same"]) for name in "ab"] == ["same", "same"]
+    assert made.retention(["task", "same"])[0] == pytest.approx(SAME[:, [0, 2]].mean(1))
+
+
 def test_the_bootstrap_draws_prompts_within_categories():
     weights = draws(np.array(["a", "a", "b"]), 1000, 0)
     assert (weights[0] == 1).all()
@@ -65,26 +73,48 @@ def test_interval():
 
 @pytest.mark.parametrize(
     ("level", "speed"),
-    [(1.0, 1.0), (0.95, 1.25), (0.9, 1.5), (0.8, 2.0), (0.7, 2.0)],
+    [(1.0, 1.0), (0.95, 1 / 0.875), (0.9, 1 / 0.75), (0.8, 2.0), (0.7, 2.0)],
 )
 def test_speed_at(level, speed):
-    # The point at .9 lies under the line from 1 to .8, and is not used.
+    # The point at .9 needs more rounds than a mix of the others, and is not used.
     retention, speeds = np.array([[1, 0.9, 0.8]]), np.array([[1, 1.1, 2.0]])
     assert speed_at(level, retention, speeds) == pytest.approx(speed)
 
 
 def test_area_between():
     level = np.array([[1.0, 0.9]])
-    # Lines from 1 to 2 and from 1 to 1.5: half of the mean of the differences 0 to .5.
-    assert area_between((level, np.array([[1, 2.0]])), (level, np.array([[1, 1.5]]))) == pytest.approx(0.25)
+    # With t from 0 to 1 the first needs 1 - t / 2 of the rounds, the second 1 - t / 3.
+    t = np.linspace(0, 1, 21)
+    area = area_between((level, np.array([[1, 2.0]])), (level, np.array([[1, 1.5]])))
+    assert area == pytest.approx((1 / (1 - t / 2) - 1 / (1 - t / 3)).mean())
+    assert area == pytest.approx(2 * np.log(2) - 3 * np.log(1.5), abs=0.01)
+
+
+def test_no_setting_keeps_more_than_a_slower_one():
+    retention = np.array([[1, 0.8, 0.9, 0.5], [1, 0.5, 1.2, 0.9], [1, 0.9, 0.8, 0.7]])
+    speed = np.array([[1, 1.1, 1.2, 1.3], [1, 1.3, 1.1, 1.2], [1, 1.1, 1.2, 1.3]])
+    assert falling(retention, speed) == pytest.approx(
+        np.array([[1, 0.85, 0.85, 0.5], [1, 0.5, 1, 0.9], [1, 0.9, 0.8, 0.7]])
+    )
+
+
+def test_noise_is_no_merit():
+    """Rules with the same true curve: whichever has more thresholds must not look much better for it."""
+    rng, speed = np.random.default_rng(0), np.linspace(1, 2, 10)[None].repeat(2000, 0)
+    true = 1 - 0.2 * (speed - 1)
+    noisy = np.where(speed == 1, 1, true + rng.normal(scale=0.05, size=true.shape))
+    best, fitted = (speed_at(0.95, values, speed).mean() for values in (noisy, falling(noisy, speed)))
+    assert 1.2 < fitted < best - 0.1
 
 
 def test_rules_are_compared_at_equal_retention():
     made = grid(same=SAME)
-    # Overall the margin keeps .85 at 1.25 and .8 at 2, the coin .7 at 1.25: at .9 these are at 1.5 and 1 + 1/12.
+    # Overall the margin keeps .85 at 1.25 and .8 at 2, the coin .7 at 1.25: at .9 they need 1 - .5 / 2 and 1 - .2 / 3
+    # of the rounds.
     found = compare_rules(made, ["same"], "margin", "coin")
-    assert found["speed_ratio"]["0.9"] == pytest.approx([1.5 / (1 + 0.25 / 3)] * 3)
-    assert found["speed_ratio"]["0.99"] == pytest.approx([(1 + 0.05) / (1 + 0.25 / 30)] * 3)
+    assert found["speed_ratio"]["0.9"] == pytest.approx([(1 - 0.2 / 3) / 0.75] * 3)
+    assert found["speed_ratio"]["0.99"] == pytest.approx([(1 - 0.2 / 30) / (1 - 0.5 / 20)] * 3)
+    assert found["thresholds"] == [2, 1]
     same = compare_rules(made, ["same"], "margin", "margin")
     assert same["area_between"] == [0, 0, 0]
 
