@@ -46,7 +46,7 @@ from .mismatches import eos_tokens, greedy, until_eos
 from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
-from .results import Scorer, grid_of, markdown, summarise_quality, summarise_timing, write_spec_bench
+from .results import Scorer, grid_of, heading, markdown, summarise_quality, summarise_timing, write_spec_bench
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
@@ -364,7 +364,7 @@ def bench_command(
         bool, typer.Option("--allow-code", help="Run the code of answers to prompts with `tests` on this machine.")
     ] = False,
     spec_bench: Annotated[
-        bool, typer.Option("--spec-bench", help="Also write the answers as Spec-Bench does.")
+        bool, typer.Option("--spec-bench", help="With timing: also write the answers as Spec-Bench does.")
     ] = False,
 ) -> None:
     """What each rule buys, and what it costs: speed and quality of many decodings of the same prompts."""
@@ -373,6 +373,8 @@ def bench_command(
     settings = parse_settings([r for r in rules if rule or not (lookup and needs_draft(r))], shipped, lookup)
     length = read_length(draft_length)
     config = BenchConfig(mode, max_new_tokens, length, lookup, repeats, at_once)
+    if spec_bench and mode != "timing":
+        raise ValueError("`spec-bench` files have the seconds of each answer. Ask for them with `mode` timing.")
     check_writable(output)
     questions = balanced(read_prompts(prompts, limit, system=system, split=split), per_category)
     check_tasks([task_of(question, allow_code) for question in questions], embeddings)
@@ -419,10 +421,11 @@ def bench_command(
     else:
         found = summarise_timing(lines, questions, settings)
     write_json(output / f"{mode}-results.json", {mode: found})
-    text = markdown({mode: found})
+    name = heading(output / f"{mode}.json", Path(prompts).name, len(questions))
+    text = f"{name}\n\n{markdown({mode: found})}"
     write_text(output / f"{mode}-results.md", text)
     if spec_bench:
-        write_spec_bench(lines, questions, tokenizer, output / f"spec-bench-{mode}")
+        write_spec_bench(lines, questions, tokenizer, output / "spec-bench")
     console.print(Markdown(text))
     console.print(f"Written to {output}: {mode}-results.json, {mode}-results.md.", soft_wrap=True, highlight=False)
 

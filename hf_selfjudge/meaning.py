@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
@@ -46,20 +48,15 @@ def final_number(text: str) -> str | None:
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
-def reconvergence(original: list[int], rewritten: list[int]) -> float:
+def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -> float:
     """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity; for a suffix
     shorter than that, of its tokens."""
     size = min(GRAM, max(len(original), 1))
     grams = [tuple(original[i : i + size]) for i in range(len(original) - size + 1)]
     if not grams:
         return 1.0
-    rest = [tuple(rewritten[i : i + size]) for i in range(len(rewritten) - size + 1)]
-    found = 0
-    for gram in grams:
-        if gram in rest:
-            rest.remove(gram)
-            found += 1
-    return found / len(grams)
+    rest = Counter(tuple(rewritten[i : i + size]) for i in range(len(rewritten) - size + 1))
+    return (Counter(grams) & rest).total() / len(grams)
 
 
 def code_of(text: str) -> str:
@@ -89,7 +86,7 @@ def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:
 
 @lru_cache(maxsize=4096)  # rewrites often end in the same code
 def _passes(code: str, tests: str, seconds: float) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         script, work = Path(folder) / "answer.py", Path(folder) / "work"
         script.write_text(f"{code}\n\n{tests}\n\nraise SystemExit({PASSED})\n", encoding="utf-8", errors="replace")
         work.mkdir()

@@ -48,12 +48,12 @@ def task_score(prompt: Prompt, text: str, finished: bool, allow_code: bool) -> f
     """
     task = task_of(prompt, allow_code)
     if task == "number":
-        return float(finished and final_number(text) in [final_number(right) for right in prompt.references])
+        right = {final_number(reference) for reference in prompt.references} - {None}
+        return float(finished and final_number(text) in right)
     if task == "tests":
         return float(passes_tests(text, prompt.tests))
     if task == "contains":
-        words = f" {_normalised(text)} "
-        return float(any(f" {_normalised(right)} " in words for right in prompt.references))
+        return float(any(_contains(text, right) for right in prompt.references))
     if task == "rouge_l":
         from rouge_score.rouge_scorer import RougeScorer
 
@@ -92,9 +92,11 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _normalised(text: str) -> str:
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(ARTICLES.sub(" ", text).split())
+def _contains(text: str, right: str) -> bool:
+    text, right = (part.lower().translate(str.maketrans("", "", string.punctuation)) for part in (text, right))
+    if ARTICLES.sub(" ", right).strip():  # it may be nothing but an article: the letter A
+        text, right = (ARTICLES.sub(" ", part) for part in (text, right))
+    return f" {' '.join(right.split())} " in f" {' '.join(text.split())} "
 
 
 @lru_cache(maxsize=1)

@@ -44,6 +44,7 @@ class Prompt:
         id (`str`): Unique in its file.
         text (`str`): What the user says (last).
         category (`str`): For tables; the name of the file if a row names none.
+        subcategory (`str`, *optional*): What the row itself says, where `category` puts several together (MT-Bench).
         check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
             `tests`), or `"text"`.
         messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`.
@@ -57,6 +58,7 @@ class Prompt:
     text: str
     category: str = "-"
     check: str = "text"
+    subcategory: str | None = None
     messages: list[dict] | None = None
     tests: str | None = None
     references: list[str] | None = None
@@ -145,7 +147,7 @@ def read_prompts(
             rows = datasets.Dataset.from_generator(
                 _normalised,
                 features=datasets.Features(
-                    {key: datasets.Value("string") for key in ("id", "text", "category", "check")}
+                    {key: datasets.Value("string") for key in ("id", "text", "category", "check", "subcategory")}
                     | {key: datasets.Value("string") for key in ("messages", "tests", "references", "answer")}
                 ),
                 gen_kwargs={"path": path, "table": table, "plain": name == "-", "how": how},
@@ -252,10 +254,13 @@ def _prompt_row(
     check = row.get("check") or ("tests" if tests else "number" if gsm8k else "text")
     if check not in CHECKS or (check == "tests" and not tests):
         raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
+    category = str(row.get("category") or "") or default_id.rpartition("-")[0]
+    merged = column == "turns" and category in MT_BENCH
     return {
         "id": str(next((row[name] for name in ("id", "question_id") if row.get(name) is not None), default_id)),
         "text": text,
-        "category": _category(row, column) or default_id.rpartition("-")[0],
+        "category": "mt_bench" if merged else category,
+        "subcategory": category if merged else None,
         "check": check,
         "messages": json.dumps(messages) if len(messages) > 1 else None,
         "tests": tests,
@@ -272,11 +277,6 @@ def _references(row: dict, column: str) -> list[str]:
     if right is None and "####" in str(row.get("answer", "")):
         right = row["answer"]
     return [str(one) for one in (right if isinstance(right, list) else [right]) if one]
-
-
-def _category(row: dict, column: str) -> str:
-    category = str(row.get("category") or "")
-    return "mt_bench" if column == "turns" and category in MT_BENCH else category
 
 
 def _messages(said: str | list, where: str) -> list[dict]:

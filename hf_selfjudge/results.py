@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .bench import accepted_share
+from .bench import WITHOUT_RULE, accepted_share
 from .curve import BASE, LEVELS, Grid, compare_rules, interval, separation
 from .files import Lines, whole, write_text
 from .meaning import reconvergence, says_no
@@ -27,8 +28,9 @@ from .prompts import Prompt
 from .settings import COIN, JUDGE, PLAIN, Setting
 
 
-# Measures that retention is built on, the first that a category has; chosen by what `separation` shows.
+# Measures that retention is built on, the first that tells something in a category; chosen by what `separation` shows.
 RETENTION = ("task", "same", "agreement")
+RELATIVE = ("same", "agreement", "similarity", "length")  # to the lossless answer
 
 
 @dataclass
@@ -131,6 +133,7 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
         mine = [line for line in lines if line["setting"] == name]
         produced = sum(len(line["tokens"]) for line in mine)
         rounds = sum(len(line["lengths"]) for line in mine)
+        ruled = grid.families[i] not in WITHOUT_RULE  # others do not tell what they accepted
         rows.append(
             {
                 "setting": name,
@@ -139,8 +142,8 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
                 "tokens_per_round_without_bonus": (produced - rounds) / rounds if rounds else None,
                 "speed": interval(speed[:, i]),
                 "retention": interval(retention[:, i]),
-                "judged_share": sum(line["judged"] for line in mine) / produced,
-                "accepted_share": accepted_share(mine),
+                "judged_share": sum(line["judged"] for line in mine) / produced if ruled else None,
+                "accepted_share": accepted_share(mine) if ruled else None,
                 "target_forwards": rounds,
                 "draft_forwards": sum(line["draft_forwards"] for line in mine),
                 "tokens": produced,
@@ -219,6 +222,25 @@ def summarise_timing(lines: Sequence[dict], prompts: Sequence[Prompt], settings:
     return {"prompts": len(prompts), "repeats": max(line["repeat"] for line in lines) + 1, "settings": rows}
 
 
+def heading(path: Path, prompts: str, count: int) -> str:
+    """
+    What was measured, in a sentence.
+
+    Args:
+        path (`Path`): Of what [`decode`] wrote about its run: `quality.json` or `timing.json`.
+        prompts (`str`): What to call the prompts.
+        count (`int`): How many there were.
+    """
+    made = json.loads(path.read_text(encoding="utf-8"))
+    draft = "prompt lookup" if made["draft"] is None else f"{made['draft']} ({made['draft_dtype']})"
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return (
+        f"{made['target']} ({made['dtype']}) with {draft}, {made['draft_length']} drafted tokens, answers of at most "
+        f"{made['max_new_tokens']} tokens to {count} prompts of {prompts}; {made['machine']}; {versions}; "
+        f"{time.strftime('%Y-%m-%d')}. In brackets: 95 % bootstrap intervals over prompts."
+    )
+
+
 def markdown(results: dict) -> str:
     """The tables of `quality` and `timing`, whichever there are, ready for a card."""
     parts = []
@@ -230,11 +252,13 @@ def markdown(results: dict) -> str:
             [
                 (
                     row["setting"], _show(row["tokens_per_round"]), _show(row["speed"]), _show(row["retention"], 3),
-                    f"{row['judged_share']:.1%}", f"{row['accepted_share']:.0%}", str(row["unfinished"]),
+                    _share(row["judged_share"], 1), _share(row["accepted_share"], 0), str(row["unfinished"]),
                 )
                 for row in rows
             ],
         ))  # fmt: skip
+        kept = (f"{name} by {c['retention_by'] or 'nothing'} ({c['prompts']})" for name, c in categories.items())
+        parts.append(f"Retention of {', '.join(kept)}, prompts in brackets.")
         parts.append(_table(
             ("× lossless / retention", *categories),
             [(row["setting"], *(_both(row["by_category"][name]) for name in categories)) for row in rows],
@@ -245,10 +269,12 @@ def markdown(results: dict) -> str:
         ))  # fmt: skip
         if found["comparisons"]:
             parts.append(_table(
-                ("tokens a round at equal retention", *(f"{level:.0%}" for level in LEVELS), "area between"),
+                ("tokens a round (thresholds) at retention", *(f"{level:.0%}" for level in LEVELS), "area between"),
                 [
                     (
-                        f"{row['first']} ÷ {row['second']}",
+                        " ÷ ".join(f"{row[key]} ({n})" for key, n in zip(
+                            ("first", "second"), row["thresholds"], strict=True
+                        )),
                         *(_show(row["speed_ratio"][str(level)]) for level in LEVELS), _show(row["area_between"], 3),
                     )
                     for row in found["comparisons"]
@@ -258,12 +284,13 @@ def markdown(results: dict) -> str:
         parts.append(_table(
             ("measure", "prompts", *(f"lossless − {key}" for key in keys)),
             [
-                (row["measure"], str(row["prompts"]), *(
+                (row["measure"] + ("\\*" if row["measure"] in RELATIVE else ""), str(row["prompts"]), *(
                     _show(row[key], 3) if isinstance(row[key], list | None) else f"{row[key]:.2f}" for key in keys
                 ))
                 for row in found["separation"]
             ],
         ))  # fmt: skip
+        parts.append("\\* compared with the lossless answer itself, so that any other text falls behind it.")
     if "timing" in results:
         rows = results["timing"]["settings"]
         over = [key for key in ("greedy", "stock", BASE) if f"speed_over_{key}" in rows[0]]
@@ -287,6 +314,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _show(value: list[float] | None, digits: int = 2) -> str:
     return "–" if value is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits).replace("-", "−")
+
+
+def _share(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}%}"
 
 
 def _both(category: dict) -> str:
@@ -320,29 +351,33 @@ def plot(quality: dict, path: Path) -> None:
 
 def write_spec_bench(lines: Sequence[dict], prompts: Sequence[Prompt], tokenizer, folder: Path) -> None:
     """
-    Answers in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), a file for each setting, with its
-    `wall_time` where the mode was `timing`.
+    Answers of `timing` in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), a file for each setting;
+    repeats are `choices` of one line. Only the first turn of a question is answered.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    of = {prompt.id: prompt for prompt in prompts}
+    since = time.time()
     for setting in dict.fromkeys(line["setting"] for line in lines):
         rows = []
-        for line in (line for line in lines if line["setting"] == setting and line["prompt"] in of):
-            choice = {
-                "index": line["repeat"],
-                "turns": [tokenizer.decode(line["tokens"], skip_special_tokens=True)],
-                "decoding_steps": [len(line["lengths"])],
-                "new_tokens": [len(line["tokens"])],
-                "wall_time": [line["seconds"]],
-                "accept_lengths": line["lengths"],
-            }
+        for prompt in prompts:
+            mine = [line for line in lines if (line["setting"], line["prompt"]) == (setting, prompt.id)]
+            choices = [
+                {
+                    "index": line["repeat"],
+                    "turns": [tokenizer.decode(line["tokens"], skip_special_tokens=True)],
+                    "decoding_steps": [len(line["lengths"])],
+                    "new_tokens": [len(line["tokens"])],
+                    "wall_time": [line["seconds"]],
+                    "accept_lengths": line["lengths"],
+                }
+                for line in mine
+            ]
             row = {
-                "question_id": line["prompt"],
-                "category": of[line["prompt"]].category,
-                "answer_id": f"{line['prompt']}-{line['repeat']}",
+                "question_id": int(prompt.id) if prompt.id.isdecimal() else prompt.id,
+                "category": prompt.subcategory or prompt.category,
+                "answer_id": hashlib.sha256(f"{setting} {prompt.id}".encode()).hexdigest()[:22],
                 "model_id": setting,
-                "choices": [choice],
-                "tstamp": 0.0,
+                "choices": choices,
+                "tstamp": since,
             }
             rows.append(json.dumps(row))
         write_text(folder / f"{setting.replace('/', '-').replace(' ', '-')}.jsonl", "\n".join(rows) + "\n")

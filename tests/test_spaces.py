@@ -1,6 +1,7 @@
 """The measurement as `evaluate` loads it, on answers whose agreement is known, and its page."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import evaluate
@@ -53,9 +54,11 @@ def test_what_does_not_fit_is_refused(measurement, wrong, message):
         measurement.compute(predictions=ANSWERS, references=ANSWERS, **wrong)
 
 
-def test_the_page_of_the_measurement(monkeypatch):
+def test_the_page_of_the_measurement(monkeypatch, tmp_path):
+    """In a folder of another name, as on the Hub."""
+    space = shutil.copytree(FOLDER, tmp_path / "app")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    spec = importlib.util.spec_from_file_location("app", FOLDER / "app.py")
+    spec = importlib.util.spec_from_file_location("app", space / "app.py")
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     _, url, _ = app.page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)

@@ -6,7 +6,8 @@ import evaluate
 import gradio as gr
 
 
-measurement = evaluate.load(str(Path(__file__).parent), module_type="measurement")
+# By its file: the folder of a Space has another name.
+measurement = evaluate.load(str(Path(__file__).with_name("judge-agreement.py")), module_type="measurement")
 
 
 def agreement(reference: str, prediction: str) -> float:
