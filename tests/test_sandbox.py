@@ -1,5 +1,7 @@
 """What code may do that nobody has read."""
 
+import sys
+
 import pytest
 
 from hf_selfjudge import sandbox
@@ -28,6 +30,7 @@ def test_it_works_in_its_folder(tmp_path):
         "import os\nos.remove('{there}/old')",
         "import os\nos.mkdir('{there}/new')",
         "import os\nos.mkfifo('{there}/new')",
+        "import os, stat\nos.mknod('device', stat.S_IFCHR | 0o600, os.makedev(1, 3))",
         "import os\nos.symlink('x', '{there}/new')",
         "import os\nos.link('{there}/old', 'linked')\nopen('linked', 'w')",
         "import os\nos.rename('{there}/old', 'here')",
@@ -43,6 +46,24 @@ def test_it_changes_nothing_elsewhere(tmp_path, code):
     assert [(path.name, path.read_text()) for path in there.iterdir()] == [("old", "kept")]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux alone")
+def test_root_is_root_no_longer(tmp_path):
+    assert (
+        run(tmp_path, "if int(open('/proc/self/status').read().split('CapEff:')[1].split()[0], 16): raise OSError")
+        == 7
+    )
+
+
+@pytest.mark.skipif(sandbox.landlock() < 6, reason="the kernel does not keep signals in")
+def test_it_cannot_end_what_watches_it(tmp_path):
+    assert run(tmp_path, "import os\nos.kill(os.getppid(), 9)") == 1
+
+
+def test_output_to_nowhere_is_harmless(tmp_path):
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''], check=True, stdout=subprocess.DEVNULL)"
+    assert run(tmp_path, code) == 7
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [
@@ -56,10 +77,12 @@ def test_limits(tmp_path, code, status):
     assert run(tmp_path, code, seconds=2.0) == status
 
 
-def test_nothing_is_left_running(tmp_path):
+@pytest.mark.parametrize("leave", ["pass", "os.setsid()"])
+def test_nothing_is_left_running(tmp_path, leave):
     code = (
         "import os, time\n"
         "if os.fork() == 0:\n"
+        f"    {leave}\n"
         "    for _ in range(200):\n        open('beat', 'a').write('x'); time.sleep(0.05)\n"
         "time.sleep(1)"
     )
