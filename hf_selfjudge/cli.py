@@ -406,10 +406,10 @@ def bench_command(
         }
         chosen = planned(output / f"plan-{mode}.json", asked, pilot)
         questions = balanced(questions, chosen.per_category)
-        settings = [setting for setting in settings if setting.name in chosen.settings]
+        all_settings, settings = settings, [setting for setting in settings if setting.name in chosen.settings]
         console.print(
             f"Budget of {budget:g} minutes, {chosen.seconds_per_answer:.1f} s an answer: {chosen.per_category} of "
-            f"each category's prompts ({len(questions)} in all), {len(settings)} of {len(chosen.asked)} settings.",
+            f"each category's prompts ({len(questions)} in all), {len(settings)} of {len(all_settings)} settings.",
             soft_wrap=True,
             highlight=False,
         )

@@ -62,8 +62,9 @@ def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -
 def code_of(text: str) -> str:
     """The Python blocks of an answer (the first fenced block if none says that it is Python), or all of it. A block
     that was cut off counts only where there is no whole one."""
-    python = [code for language, code in _blocks(text) if language.strip().lower() in ("python", "py", "python3")]
-    return "\n".join(python or [code for _, code in _blocks(text)[:1]] or [text])
+    blocks = _blocks(text)
+    python = [code for language, code in blocks if language.strip().lower() in ("python", "py", "python3")]
+    return "\n".join(python or [code for _, code in blocks[:1]] or [text])
 
 
 def has_code(text: str) -> bool:

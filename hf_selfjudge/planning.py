@@ -26,15 +26,11 @@ class Plan:
     What fits into a budget.
 
     Args:
-        minutes (`float`): The budget.
-        asked (`list[str]`): Names of all settings that were asked for.
         seconds_per_answer (`float`): As a pilot measured them.
         per_category (`int`): Prompts of each category.
         settings (`list[str]`): Names of those to decode with.
     """
 
-    minutes: float
-    asked: list[str]
     seconds_per_answer: float
     per_category: int
     settings: list[str]
@@ -50,14 +46,13 @@ def plan(minutes: float, seconds_per_answer: float, categories: int, most: int, 
         categories (`int`): How many there are.
         most (`int`): Prompts of the largest category.
     """
-    asked = [setting.name for setting in settings]
     of = Counter(setting.family for setting in settings if setting.like is None)
     for thresholds in range(max(of.values()), 0, -1):
         kept = _thinned(settings, thresholds)
         fits = int(minutes * 60 / (seconds_per_answer * categories * len(kept)))
         if fits >= min(FEWEST, most):
             break
-    return Plan(minutes, asked, seconds_per_answer, max(1, min(fits, most)), [setting.name for setting in kept])
+    return Plan(seconds_per_answer, max(1, min(fits, most)), [setting.name for setting in kept])
 
 
 def _thinned(settings: Sequence[Setting], thresholds: int) -> list[Setting]:

@@ -22,9 +22,7 @@ RULES_TO_PLAN = ["greedy", "margin=1,2,3,4,5", "judge:j=0.1,0.2,0.3", "coin"]
     ],
 )
 def test_a_plan_fits_its_budget(answers, per_category, settings):
-    asked = parse_settings(RULES_TO_PLAN)
-    made = plan((answers + 0.5) * 2 / 60, 2.0, 6, 40, asked)
-    assert made.asked == [setting.name for setting in asked]
+    made = plan((answers + 0.5) * 2 / 60, 2.0, 6, 40, parse_settings(RULES_TO_PLAN))
     assert (made.per_category, len(made.settings)) == (per_category, settings)
     families = {name.partition("=")[0] for name in made.settings}
     assert families == {"lossless", "greedy", "margin", "judge:j", "coin like judge:j"}
