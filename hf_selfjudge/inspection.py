@@ -24,9 +24,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .evaluation import HeldOutConfig, interval, rank_correlation
 from .files import whole
-from .labels import CHEAP_SCORES, load_labels
-from .trainer import FitConfig, auc, interval, mining_of
+from .labels import CHEAP_SCORES, load_labels, mining_of
+from .trainer import auc
 
 
 TITLES = {"replaced": "token replaced", "kind": "kind of substitution"}
@@ -93,7 +94,7 @@ def token_kind(text: str) -> str:
     return "name" if word[0].isupper() else "word"
 
 
-def rates(labels: Labels, by: str, config: FitConfig) -> list[dict]:
+def rates(labels: Labels, by: str, config: HeldOutConfig) -> list[dict]:
     """
     What rewriting did, for each value of a column (`category`, `kind`, `replaced`, …).
 
@@ -147,7 +148,7 @@ def correlations(labels: Labels) -> tuple[list[str], np.ndarray]:
     return names, matrix
 
 
-def predictors(labels: Labels, config: FitConfig) -> list[dict]:
+def predictors(labels: Labels, config: HeldOutConfig) -> list[dict]:
     """
     How well each score, and simple models fitted on other prompts, tell what a rewrite did.
 
@@ -193,7 +194,7 @@ def predictors(labels: Labels, config: FitConfig) -> list[dict]:
             {
                 "score": name,
                 "auc": interval(columns["flipped"], score, prompt, known, auc, config),
-                "correlation": interval(columns["lost"], score, prompt, usable, _rank, config),
+                "correlation": interval(columns["lost"], score, prompt, usable, rank_correlation, config),
                 "changed_among_accepted": _among_accepted(columns["flipped"][known], score[known]),
                 "lost_among_accepted": _among_accepted(columns["lost"][usable], score[usable]),
             }
@@ -207,10 +208,6 @@ def _among_accepted(label: np.ndarray, score: np.ndarray) -> float | None:
 
 def _mean(values: np.ndarray, _) -> float:
     return float(values.mean())
-
-
-def _rank(label: np.ndarray, score: np.ndarray) -> float:
-    return float(spearmanr(label, score).statistic) if np.ptp(label) and np.ptp(score) else float("nan")
 
 
 def in_context(labels: Labels, index: int, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .features import SCALARS
+from .features import SCALARS, STATES
 from .files import whole, write_json
 from .sources import fingerprint
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class JudgeInfo:
         special_tokens (`list[int]`): Tokens that are never accepted against the target, nor overruled.
         components (`int`): Dimensions kept of each hidden state.
         threshold (`float`): A candidate is accepted if its probability of changing the meaning is below this.
-        scalars (`list[str]`): Names of the scalar features, in order.
+        scalars (`list[str]`): Which of `SCALARS` it looks at.
+        states (`list[str]`): Which of `STATES` it looks at.
+        operating_points (`dict[str, dict]`): Thresholds with a name, and what was measured at each.
         training (`dict`): How it was made and what it measured: for the reader, not for the code.
     """
 
@@ -53,13 +55,15 @@ class JudgeInfo:
     components: int
     threshold: float
     scalars: list[str] = field(default_factory=lambda: list(SCALARS))
+    states: list[str] = field(default_factory=lambda: list(STATES))
+    operating_points: dict[str, dict] = field(default_factory=dict)
     training: dict = field(default_factory=dict)
 
 
 class Judge(torch.nn.Module):
     """
-    A linear head over normalised scalars and a few principal components of the two hidden states. Normalisation and
-    projection are part of it, so that it takes raw features.
+    A linear head over normalised scalars and a few principal components of hidden states. Normalisation and
+    projection are part of it, so that it takes raw features. A new one says 0.5 to everything.
 
     Args:
         info ([`JudgeInfo`]): Sizes and the models it belongs to.
@@ -68,25 +72,30 @@ class Judge(torch.nn.Module):
     def __init__(self, info: JudgeInfo):
         super().__init__()
         self.info = info
-        hidden, components, scalars = info.hidden_size, info.components, len(info.scalars)
+        hidden, components, scalars, states = info.hidden_size, info.components, len(info.scalars), len(info.states)
+        self.columns = [SCALARS.index(name) for name in info.scalars]
+        self.sides = [STATES.index(name) for name in info.states]
         self.register_buffer("scalar_mean", torch.zeros(scalars))
         self.register_buffer("scalar_scale", torch.ones(scalars))
-        self.register_buffer("hidden_mean", torch.zeros(2, hidden))
-        self.register_buffer("projection", torch.zeros(2, hidden, components))
-        self.head = torch.nn.Linear(scalars + 2 * components, 1)
+        self.register_buffer("hidden_mean", torch.zeros(states, hidden))
+        self.register_buffer("projection", torch.zeros(states, hidden, components))
+        self.head = torch.nn.Linear(scalars + states * components, 1)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, scalars: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """
         Args:
             scalars (`torch.Tensor` of shape `(candidates, len(SCALARS))`): See [`candidate_scalars`].
-            hidden (`torch.Tensor` of shape `(candidates, 2, hidden_size)`): The target's last hidden state before and
-                after each candidate.
+            hidden (`torch.Tensor` of shape `(candidates, len(STATES), hidden_size)`): The target's last hidden states
+                before and after each candidate.
 
         Returns:
             `torch.FloatTensor` of shape `(candidates,)`: log-odds that accepting the candidate changes the meaning.
         """
-        scalars = (scalars.float() - self.scalar_mean) / self.scalar_scale
-        components = torch.einsum("nsh,shc->nsc", hidden.float() - self.hidden_mean, self.projection)
+        scalars = (scalars[:, self.columns].float() - self.scalar_mean) / self.scalar_scale
+        centred = hidden[:, self.sides].float() - self.hidden_mean
+        components = torch.einsum("nsh,shc->nsc", centred, self.projection)
         return self.head(torch.cat([scalars, components.flatten(1)], dim=-1)).squeeze(-1)
 
     # -- which target it belongs to --------------------------------------------------------------------------------
@@ -197,9 +206,10 @@ def _read_info(path: Path) -> JudgeInfo:
         info = JudgeInfo(**{name: value for name, value in content.items() if name in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
-    if tuple(info.scalars) != SCALARS:
-        raise ValueError(
-            f"`judge`: {path} names the scalars {info.scalars}, this version of hf_selfjudge computes "
-            f"{list(SCALARS)}. Install the version that the judge was made with, or train it again."
-        )
+    for name, known in (("scalars", SCALARS), ("states", STATES)):
+        if unknown := set(getattr(info, name)) - set(known):
+            raise ValueError(
+                f"`judge`: {path} names the {name} {sorted(unknown)}, this version of hf_selfjudge computes "
+                f"{list(known)}. Install the version that the judge was made with, or train it again."
+            )
     return info

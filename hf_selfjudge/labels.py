@@ -8,7 +8,9 @@ yardstick (SelfJudge, https://huggingface.co/papers/2510.02329).
 from __future__ import annotations
 
 import glob
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,6 +217,7 @@ def feature_row(new: Followed, own: Followed | None = None) -> dict:
         "token": substitution.choice,
         "substitute": substitution.token,
         "draft_rank": substitution.draft_rank,
+        "prompt_ids": answer.ids[: answer.prompt_length].tolist(),
         "answer_ids": answer.tokens.tolist(),
         "own": answer.own,
         "finished": answer.finished,
@@ -241,8 +244,7 @@ def features_of(hidden_size: int) -> datasets.Features:
         {
             **dict.fromkeys(("prompt_id", "category", "check", "kind"), value("string")),
             **dict.fromkeys(("position", "token", "substitute", "draft_rank", "mismatches"), value("int32")),
-            "answer_ids": ids,
-            "rewritten_ids": ids,
+            **dict.fromkeys(("prompt_ids", "answer_ids", "rewritten_ids"), ids),
             **dict.fromkeys(("own", "finished", "rewrite_finished", "flipped"), value("bool")),
             **dict.fromkeys(("changed", "reconvergence", "says_no", "draft_logprob"), value("float32")),
             **dict.fromkeys(CHEAP_SCORES, value("float32")),
@@ -270,3 +272,26 @@ def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
         )
     # What `datasets` makes of them to read them from disk lies beside them, and goes with them.
     return datasets.Dataset.from_parquet([glob.escape(str(shard)) for shard in shards], cache_dir=folder / "cache")
+
+
+def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
+    """
+    How labels were mined, for each folder.
+
+    Raises:
+        FileNotFoundError: If one of them is not one of labels.
+        ValueError: If they are of different models.
+    """
+    mining = []
+    for folder in folders:
+        path = Path(folder) / "mining.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
+        mining.append(json.loads(path.read_text(encoding="utf-8")))
+        for name in ("target", "target_fingerprint", "draft"):
+            if mining[-1][name] != mining[0][name]:
+                raise ValueError(
+                    f"`labels`: the folders are of different models ({name}: {mining[0][name]!r} and "
+                    f"{mining[-1][name]!r}). Take those of one pair."
+                )
+    return mining

@@ -1,288 +1,677 @@
-"""Labels -> judge.
+"""Labels -> judge, in the shape of TRL's trainers.
 
-In: folders of mined labels. Out: a fitted [`Judge`] and what it measured on prompts it was not fitted on. Needs no
-model in memory and takes seconds: normalisation, principal components, logistic regression.
+In: a judge and mined labels. Out: the trained judge, with its card. On the features that mining wrote down this takes
+seconds and no model; through the model, the target itself is read again, so that an adapter in its last layers can be
+trained with the judge.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
+from transformers import (
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .features import SCALARS
-from .judge import Judge, JudgeInfo
-from .labels import load_labels
+from .branches import additive_masks, attention_windows, packs
+from .cards import write_card
+from .features import SCALARS, STATES
+from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
+from .mismatches import special_tokens
+from .sources import fingerprint, load_model
 
 
-COMPONENTS = (8, 16, 32, 64)
-INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0)
-ACCEPT_SHARES = (0.25, 0.5, 0.75)
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """
-    How a judge is fitted.
-
-    Args:
-        accept_share (`float`): Share of held-out mismatches (the draft's first choices, which decoding meets) that
-            the judge's own threshold accepts. Thresholds are set by acceptance: published constants do not carry over
-            from one pair to another.
-        folds (`int`): Of the cross-validation, split by prompt.
-        resamples (`int`): Bootstrap resamples of prompts for the intervals.
-        seed (`int`): Of the bootstrap and the randomised components.
-    """
-
-    accept_share: float = 0.5
-    folds: int = 5
-    resamples: int = 1000
-    seed: int = 0
+LABELS = ("changed", "flipped", "lost", "says_no", "likelihood", "confidence")
+SCORES = ("likelihood", "confidence")  # in nats: what is above a threshold counts as changed
+IGNORED = -100.0  # label of what is padding
 
 
 @dataclass
-class Table:
-    """Labels as arrays: `scalars` `(rows, len(SCALARS))`, `hidden` `(rows, 2, hidden_size)`, `changed` `(rows,)` in
-    [0, 1], `flipped` `(rows,)` with NaN where unknown, `prompt` and `kind` `(rows,)`."""
+class JudgeConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`JudgeTrainer`].
 
-    scalars: np.ndarray
-    hidden: np.ndarray
-    changed: np.ndarray
-    flipped: np.ndarray
-    prompt: np.ndarray
-    kind: np.ndarray
+    This class includes only the parameters that are specific to judges, and those whose defaults differ from
+    [`~transformers.TrainingArguments`].
 
-    @classmethod
-    def of(cls, labels: datasets.Dataset) -> Table:
-        columns = labels.with_format("numpy")
-        hidden = np.stack([np.stack(columns[name][:]) for name in ("hidden_before", "hidden_after")], axis=1)
-        flipped = np.array([np.nan if value is None else float(value) for value in labels["flipped"]])
-        prompt, kind = (np.array(labels[name]) for name in ("prompt_id", "kind"))
-        changed = columns["changed"][:]
-        return cls(np.stack(columns["scalars"][:]), hidden.astype(np.float32), changed, flipped, prompt, kind)
+    Parameters:
+        > Parameters that control the label
 
-    def rows(self, index: np.ndarray) -> Table:
-        return Table(*(column[index] for column in vars(self).values()))
+        label (`str`, *optional*, defaults to `"changed"`):
+            What the judge predicts. `"changed"`: whether rewriting changed the final number or the passing of tests
+            where that is known, else how much of the wording it lost; `"flipped"`: the former alone; `"lost"`: the
+            latter alone; `"says_no"`: the target's own probability that both answers do not say the same;
+            `"likelihood"` and `"confidence"`: the suffix scores of SelfJudge and of its published code, which need no
+            rewrite.
+        label_threshold (`float`, *optional*):
+            For `"likelihood"` and `"confidence"`: what is above it counts as changed, nats. By default their median.
 
+        > Parameters that control the judge
 
-class Projection:
-    """Normalised scalars beside whitened principal components of each hidden state, most variance first."""
+        scalars (`list[str]`, *optional*, defaults to all):
+            Scalar features that it looks at.
+        states (`list[str]`, *optional*, defaults to all):
+            Hidden states that it looks at.
+        components (`int`, *optional*, defaults to `64`):
+            Principal components that are kept of each hidden state.
 
-    def __init__(self, table: Table, components: int, seed: int):
-        self.scaler = StandardScaler().fit(table.scalars)
-        # Each dimension is scaled first: a handful of the target's dimensions are a hundred times the others.
-        self.normal = [StandardScaler().fit(table.hidden[:, side]) for side in (0, 1)]
-        self.pca = [
-            PCA(components, whiten=True, svd_solver="randomized", random_state=seed).fit(
-                normal.transform(table.hidden[:, s])
-            )
-            for s, normal in enumerate(self.normal)
-        ]
+        > Parameters that control the training
 
-    def __call__(self, table: Table, components: int) -> np.ndarray:
-        parts = [self.scaler.transform(table.scalars)]
-        for side, (normal, pca) in enumerate(zip(self.normal, self.pca, strict=True)):
-            parts.append(pca.transform(normal.transform(table.hidden[:, side]))[:, :components])
-        return np.concatenate(parts, axis=1)
-
-
-def fit_judge(folders: list[str | os.PathLike], config: FitConfig | None = None) -> Judge:
+        learning_rate (`float`, *optional*, defaults to `1e-2`):
+            Initial learning rate of the AdamW optimizer.
+        max_steps (`int`, *optional*, defaults to `500`):
+            Steps of training.
+        per_device_train_batch_size (`int`, *optional*, defaults to `256`):
+            Substitutions (through the model: answers) of a training batch on each device.
+        per_device_eval_batch_size (`int`, *optional*, defaults to `256`):
+            The same for evaluation.
+        prior (`float`, *optional*, defaults to `0.01`):
+            Variance of the Gaussian prior on the head's weights: few labels are trusted less than many. Infinity is
+            no prior.
+        lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`):
+            How the learning rate falls.
+        logging_steps (`float`, *optional*, defaults to `100`):
+            Steps between two logs.
+        save_strategy (`str`, *optional*, defaults to `"no"`):
+            When to write checkpoints. On mined features there is nothing to lose: training takes seconds.
+        report_to (`str`, *optional*, defaults to `"none"`):
+            Integrations to report to.
     """
-    Fit a judge on mined labels. The number of components and the penalty are those with the least held-out log loss.
 
-    Args:
-        folders (`list`): Folders written by [`mine`], all of one target and draft.
-        config ([`FitConfig`], *optional*): How.
-
-    Returns:
-        [`Judge`]; `judge.info.training` holds what was measured, on held-out prompts only.
-
-    Raises:
-        FileNotFoundError: If a folder has no labels.
-        ValueError: If the folders are of different models, have too few prompts, or no rewrites.
-    """
-    config = config or FitConfig()
-    mining = mining_of(folders)
-    first = mining[0]
-    labels = datasets.concatenate_datasets([load_labels(folder) for folder in folders])
-    rewritten = [row for row, changed in enumerate(labels["changed"]) if changed is not None]
-    if not rewritten:
-        raise ValueError("`labels`: no substitution was rewritten. Mine with `rewrites` above 0.")
-    table = Table.of(labels.select(rewritten))
-    if len(set(table.prompt)) < 2 * config.folds:
-        raise ValueError(
-            f"`labels`: {len(set(table.prompt))} prompts are too few for {config.folds} folds. Mine at least "
-            f"{2 * config.folds}."
-        )
-    most = min(max(COMPONENTS), table.hidden.shape[-1], len(table.changed) // 2)
-    components, penalty, held_out = _select(table, most, config)
-    met = held_out[table.kind == "mismatch"]
-    threshold = float(np.quantile(met if len(met) else held_out, config.accept_share))
-    info = JudgeInfo(
-        target=first["target"],
-        target_fingerprint=first["target_fingerprint"],
-        hidden_size=first["hidden_size"],
-        vocab_size=first["vocab_size"],
-        draft=first["draft"],
-        special_tokens=first["special_tokens"],
-        components=components,
-        threshold=threshold,
-        training={
-            "mining": mining,
-            "fit": {**asdict(config), "components": components, "inverse_penalty": penalty},
-            "held_out": evaluate(table, held_out, config),
+    label: str = field(
+        default="changed",
+        metadata={
+            "help": "What the judge predicts. 'changed': whether rewriting changed the final number or the passing of "
+            "tests where that is known, else how much of the wording it lost; 'flipped': the former alone; 'lost': "
+            "the latter alone; 'says_no': the target's own probability that both answers do not say the same; "
+            "'likelihood' and 'confidence': the suffix scores of SelfJudge and of its published code, which need no "
+            "rewrite."
         },
     )
-    projection = Projection(table, components, config.seed)
-    return _assemble(info, projection, _logistic(projection(table, components), table.changed, penalty))
+    label_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "For 'likelihood' and 'confidence': what is above it counts as changed, nats. By default their "
+            "median."
+        },
+    )
+    scalars: list[str] = field(
+        default_factory=lambda: list(SCALARS), metadata={"help": "Scalar features that it looks at."}
+    )
+    states: list[str] = field(
+        default_factory=lambda: list(STATES), metadata={"help": "Hidden states that it looks at."}
+    )
+    components: int = field(default=64, metadata={"help": "Principal components that are kept of each hidden state."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate of the AdamW optimizer."})
+    max_steps: int = field(default=500, metadata={"help": "Steps of training."})
+    per_device_train_batch_size: int = field(
+        default=256,
+        metadata={"help": "Substitutions (through the model: answers) of a training batch on each device."},
+    )
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "The same for evaluation."})
+    prior: float = field(
+        default=0.01,
+        metadata={
+            "help": "Variance of the Gaussian prior on the head's weights: few labels are trusted less than many. "
+            "Infinity is no prior."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    logging_steps: float = field(default=100, metadata={"help": "Steps between two logs."})
+    save_strategy: str = field(
+        default="no",
+        metadata={
+            "help": "When to write checkpoints. On mined features there is nothing to lose: training takes seconds."
+        },
+    )
+    report_to: str = field(default="none", metadata={"help": "Integrations to report to."})
+
+    def __post_init__(self):
+        if self.label not in LABELS:
+            raise ValueError(f"`label` must be one of {', '.join(LABELS)}, got {self.label!r}.")
+        if self.label_threshold is not None and self.label not in SCORES:
+            raise ValueError(f"`label_threshold` is for the labels {' and '.join(SCORES)}, not {self.label!r}.")
+        for name, known in (("scalars", SCALARS), ("states", STATES)):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise ValueError(f"`{name}` must be among {', '.join(known)}, got {', '.join(sorted(unknown))}.")
+        if not self.scalars and not self.states:
+            raise ValueError("`scalars` and `states` are both empty. Give the judge something to look at.")
+        if not self.prior > 0:
+            raise ValueError(f"`prior` must be a variance above 0, got {self.prior}.")
+        self.label_names = ["labels"]
+        # Rows are small, and on a machine without a GPU there is nothing to pin them for.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
 
 
-def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
+def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
     """
-    How labels were mined, for each folder.
+    A judge that knows nothing yet.
+
+    Args:
+        mining (`Mapping`): How its labels were mined, see [`mining_of`].
+    """
+    of = {name: mining[name] for name in ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft")}
+    return Judge(JudgeInfo(**of, special_tokens=mining["special_tokens"], threshold=0.5, **_looks_at(args)))
+
+
+def _looks_at(args: JudgeConfig) -> dict:
+    return {"components": args.components, "scalars": args.scalars, "states": args.states}
+
+
+def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
+    """
+    The probability that the meaning changes, as `args.label` has it, in [0, 1]; NaN where it is not known. Shape
+    `(rows,)`.
 
     Raises:
-        FileNotFoundError: If one of them is not one of labels.
-        ValueError: If they are of different models.
+        ValueError: If it is known of no row.
     """
-    mining = []
-    for folder in folders:
-        path = Path(folder) / "mining.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
-        mining.append(json.loads(path.read_text(encoding="utf-8")))
-        for name in ("target", "target_fingerprint", "draft"):
-            if mining[-1][name] != mining[0][name]:
-                raise ValueError(
-                    f"`labels`: the folders are of different models ({name}: {mining[0][name]!r} and "
-                    f"{mining[-1][name]!r}). Take those of one pair."
-                )
-    return mining
+    column = "reconvergence" if args.label == "lost" else args.label
+    values = np.array(labels[column][:], dtype=float)
+    if np.isnan(values).all():
+        raise ValueError(f"`labels`: {args.label!r} is known of no row. Mine with `rewrites` above 0.")
+    if args.label == "lost":
+        return 1 - values
+    if args.label in SCORES:
+        threshold = np.nanmedian(values) if args.label_threshold is None else args.label_threshold
+        return np.where(np.isnan(values), np.nan, values > threshold)
+    return values
 
 
-def _select(table: Table, most: int, config: FitConfig) -> tuple[int, float, np.ndarray]:
-    """Cross-validate; returns components, inverse penalty and the held-out probabilities of shape `(rows,)`."""
-    grid = [(c, p) for c in COMPONENTS if c <= most for p in INVERSE_PENALTIES]
-    held_out = np.zeros((len(grid), len(table.changed)))
-    for train, test in GroupKFold(config.folds).split(table.scalars, groups=table.prompt):
-        projection = Projection(table.rows(train), most, config.seed)
-        inside, outside = projection(table.rows(train), most), projection(table.rows(test), most)
-        for g, (components, penalty) in enumerate(grid):
-            keep = _columns(components, most)
-            model = _logistic(inside[:, keep], table.changed[train], penalty)
-            held_out[g, test] = model.predict_proba(outside[:, keep])[:, 1]
-    best = int(np.argmin([log_loss(table.changed, probability) for probability in held_out]))
-    return *grid[best], held_out[best]
+class Substitutions(torch.utils.data.Dataset):
+    """
+    Rows of labels in memory.
+
+    Args:
+        labels (`datasets.Dataset`): As [`load_labels`] gives them.
+        known (`np.ndarray`): The label of each row; rows with NaN are left out.
+    """
+
+    def __init__(self, labels: datasets.Dataset, known: np.ndarray):
+        keep = np.flatnonzero(~np.isnan(known))
+        rows = labels.select(keep).with_format("numpy")
+        self.labels = torch.from_numpy(known[keep]).float()
+        self.scalars = torch.from_numpy(np.stack(rows["scalars"][:]))
+        self.hidden = torch.from_numpy(np.stack([np.stack(rows[name][:]) for name in STATES], axis=1))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name)[index] for name in ("scalars", "hidden", "labels")}
 
 
-def _columns(components: int, most: int) -> list[int]:
-    scalars = len(SCALARS)
-    return [*range(scalars + components), *range(scalars + most, scalars + most + components)]
+@dataclass
+class DataCollatorForSubstitutions:
+    """
+    Data collator for mined features: puts the rows of a batch one below the other.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from hf_selfjudge.trainer import DataCollatorForSubstitutions
+
+    >>> collator = DataCollatorForSubstitutions()
+    >>> examples = [
+    ...     {"scalars": torch.tensor([0.5, 1.0]), "hidden": torch.zeros(2, 1), "labels": torch.tensor(1.0)},
+    ...     {"scalars": torch.tensor([0.1, 2.0]), "hidden": torch.ones(2, 1), "labels": torch.tensor(0.0)},
+    ... ]
+    >>> collator(examples)
+    {'scalars': tensor([[0.5000, 1.0000],
+            [0.1000, 2.0000]]), 'hidden': tensor([[[0.],
+             [0.]],
+    <BLANKLINE>
+            [[1.],
+             [1.]]]), 'labels': tensor([1., 0.])}
+    ```
+    """
+
+    def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _logistic(features: np.ndarray, changed: np.ndarray, inverse_penalty: float) -> LogisticRegression:
-    """Logistic regression on soft labels: each row counts as changed with weight y, as unchanged with 1 − y."""
-    twice = np.concatenate([features, features])
-    label = np.repeat([1, 0], len(features))
-    weight = np.concatenate([changed, 1 - changed])
-    return LogisticRegression(C=inverse_penalty, max_iter=2000).fit(twice, label, sample_weight=weight)
+@dataclass
+class DataCollatorForJudge:
+    """
+    Data collator for training through the model: each row is a prompt with its answer, and behind it the substitutes,
+    each at the place of the token that it replaces. A substitute sees what is before that place, and itself.
+
+    Args:
+        pad_token_id (`int`): Token to pad with.
+
+    Examples:
+
+    ```python
+    >>> from hf_selfjudge.trainer import DataCollatorForJudge
+
+    >>> collator = DataCollatorForJudge(pad_token_id=0)
+    >>> two = {"input_ids": [5, 6, 7], "places": [1, 2], "substitutes": [8, 9], "scalars": [[0.5], [1]]}
+    >>> one = {"input_ids": [5, 6], "places": [1], "substitutes": [4], "scalars": [[0.2]]}
+    >>> batch = collator([two | {"labels": [1, 0]}, one | {"labels": [0.5]}])
+    >>> batch["input_ids"]
+    tensor([[5, 6, 7, 8, 9],
+            [5, 6, 0, 4, 0]])
+    >>> batch["position_ids"]
+    tensor([[0, 1, 2, 1, 2],
+            [0, 1, 2, 1, 0]])
+    >>> batch["sees"].int()
+    tensor([[[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [1, 0, 0, 1, 0],
+             [1, 1, 0, 0, 1]],
+    <BLANKLINE>
+            [[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [1, 0, 0, 1, 0],
+             [0, 0, 0, 0, 1]]], dtype=torch.int32)
+    >>> batch["places"]
+    tensor([[1, 2],
+            [1, 0]])
+    >>> batch["labels"]
+    tensor([[   1.0000,    0.0000],
+            [   0.5000, -100.0000]])
+    ```
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        most = max(len(example["places"]) for example in examples)
+
+        def padded(name: str, length: int, value: float = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            rows = [torch.tensor(example[name], dtype=dtype) for example in examples]
+            short = [length - len(row) for row in rows]
+            return torch.stack(
+                [pad(r, (0, 0) * (r.dim() - 1) + (0, n), value=value) for r, n in zip(rows, short, strict=True)]
+            )
+
+        places = padded("places", most)
+        text = torch.arange(longest).expand(len(examples), -1)
+        sees = torch.zeros(len(examples), longest + most, longest + most, dtype=torch.bool)
+        sees[:, :longest, :longest] = text[:, None] <= text[..., None]
+        sees[:, longest:, :longest] = text[:, None] < places[..., None]
+        sees[:, longest:, longest:] = torch.eye(most, dtype=torch.bool)
+        tokens = [padded("input_ids", longest, self.pad_token_id), padded("substitutes", most, self.pad_token_id)]
+        return {
+            "input_ids": torch.cat(tokens, 1),
+            "position_ids": torch.cat([text, places], 1),
+            "sees": sees,
+            "places": places,
+            "scalars": padded("scalars", most, dtype=torch.float),
+            "labels": padded("labels", most, IGNORED, torch.float),
+        }
 
 
-def _assemble(info: JudgeInfo, projection: Projection, model: LogisticRegression) -> Judge:
-    judge = Judge(info)
+class TargetWithJudge(torch.nn.Module):
+    """
+    A target with a judge on it, to train the judge through the target. The target's own weights stay as they are.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Its last hidden states are judged.
+        judge ([`Judge`]): Made for it.
+
+    Raises:
+        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or the judge is for
+            another one.
+    """
+
+    def __init__(self, target: PreTrainedModel | PeftModel, judge: Judge):
+        super().__init__()
+        self.target, self.judge = target, judge
+        base = target.get_base_model() if isinstance(target, PeftModel) else target
+        if not packs(base):
+            raise ValueError(
+                f"`model`: the attention of {type(base).__name__} takes no mask in which substitutes stand side by "
+                "side. Train on mined features instead: pass a `Judge`."
+            )
+        self.decoder, self.windows = base.get_decoder(), attention_windows(base.config.get_text_config())
+        if not isinstance(target, PeftModel):
+            target.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        sees: torch.BoolTensor,
+        places: torch.LongTensor,
+        scalars: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids, position_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`)
+            sees (`torch.BoolTensor` of shape `(batch, length + substitutes, length + substitutes)`)
+            places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
+            scalars (`torch.Tensor` of shape `(batch, substitutes, len(SCALARS))`): Of the target without an adapter.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, substitutes)`: log-odds that the meaning changes.
+        """
+        masks = additive_masks(sees, position_ids, position_ids, self.windows, self.decoder.dtype)
+        hidden = self.decoder(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=masks, use_cache=False
+        ).last_hidden_state
+        before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        both = torch.stack([before, hidden[:, -places.shape[1] :]], 2)
+        return self.judge(scalars.flatten(0, 1), both.flatten(0, 1)).view(places.shape)
+
+
+class JudgeTrainer(Trainer):
+    """
+    Trainer for judges.
+
+    This class is a wrapper around the [`~transformers.Trainer`] class and inherits all of its attributes and methods.
+
+    Example:
+
+    ```python
+    >>> from hf_selfjudge import JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge
+
+    >>> args = JudgeConfig("my-judge")
+    >>> trainer = JudgeTrainer(new_judge(mining_of("labels"), args), args, train_dataset=load_labels("labels"))
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+
+    Args:
+        model ([`Judge`], [`TargetWithJudge`], [`~transformers.PreTrainedModel`] or `str`):
+            What to train:
+
+            - a judge: its head, on the features that mining wrote down;
+            - a target with a judge, or a target alone (a model, or its id) for which a new judge is made: the head,
+              and the adapter of `peft_config`, through the model.
+
+            A judge that was not trained yet first takes its normalisation and its components from `train_dataset`.
+        args ([`JudgeConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Function to form a batch. Will default to [`DataCollatorForSubstitutions`], or through the model to
+            [`DataCollatorForJudge`].
+        train_dataset ([`~datasets.Dataset`]):
+            Labels, as [`load_labels`] gives them.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Labels to evaluate on: of other prompts.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the target, for training through the model. If `None`, it is loaded with the target.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            Metrics at evaluation. Will default to [`judge_metrics`].
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks to customize the training loop.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler to use.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Optimizer class and keyword arguments to use.
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            Preprocesses the log-odds before they are cached at evaluation.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train in the target. If `None`, the head alone is trained.
+    """
+
+    _tag_names = ["hf_selfjudge", "judge-trainer"]
+    _name = "Judge"
+    _paper = {
+        "title": "SelfJudge: Faster Speculative Decoding via Self-Supervised Judge Verification",
+        "id": "2510.02329",
+    }
+    _template_file = "judge_card.md"
+
+    def __init__(
+        self,
+        model: Judge | TargetWithJudge | PreTrainedModel | str,
+        args: JudgeConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else _judge_of(model).info.target
+            args = JudgeConfig(f"{name.split('/')[-1]}-Judge")
+        if not isinstance(train_dataset, datasets.Dataset):
+            raise TypeError(f"`train_dataset` must be a `Dataset` of labels, got `{type(train_dataset).__name__}`.")
+        set_seed(args.seed)
+        if isinstance(model, str):
+            model, tokenizer = load_model(model)
+            processing_class = processing_class or tokenizer
+        if isinstance(model, PreTrainedModel):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model.config.name_or_path)
+            model = TargetWithJudge(model, _judge_for(model, processing_class, args))
+        if peft_config is not None:
+            model = self._with_adapter(model, peft_config)
+        self.through_model, self.judge = isinstance(model, TargetWithJudge), _judge_of(model)
+        if data_collator is None and self.through_model:
+            tokens = (processing_class.pad_token_id, processing_class.eos_token_id) if processing_class else ()
+            data_collator = DataCollatorForJudge(next((t for t in tokens if t is not None), 0))
+        known = soft_labels(train_dataset, args)
+        if not self.judge.projection.any() and not self.judge.scalar_mean.any():
+            fit_projection(self.judge, Substitutions(train_dataset, known), args.seed)
+        self.label_count = int((~np.isnan(known)).sum())
+        prepare = self._prepare_dataset
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: prepare(dataset, args) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = prepare(eval_dataset, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DataCollatorForSubstitutions(),
+            train_dataset=prepare(train_dataset, args),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or judge_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
+        self._metrics = {"train": defaultdict(list)}
+
+    @staticmethod
+    def _with_adapter(model: Judge | TargetWithJudge, peft_config: PeftConfig) -> TargetWithJudge:
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                "`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
+                f"{type(peft_config).__name__}."
+            )
+        if isinstance(model, Judge):
+            raise ValueError(
+                "You passed `peft_config` with a `Judge`, which is trained on mined features, without the model that "
+                "an adapter would be in. Pass the target, or a `TargetWithJudge`."
+            )
+        if isinstance(model.target, PeftModel):
+            raise ValueError(
+                "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first merge "
+                "and unload the existing adapter, and pass the resulting model along with the new `peft_config`."
+            )
+        return TargetWithJudge(get_peft_model(model.target, peft_config), model.judge)
+
+    def _prepare_dataset(self, dataset: datasets.Dataset, args: JudgeConfig) -> torch.utils.data.Dataset:
+        known = soft_labels(dataset, args)
+        return answers_of(dataset, known) if self.through_model else Substitutions(dataset, known)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "places", "substitutes", "scalars", "hidden", "labels"]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean cross-entropy with soft labels, nats; in training with the prior's share of a row on top."""
+        labels = inputs["labels"]
+        odds = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        known = labels != IGNORED
+        loss = binary_cross_entropy_with_logits(odds[known], labels[known])
+        if self.model.training:
+            loss = loss + self.judge.head.weight.square().sum() / (2 * self.args.prior * self.label_count)
+            for name, value in _agreement(odds[known].detach(), labels[known]).items():
+                self._metrics["train"][name].append(value)
+        return (loss, {"logits": odds}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # of training; `evaluate` has metrics of its own
+            logs = logs | {name: float(np.nanmean(values)) for name, values in self._metrics["train"].items()}
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.judge.save_pretrained(folder)
+        if self.through_model and isinstance(self.model.target, PeftModel):
+            self.model.target.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        super()._save_checkpoint(model, trial)
+        self.create_model_card(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+
+    def create_model_card(self, output_dir: str | os.PathLike | None = None, checkpoint: str = "") -> None:
+        """Write the judge's card beside it."""
+        if self.is_world_process_zero():
+            write_card(self.judge, Path(output_dir or self.args.output_dir) / checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.judge.load_state_dict(load_file(folder / WEIGHTS))
+        if self.through_model and isinstance(self.model.target, PeftModel):
+            set_peft_model_state_dict(self.model.target, load_file(folder / ADAPTER))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _judge_of(model: Judge | TargetWithJudge) -> Judge:
+    if not isinstance(model, Judge | TargetWithJudge):
+        raise TypeError(
+            f"`model` must be a `Judge`, a `TargetWithJudge`, a target or its id, got `{type(model).__name__}`."
+        )
+    return model if isinstance(model, Judge) else model.judge
+
+
+def _judge_for(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: JudgeConfig) -> Judge:
+    """A new judge for a target."""
+    config = target.config.get_text_config()
+    return Judge(
+        JudgeInfo(
+            target=target.config.name_or_path,
+            target_fingerprint=fingerprint(target),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            draft="",
+            special_tokens=special_tokens(target, tokenizer),
+            threshold=0.5,
+            **_looks_at(args),
+        )
+    )
+
+
+def fit_projection(judge: Judge, rows: Substitutions, seed: int) -> None:
+    """
+    Set a judge's normalisation, and its components: whitened principal components of each hidden state.
+
+    Raises:
+        ValueError: If there are fewer rows than components.
+    """
+    components = judge.info.components
+    if judge.sides and len(rows) < components:
+        raise ValueError(
+            f"`components` is {components}, but there are {len(rows)} labels only. Mine more, or lower it."
+        )
     with torch.no_grad():
-        judge.scalar_mean.copy_(torch.from_numpy(projection.scaler.mean_))
-        judge.scalar_scale.copy_(torch.from_numpy(projection.scaler.scale_))
-        for side, (normal, pca) in enumerate(zip(projection.normal, projection.pca, strict=True)):
+        if judge.columns:
+            scaler = StandardScaler().fit(rows.scalars[:, judge.columns].numpy())
+            judge.scalar_mean.copy_(torch.from_numpy(scaler.mean_))
+            judge.scalar_scale.copy_(torch.from_numpy(scaler.scale_))
+        for side, state in enumerate(judge.sides):
+            states = rows.hidden[:, state].float().numpy()
+            # Each dimension is scaled first: a handful of the target's dimensions are a hundred times the others.
+            normal = StandardScaler().fit(states)
+            pca = PCA(components, whiten=True, svd_solver="randomized", random_state=seed)
+            pca.fit(normal.transform(states))
             # The normalised states have mean 0, so the components' own centre is 0 as well.
             matrix = pca.components_.T / np.sqrt(pca.explained_variance_) / normal.scale_[:, None]
             judge.hidden_mean[side] = torch.from_numpy(normal.mean_)
             judge.projection[side] = torch.from_numpy(matrix)
-        judge.head.weight.copy_(torch.from_numpy(model.coef_))
-        judge.head.bias.copy_(torch.from_numpy(model.intercept_))
-    return judge.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the held-out rows say
-
-
-def log_loss(changed: np.ndarray, probability: np.ndarray) -> float:
-    """Cross-entropy with soft labels, nats for each row."""
-    probability = probability.clip(1e-6, 1 - 1e-6)
-    return float(-(changed * np.log(probability) + (1 - changed) * np.log(1 - probability)).mean())
-
-
-def evaluate(table: Table, probability: np.ndarray, config: FitConfig) -> dict:
+def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
     """
-    The judge beside the training-free scores on held-out rows.
+    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes.
 
-    Returns:
-        `dict` with the number of rows and prompts; the mean label; the log loss, and that of the mean label; for each
-        score the AUC for a changed final number and the rank correlation with 1 − re-convergence, each as
-        `[value, low, high]` with a 95 % bootstrap interval over prompts; and the mean label among the 25, 50 and 75 %
-        accepted.
+    Args:
+        known (`np.ndarray`): The label of each row; rows with NaN are left out.
     """
-    margin, logprob = (table.scalars[:, SCALARS.index(name)] for name in ("margin", "candidate_logprob"))
-    scores = {"judge": probability, "margin": margin, "low log-probability": -logprob}
-    known, text = ~np.isnan(table.flipped), np.isnan(table.flipped)
-    result = {
-        "rows": len(table.changed),
-        "prompts": len(set(table.prompt)),
-        "rows_checked_by_number": int(known.sum()),
-        "changed_numbers": int(np.nansum(table.flipped)),
-        "mean_label": float(table.changed.mean()),
-        "log_loss": log_loss(table.changed, probability),
-        "log_loss_of_the_mean": log_loss(table.changed, np.full_like(probability, table.changed.mean())),
-        "scores": {},
+    columns = ("prompt_ids", "answer_ids", "position", "substitute", "scalars")
+    rows = labels.select_columns(columns)
+    answers: dict[tuple, dict] = {}
+    for index in np.flatnonzero(~np.isnan(known)):
+        row = rows[int(index)]
+        ids = (*row["prompt_ids"], *row["answer_ids"])
+        answer = answers.setdefault(ids, {"places": [], "substitutes": [], "scalars": [], "labels": []})
+        answer["places"].append(len(row["prompt_ids"]) + row["position"])
+        answer["substitutes"].append(row["substitute"])
+        answer["scalars"].append(row["scalars"])
+        answer["labels"].append(float(known[index]))
+    # Nothing looks at what is behind the last substitution.
+    return datasets.Dataset.from_list([
+        {"input_ids": ids[: max(answer["places"])], **answer} for ids, answer in answers.items()
+    ])  # fmt: skip
+
+
+def _agreement(odds: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+    """At a threshold of 0.5: accuracy, share accepted, and the mean label of the accepted (NaN if there is none)."""
+    accepted = odds < 0
+    return {
+        "accuracy": float(((label < 0.5) == accepted).float().mean()),
+        "accept_rate": float(accepted.float().mean()),
+        "false_accept_rate": float(label[accepted].mean()),
     }
-    for name, score in scores.items():
-        accepted = {}
-        for share in ACCEPT_SHARES:
-            inside = score <= np.quantile(score, share)
-            accepted[str(share)] = float(table.changed[inside].mean())
-        result["scores"][name] = {
-            "auc_changed_number": interval(table.flipped, score, table.prompt, known, auc, config),
-            "rank_correlation_text": interval(table.changed, score, table.prompt, text, _correlation, config),
-            "mean_label_among_accepted": accepted,
-        }
-    return result
+
+
+def judge_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """
+    `accuracy`, `accept_rate` and `false_accept_rate` (the mean label among the accepted) at a threshold of 0.5, and
+    `auroc` for labels above 0.5 (NaN where all or none are).
+    """
+    odds, labels = (torch.tensor(values).flatten() for values in (prediction.predictions, prediction.label_ids))
+    odds, labels = odds[labels != IGNORED], labels[labels != IGNORED]
+    return _agreement(odds, labels) | {"auroc": auc(labels.numpy() > 0.5, odds.numpy())}
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:
     """Area under the ROC curve; NaN where all labels are the same."""
     return float(roc_auc_score(label, score)) if 0 < label.sum() < len(label) else float("nan")
-
-
-def _correlation(label: np.ndarray, score: np.ndarray) -> float:
-    return float(spearmanr(label, score).statistic) if np.ptp(label) and np.ptp(score) else float("nan")
-
-
-def interval(
-    label: np.ndarray, score: np.ndarray, prompt: np.ndarray, among: np.ndarray, measure: Callable, config: FitConfig
-) -> list[float] | None:
-    """`measure(label, score)` among some rows as `[value, low, high]`, with a 95 % bootstrap interval over whole
-    prompts; `None` where it is undefined."""
-    label, score, prompt = label[among], score[among], prompt[among]
-    if not len(label) or np.isnan(value := measure(label, score)):
-        return None
-    rng, prompts = np.random.default_rng(config.seed), np.unique(prompt)
-    rows = {name: np.flatnonzero(prompt == name) for name in prompts}
-    samples = []
-    for _ in range(config.resamples):
-        index = np.concatenate([rows[name] for name in rng.choice(prompts, len(prompts))])
-        samples.append(measure(label[index], score[index]))
-    low, high = np.nanquantile(samples, [0.025, 0.975])
-    return [value, float(low), float(high)]

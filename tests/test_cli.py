@@ -33,7 +33,7 @@ def judge(run, pair_folders, prompts_file, tmp_path):
     code, out, err = run("mine", "--pair", pair_folders, "--prompts", prompts_file, "--output", tmp_path / "l", *MINE)
     assert code == 0, err
     assert f"{len(load_labels(tmp_path / 'l'))} substitutions (48 rewritten) of 12 prompts" in out.replace("\n", " ")
-    code, out, err = run("train", tmp_path / "l", "--output", tmp_path / "j")
+    code, out, err = run("train", "--labels", tmp_path / "l", "--output_dir", tmp_path / "j", "--components", 8)
     assert code == 0, err
     assert "held out" in out
     return tmp_path / "j"
@@ -79,9 +79,9 @@ def test_without_rewrites(run, pair_folders, prompts_file, tmp_path):
     code, out, err = run("labels", tmp_path / "l", "--json", tmp_path / "t.json")
     assert code == 0, err
     assert json.loads((tmp_path / "t.json").read_text())["predictors"] == []
-    code, _, err = run("train", tmp_path / "l", "--output", tmp_path / "j")
+    code, _, err = run("train", "--labels", tmp_path / "l", "--output_dir", tmp_path / "j")
     assert code == 1
-    assert "no substitution was rewritten" in err
+    assert "`labels`: 'changed' is known of no row" in err
 
 
 def test_standard_input_is_for_one_process(run, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_quickstart_trains(run, pair_folders, tmp_path, monkeypatch):
         (("quickstart", "--pair", "a,b", "--limit", "1"), "no judge is shipped for 'a,b'"),
         (("quickstart", "--train", "--judge", "x"), "Use one of the two"),
         (("mine", "--prompts", "none.jsonl", "--output", "labels"), "none.jsonl could not be read"),
-        (("train", "labels", "--output", "judge"), "no mining.json"),
+        (("train", "--labels", "labels", "--output_dir", "judge"), "no mining.json"),
         (("quickstart", "--draft-length", "0"), "`draft-length` must be a number of tokens, 1 or more, or 'auto'"),
         (("quickstart", "--dtype", "int4"), "`dtype` must be one of bfloat16, float16, float32, got 'int4'"),
         (("card", "nothing/here"), "nothing/here is neither a folder nor in the cache"),
@@ -188,7 +188,7 @@ def test_unwritable_paths_fail_before_the_work(run, prompts_file, tmp_path):
     below = tmp_path / "file" / "below"
     for arguments in (
         ("mine", "--prompts", prompts_file, "--output", below),
-        ("train", tmp_path, "--output", below),
+        ("train", "--labels", tmp_path, "--output_dir", below),
         ("labels", tmp_path, "--plot", below / "p.png"),
         ("labels", tmp_path, "--json", below / "t.json"),
         ("quickstart", "--prompts", prompts_file, "--json", below / "f.json"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from hf_selfjudge.evaluation import HeldOutConfig
 from hf_selfjudge.inspection import (
     Labels,
     correlations,
@@ -21,10 +22,9 @@ from hf_selfjudge.inspection import (
     token_kind,
 )
 from hf_selfjudge.labels import CHEAP_SCORES, features_of
-from hf_selfjudge.trainer import FitConfig
 
 
-CONFIG = FitConfig(resamples=50)
+CONFIG = HeldOutConfig(resamples=50)
 
 
 def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category="maths", kind="mismatch"):
@@ -34,9 +34,10 @@ def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category
     return {
         "prompt_id": prompt, "category": category, "check": "number" if flipped is not None else "text",
         "kind": kind, "position": 1, "token": token, "substitute": 3, "draft_rank": 0, "mismatches": 1,
-        "answer_ids": [4, token, 5], "rewritten_ids": [4, 3, 6] if lost is not None else None, "own": True,
-        "finished": True, "rewrite_finished": lost is not None or None, "flipped": flipped, "changed": changed,
-        "reconvergence": None if lost is None else 1 - lost, "says_no": None, "draft_logprob": -1.0,
+        "prompt_ids": [2, 3], "answer_ids": [4, token, 5], "own": True, "finished": True,
+        "rewritten_ids": [4, 3, 6] if lost is not None else None, "rewrite_finished": lost is not None or None,
+        "flipped": flipped, "changed": changed, "says_no": None, "draft_logprob": -1.0,
+        "reconvergence": None if lost is None else 1 - lost,
         **dict.fromkeys(CHEAP_SCORES, score), "scalars": [score] * 7, "hidden_before": hidden[0],
         "hidden_after": hidden[1],
     }  # fmt: skip

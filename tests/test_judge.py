@@ -81,7 +81,7 @@ def test_damaged_config(saved):
     path.write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(ValueError, match="is not the config of a judge"):
         Judge.from_pretrained(folder)
-    path.write_text(json.dumps(content | {"scalars": ["margin"]}))
+    path.write_text(json.dumps(content | {"scalars": ["rank"]}))
     with pytest.raises(ValueError, match="names the scalars"):
         Judge.from_pretrained(folder)
     path.write_text(json.dumps(content | {"components": 8}))

@@ -101,7 +101,7 @@ def test_labels(llama, tokenizer, monkeypatch):
                 assert row["changed"] == (float(row["flipped"]) if known else 1 - row["reconvergence"])
                 assert row["rewritten_ids"][: row["position"]] == row["answer_ids"][: row["position"]]
                 assert row["rewritten_ids"][row["position"]] == row["substitute"]
-                assert row["answer_ids"] == answer.tokens.tolist()
+                assert row["prompt_ids"] + row["answer_ids"] == answer.ids.tolist()
                 assert row["says_no"] is None
     assert {*ends} == {True, False}
 

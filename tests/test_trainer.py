@@ -1,5 +1,6 @@
-"""Fitting a judge on labels with a planted signal."""
+"""Training a judge on labels with a planted signal, on features and through the model."""
 
+import doctest
 import json
 import shlex
 
@@ -8,15 +9,36 @@ import numpy as np
 import pytest
 import torch
 
-from hf_selfjudge import Judge
+from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer
 from hf_selfjudge.cards import read_results, write_card
-from hf_selfjudge.features import SCALARS
+from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
+from hf_selfjudge.features import SCALARS, STATES
+from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.labels import features_of
-from hf_selfjudge.trainer import FitConfig, Projection, Table, _logistic, fit_judge
+from hf_selfjudge.trainer import DataCollatorForJudge, DataCollatorForSubstitutions, TargetWithJudge, soft_labels
+from hf_selfjudge.training import ScriptArguments, main, make_parser
+
+from .conftest import HIDDEN as TINY
+from .conftest import build
 
 
 HIDDEN = 24
-CONFIG = FitConfig(resamples=50)
+OPTIONS = {
+    "components": 20,
+    "max_steps": 200,
+    "learning_rate": 0.03,
+    "prior": 1.0,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def config(folder, **options):
+    return JudgeConfig(str(folder), **OPTIONS | options)
+
+
+def script(*folders, **options):
+    return ScriptArguments([str(folder) for folder in folders], **{"resamples": 50} | options)
 
 
 def write_labels(folder, prompts=40, target="tiny/llama", seed=0):
@@ -32,8 +54,9 @@ def write_labels(folder, prompts=40, target="tiny/llama", seed=0):
                 {
                     **{"prompt_id": f"{seed}-{prompt}", "category": "-", "check": "number" if checked else "text"},
                     **{"kind": "mismatch", "draft_rank": 0, "own": True, "rewrite_finished": True, "says_no": None},
-                    **dict.fromkeys(("margin", "likelihood", "confidence"), 0.0),
+                    **{"margin": 0.0, "likelihood": float(before[0]), "confidence": float(after[0])},
                     **{"position": position, "token": 3, "substitute": 4, "mismatches": 6, "finished": True},
+                    "prompt_ids": [7, 8, 9],
                     **{"answer_ids": [3, 5], "rewritten_ids": [4, 5], "flipped": changed if checked else None},
                     **{"reconvergence": 1 - 0.8 * changed, "changed": float(changed) if checked else 0.8 * changed},
                     **dict.fromkeys(("draft_logprob", "kl_target_draft", "kl_draft_target"), 0.0),
@@ -56,61 +79,300 @@ def write_labels(folder, prompts=40, target="tiny/llama", seed=0):
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    folder = write_labels(tmp_path_factory.mktemp("fit") / "labels")
-    return folder, fit_judge([folder], CONFIG)
+    base = tmp_path_factory.mktemp("fit")
+    folder = write_labels(base / "labels")
+    return folder, main(script(folder), config(base / "judge")), base / "judge"
 
 
 def test_the_planted_signal_is_found(fitted):
-    _, judge = fitted
-    held_out = judge.info.training["held_out"]
-    value, low, high = held_out["scores"]["judge"]["auc_changed_number"]
+    _, judge, _ = fitted
+    measured = judge.info.training["held_out"]
+    value, low, high = measured["scores"]["judge"]["auc_changed_answer"]
     assert low <= value <= high
-    assert low > 0.8 > held_out["scores"]["margin"]["auc_changed_number"][0]
-    assert held_out["log_loss"] < held_out["log_loss_of_the_mean"]
-    accepted = held_out["scores"]["judge"]["mean_label_among_accepted"]
-    assert accepted["0.5"] < held_out["mean_label"] / 2
-    assert held_out["rows"] == 240
-    assert held_out["rows_checked_by_number"] == 120
+    assert low > 0.8 > measured["scores"]["margin"]["auc_changed_answer"][0]
+    assert measured["log_loss"] < measured["log_loss_of_the_mean"]
+    assert measured["scores"]["judge"]["mean_label_among_accepted"]["0.5"] < measured["mean_label"] / 2
+    assert measured["scores"]["judge"]["changed_among_accepted"]["0.75"] < measured["changed_answers"] / 120 / 2
+    assert (measured["rows"], measured["rows_checked"]) == (240, 120)
 
 
-def test_the_threshold_accepts_the_share_asked_for(fitted):
-    folder, judge = fitted
-    wide = fit_judge([folder], FitConfig(accept_share=0.9, resamples=1))
+def test_what_was_trained_is_on_disk(fitted):
+    _, judge, folder = fitted
+    loaded = Judge.from_pretrained(folder)
+    assert loaded.info == judge.info
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), judge.state_dict().values(), strict=True)
+    )
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "reliability.png",
+    }
+
+
+def test_the_threshold_accepts_the_share_asked_for(fitted, tmp_path):
+    folder, judge, _ = fitted
+    wide = main(script(folder, accept_share=0.9), config(tmp_path))
     assert 0 < judge.info.threshold < wide.info.threshold < 1
 
 
-def test_the_judge_computes_what_was_fitted(fitted):
-    folder, judge = fitted
-    table = Table.of(datasets.Dataset.from_parquet(str(folder / "labels-00000-of-00001.parquet")))
-    components, penalty = (judge.info.training["fit"][name] for name in ("components", "inverse_penalty"))
-    projection = Projection(table, components, CONFIG.seed)
-    features = projection(table, components)
-    expected = _logistic(features, table.changed, penalty).decision_function(features)
-    with torch.no_grad():
-        odds = judge(torch.tensor(table.scalars), torch.tensor(table.hidden))
-    np.testing.assert_allclose(odds.numpy(), expected, atol=1e-3)
-
-
-def test_fitting_again_gives_the_same(fitted):
-    folder, judge = fitted
-    again = fit_judge([folder], CONFIG)
+def test_training_again_gives_the_same(fitted, tmp_path):
+    folder, judge, _ = fitted
+    again = main(script(folder), config(tmp_path))
     assert again.info == judge.info
     assert all(
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), judge.state_dict().values(), strict=True)
     )
 
 
-def test_errors(fitted, tmp_path):
-    folder, _ = fitted
-    with pytest.raises(ValueError, match="4 prompts are too few for 5 folds"):
-        fit_judge([write_labels(tmp_path / "few", prompts=4)])
+def test_features_are_whitened(fitted):
+    folder, judge, _ = fitted
+    rows = load_labels(folder).with_format("torch")
+    hidden = torch.stack([torch.stack(list(rows[name][:])) for name in STATES], 1).float()
+    scalars = (torch.stack(list(rows["scalars"][:])) - judge.scalar_mean) / judge.scalar_scale
+    parts = torch.einsum("nsh,shc->nsc", hidden - judge.hidden_mean, judge.projection)
+    for values in (scalars, *parts.unbind(1)):
+        torch.testing.assert_close(values.mean(0), torch.zeros(values.shape[1]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(values.std(0), torch.ones(values.shape[1]), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("looks_at", [{"scalars": ["margin"]}, {"states": ["hidden_after"]}, {"states": []}])
+def test_a_judge_looks_at_what_it_is_told(fitted, tmp_path, looks_at):
+    folder, _, _ = fitted
+    judge = main(script(folder, resamples=2), config(tmp_path, **looks_at))
+    full = {"scalars": list(SCALARS), "states": list(STATES)} | looks_at
+    assert judge.head.in_features == len(full["scalars"]) + 20 * len(full["states"])
+    scalars, hidden = torch.randn(5, len(SCALARS)), torch.randn(5, len(STATES), HIDDEN)
+    before = Judge.from_pretrained(tmp_path)(scalars, hidden)
+    scalars[:, [SCALARS.index(name) for name in SCALARS if name not in full["scalars"]]] += 1
+    hidden[:, [STATES.index(name) for name in STATES if name not in full["states"]]] += 1
+    assert torch.equal(judge(scalars, hidden), before)
+
+
+def test_labels(fitted):
+    labels = load_labels(fitted[0])
+    changed, flipped, lost = (soft_labels(labels, config("x", label=name)) for name in ("changed", "flipped", "lost"))
+    known = ~np.isnan(flipped)
+    assert known.sum() == 120
+    np.testing.assert_array_equal(changed[known], flipped[known])
+    np.testing.assert_allclose(changed[~known], lost[~known], rtol=1e-6)
+    likelihood = np.array(labels["likelihood"][:])
+    np.testing.assert_array_equal(
+        soft_labels(labels, config("x", label="likelihood", label_threshold=0.7)), likelihood > 0.7
+    )
+    assert soft_labels(labels, config("x", label="likelihood")).mean() == 0.5
+    with pytest.raises(ValueError, match="'says_no' is known of no row"):
+        JudgeTrainer(
+            new_judge(mining_of([fitted[0]])[0], config("x")), config("x", label="says_no"), train_dataset=labels
+        )
+
+
+def test_the_published_label_needs_no_rewrite(fitted, tmp_path):
+    """SelfJudge's code: logistic regression on the hidden state after the token, `confidence` above a threshold."""
+    args = config(tmp_path / "judge", label="confidence", states=["hidden_after"])
+    args.scalars = []
+    judge = main(script(fitted[0]), args)
+    assert judge.info.training["held_out"]["mean_label"] == 0.5
+    assert "--label confidence --label_threshold" in (tmp_path / "judge/README.md").read_text()
+
+
+def test_categories_left_out(fitted):
+    folder, _, _ = fitted
+    labels = load_labels(folder)
+    half = labels.add_column("half", [int(name.split("-")[1]) % 2 for name in labels["prompt_id"]])
+    odds = held_out(half, mining_of([folder])[0], config("x"), None, by="half")
+    assert np.isfinite(odds).all()
+    assert log_loss(soft_labels(labels, config("x")), 1 / (1 + np.exp(-odds))) < 0.6
+
+
+def test_calibration_finds_slope_and_intercept():
+    rng = np.random.default_rng(0)
+    odds = rng.normal(size=20000) * 2
+    truth = 1 / (1 + np.exp(-(0.5 * odds - 1)))
+    slope, intercept = calibrate(odds, truth)
+    assert (slope, intercept) == (pytest.approx(0.5, abs=1e-3), pytest.approx(-1, abs=1e-3))
+    rows = reliability(truth, (rng.random(20000) < truth).astype(float))
+    assert sum(row["rows"] for row in rows) == 20000
+    assert all(abs(row["probability"] - row["label"]) < 0.05 for row in rows)
+
+
+# -- the shape of TRL's trainers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def target():
+    return build("llama", num_hidden_layers=3)
+
+
+@pytest.fixture
+def answers(tmp_path, target):
+    """Labels whose answers differ, in the size of the tiny target."""
+    rng, rows = np.random.default_rng(0), []
+    for prompt in range(12):
+        answer = rng.integers(10, 60, 9).tolist()
+        for position in (1, 4, 6):
+            rows.append(
+                {
+                    **{"prompt_id": str(prompt), "category": "-", "check": "number", "kind": "mismatch"},
+                    **{"prompt_ids": [7, 8, 9], "answer_ids": answer[: 7 + prompt % 3], "position": position},
+                    **{"substitute": int(rng.integers(10, 60)), "changed": float(rng.random() < 0.5)},
+                    "scalars": rng.normal(size=len(SCALARS)).tolist(),
+                    **{name: rng.normal(size=TINY).astype(np.float16) for name in STATES},
+                }
+            )
+    columns = features_of(TINY)
+    table = {name: [row.get(name) for row in rows] for name in columns}
+    return datasets.Dataset.from_dict(table, features=columns)
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[2], layers_pattern="layers", **options
+    )
+
+
+def through(target, answers, folder, peft_config=None, **options):
+    options = {"components": 4, "max_steps": 6, "per_device_train_batch_size": 4} | options
+    return JudgeTrainer(
+        target, config(folder, **options), train_dataset=answers, processing_class=Tokens(), peft_config=peft_config
+    )
+
+
+class Tokens:
+    """All that is asked of a tokenizer here."""
+
+    pad_token_id, eos_token_id, all_special_ids = 0, None, [1]
+
+
+def test_every_trainable_parameter_changes_and_every_other_does_not(target, answers, tmp_path):
+    trainer = through(target, answers, tmp_path, lora())
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainable = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert {name.split(".")[-3] for name in trainable if "lora" in name} == {"lora_A", "lora_B"}
+    assert {name for name in trainable if "lora" not in name} == {"judge.head.weight", "judge.head.bias"}
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        assert torch.equal(value, before[name]) == (name not in trainable), name
+
+
+def test_the_head_alone_through_the_model(target, answers, tmp_path):
+    trainer = through(target, answers, tmp_path)
+    assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == {
+        "judge.head.weight",
+        "judge.head.bias",
+    }
+    trainer.train()
+    assert trainer.judge.head.weight.any()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_resumed_equals_uninterrupted(target, answers, tmp_path, adapter):
+    def run(folder, **options):
+        own = build("llama", num_hidden_layers=3)
+        return through(own, answers, folder, lora() if adapter else None, **options)
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    first = run(tmp_path / "parts", save_strategy="steps", save_steps=3)
+    first.train()
+    assert (tmp_path / "parts/checkpoint-3/README.md").is_file()
+    assert (tmp_path / "parts/checkpoint-3/adapter_model.safetensors").is_file() == adapter
+    second = run(tmp_path / "parts")
+    second.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3"))
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_substitutes_see_what_they_would_see_alone(target, answers):
+    """Packed behind each other, padded, beside other answers: each state is that of the text with the substitute."""
+    judge = trainer._judge_for(target, Tokens(), config("x", components=4))
+    rows = trainer.answers_of(answers, np.array(answers["changed"][:]))
+    batch = DataCollatorForJudge(0)([rows[i] for i in range(3)])
+    seen = []
+    judge.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    TargetWithJudge(target, judge)(**{name: value for name, value in batch.items() if name != "labels"})
+    states = seen[0].view(3, -1, len(STATES), TINY)
+    for i in range(3):
+        for s, (place, token) in enumerate(zip(rows[i]["places"], rows[i]["substitutes"], strict=True)):
+            text, alone = [*rows[i]["input_ids"][:place], token], []
+            with HiddenTap(target, lambda hidden, _, alone=alone: alone.append(hidden[0, -2:])):
+                target(input_ids=torch.tensor([text]))
+            torch.testing.assert_close(states[i, s], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("collator", [DataCollatorForJudge, DataCollatorForSubstitutions])
+def test_the_collators_give_what_their_docstrings_say(collator):
+    text = collator.__doc__.replace("```python", "").replace("```", "")
+    result = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, collator.__name__, None, 0))
+    assert result.failed == 0
+    assert result.attempted > 3
+
+
+def test_metrics_are_logged(fitted, tmp_path):
+    labels = load_labels(fitted[0])
+    args = config(tmp_path, logging_steps=5, eval_strategy="steps", max_steps=10)
+    judging = JudgeTrainer(
+        new_judge(mining_of([fitted[0]])[0], args), args, train_dataset=labels, eval_dataset=labels.select(range(60))
+    )
+    judging.train()
+    names = ("loss", "accuracy", "accept_rate", "false_accept_rate")
+    assert all(name in judging.state.log_history[0] for name in names)
+    last = [entry for entry in judging.state.log_history if "eval_loss" in entry][-1]
+    assert last["eval_auroc"] > 0.8
+    assert 0 <= last["eval_false_accept_rate"] <= last["eval_accept_rate"] <= 1
+
+
+def test_the_script_reads_yaml_and_the_command_line(tmp_path):
+    (tmp_path / "judge.yaml").write_text("labels: [a, b]\ncomponents: 16\nlearning_rate: 0.01\n")
+    arguments = ["--config", str(tmp_path / "judge.yaml"), "--output_dir", str(tmp_path), "--components", "32"]
+    script_args, training_args = make_parser().parse_args_and_config(arguments)
+    assert script_args.labels == ["a", "b"]
+    assert (training_args.components, training_args.learning_rate) == (32, 0.01)
+
+
+def test_every_option_is_documented():
+    for kind in (JudgeConfig, ScriptArguments):
+        own = {name: kind.__dataclass_fields__[name] for name in kind.__annotations__}
+        assert all(field.metadata["help"] for field in own.values())
+        assert all(f"{name} (" in kind.__doc__ for name in own)
+
+
+def test_errors(fitted, target, answers, tmp_path):
+    folder, _, _ = fitted
+    with pytest.raises(ValueError, match="4 values of 'prompt_id' are too few for 5 folds"):
+        main(script(write_labels(tmp_path / "few", prompts=4)), config(tmp_path / "x"))
     other = write_labels(tmp_path / "other", target="tiny/other", seed=1)
     with pytest.raises(
         ValueError, match=r"`labels`: .* of different models \(target: 'tiny/llama' and 'tiny/other'\)"
     ):
-        fit_judge([folder, other])
+        main(script(folder, other), config(tmp_path / "x"))
     with pytest.raises(FileNotFoundError, match=r"has no mining.json"):
-        fit_judge([tmp_path])
+        main(script(tmp_path), config(tmp_path / "x"))
+    with pytest.raises(ValueError, match="`components` is 500, but there are 192 labels only"):
+        main(script(folder), config(tmp_path / "x", components=500))
+    assert not (tmp_path / "x").exists()
+    for options, message in (
+        ({"label": "margin"}, "`label` must be one of changed,"),
+        ({"label_threshold": 0.1}, "`label_threshold` is for the labels likelihood and confidence"),
+        ({"scalars": ["rank"]}, "`scalars` must be among margin,.* got rank"),
+        ({"scalars": [], "states": []}, "both empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **options)
+    judge = new_judge(mining_of([folder])[0], config("x"))
+    with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` of labels, got `NoneType`"):
+        JudgeTrainer(judge, config("x"))
+    with pytest.raises(TypeError, match="`model` must be a `Judge`"):
+        JudgeTrainer(torch.nn.Linear(1, 1), config("x"), train_dataset=answers)
+    with pytest.raises(ValueError, match="You passed `peft_config` with a `Judge`"):
+        JudgeTrainer(judge, config("x"), train_dataset=load_labels(folder), peft_config=lora())
+    with pytest.raises(TypeError, match="`peft_config` must be a `peft.PeftConfig` instance"):
+        through(target, answers, tmp_path, {"r": 4})
+    adapted = through(target, answers, tmp_path, lora()).model
+    with pytest.raises(ValueError, match="You passed a `PeftModel` instance together with a `peft_config`"):
+        through(adapted, answers, tmp_path, lora())
 
 
 RESULTS = {
@@ -126,16 +388,17 @@ RESULTS = {
 
 
 def test_card(fitted, tmp_path):
-    _, judge = fitted
+    _, judge, _ = fitted
     judge.save_pretrained(tmp_path / "my-judge")
     text = write_card(Judge.from_pretrained(tmp_path / "my-judge"), tmp_path / "my-judge").read_text()
     assert text.startswith("---\nlibrary_name: hf_selfjudge\n") or "library_name: hf_selfjudge" in text.split("---")[1]
     assert "base_model:\n- tiny/llama" in text
     assert "# my-judge\n" in text
-    assert "240 substitutions from 40 prompts" in text
+    assert "240 substitutions from 40 prompts have a label" in text
     assert "Measured in decoding" not in text
     assert "--prompts prompts.jsonl --limit 40 --max-new-tokens 8 --per-answer 6 --answer-batch 4" in text
-    assert f"hf-selfjudge train labels/* --accept-share {CONFIG.accept_share} --output my-judge" in text
+    options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0"
+    assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output_dir my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     text = write_card(judge, tmp_path / "my-judge", read_results(tmp_path / "results.json")).read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
