@@ -368,12 +368,12 @@ def _key(line: dict) -> tuple[str, str, int]:
 
 
 def _made_with(job: Job, judges: Mapping[str, Judge]) -> str:
-    """A digest of the prompt's tokens, the judge (its weights, and its own threshold where the setting names none),
-    and the share of a coin."""
+    """A digest of the prompt's tokens, the judge (its weights, and its threshold), and the share of a coin."""
     judge = None
     if job.setting.judge is not None:
-        info = judges[job.setting.judge].info
-        judge = [fingerprint(judges[job.setting.judge]), info.special_tokens, job.setting.values or info.threshold]
+        rule = job.setting.rule(judges)
+        threshold = [rule.threshold] if job.setting.values else rule.threshold
+        judge = [fingerprint(rule.judge), rule.special_tokens, threshold]
     return hashlib.sha256(json.dumps([job.ids.tolist(), judge, job.share]).encode()).hexdigest()[:16]
 
 

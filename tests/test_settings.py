@@ -25,6 +25,8 @@ def test_judges():
         "lossless", "judge=0.2", "judge=0.4", "judge:where=0.3",
     ]  # fmt: skip
     assert parse_settings(["judge"], shipped="s")[1] == Setting("judge", (), "s")
+    assert parse_settings(["judge=strict"], shipped="s")[1] == Setting("judge", ("strict",), "s")
+    assert names("judge:j=strict,0.5") == ["lossless", "judge:j=strict", "judge:j=0.5"]
     assert parse_settings(["judge:a=b=0.5"])[1] == Setting("judge:a=b", (0.5,), "a=b")
     with pytest.raises(ValueError, match="x/same and y/same have the same name"):
         parse_settings(["judge:x/same=0.1", "judge:y/same=0.1"])
