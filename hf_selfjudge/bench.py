@@ -318,6 +318,8 @@ def _shares(lines: Iterable[dict], coins: Sequence[Setting], before: Iterable[di
 
 def _side_by_side(jobs, models, judges, special, config, keep) -> None:
     """Many answers at a time. A prompt is read once, when its first answer begins, and forgotten with its last."""
+    # The draft alone takes a forward for each token, and forwards of the draft go first: let nobody wait for a few.
+    jobs = sorted(jobs, key=lambda job: job.setting.family != "draft")
     left = Counter(job.prompt.id for job in jobs)
     read: dict[str, list[Keys]] = {}
 

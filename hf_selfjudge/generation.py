@@ -29,8 +29,9 @@ from transformers.generation.candidate_generator import (
 
 from .batches import generate_rows, merged
 from .drafting import AutoLength, FastDraft, set_draft_length
-from .hidden import HiddenTap
+from .hidden import Entered, HiddenTap
 from .judge import Judge
+from .replay import Replaying
 from .rules import JudgeRule, Rows, Rule
 from .stats import Stats
 
@@ -43,8 +44,8 @@ WITH_LOGITS = UniversalSpeculativeDecodingGenerator
 class Round:
     """The state of one call: the candidates under verification, the verification forward, and the statistics."""
 
-    def __init__(self, rule: Rule, special_tokens: set[int]):
-        self.rule, self.special_tokens = rule, special_tokens
+    def __init__(self, rule: Rule, special_tokens: set[int], replaying: Replaying | None = None):
+        self.rule, self.special_tokens, self.replaying = rule, special_tokens, replaying
         self.stats = Stats(calls=1)
         self.prompt_length: int | None = None
         self.verifying = False  # between a draft and what is kept of it; other forwards and scores are not ours
@@ -71,14 +72,18 @@ class Round:
         self.verifying, self.rejected = True, False
         self.since, self.verify_seconds = time.perf_counter(), 0.0
 
-    def observe(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    def observe(self, hidden: torch.Tensor, logits: torch.Tensor, entered: Entered | None = None) -> None:
         """Keep the last `k + 1` rows of the verification forward: row `i` chooses candidate `i`. A processor may run
         the target again (classifier-free guidance); the verification is the first forward behind the draft."""
         if self.verifying and self.logits is None:
-            rows = len(self.candidates) + 1
-            self.hidden, self.logits = hidden[0, -rows:], logits[0, -rows:]
             self.verify_seconds = time.perf_counter() - self.since
             self.stats.verify_seconds += self.verify_seconds
+            rows = len(self.candidates) + 1
+            if self.replaying is not None:
+                since = time.perf_counter()
+                hidden = self.replaying(entered, self.start + rows - 1 - entered.states.shape[1])
+                self.stats.rule_seconds += time.perf_counter() - since
+            self.hidden, self.logits = hidden[0, -rows:], logits[0, -rows:]
 
     def accepts(self, row: int, final_scores: torch.Tensor) -> bool:
         """Whether the rule accepts candidate `row`, given the scores of shape `(vocab_size,)` that the target's token
@@ -355,7 +360,8 @@ class JudgedModel:
         if several or rules is not None or seeds is not None:
             return generate_rows(self, ids, generation_config, logits_processor, rules, seeds, kwargs)
         self._check(ids, kwargs)
-        round = Round(self.rule, self.special_tokens)
+        replay = self.rule.replay_on(self.target)
+        round = Round(self.rule, self.special_tokens, None if replay is None else replay.start())
         last = JudgeLogitsProcessor(round)
         generators: list[JudgeCandidateGenerator] = []
         # The overrides go on a shallow copy: it shares the weights, and other callers of the target do not see them.
@@ -378,7 +384,7 @@ class JudgedModel:
         target._get_logits_processor, target._get_candidate_generator = with_judge, wrap
         processors = LogitsProcessorList([*(logits_processor or []), ConstrainedScores(round)])
         try:
-            with HiddenTap(target, round.observe):
+            with HiddenTap(target, round.observe, None if replay is None else replay.entering):
                 output = target.generate(inputs, generation_config, processors, **kwargs)
         finally:  # what refers to itself would keep caches until the next garbage collection
             del target._get_logits_processor, target._get_candidate_generator

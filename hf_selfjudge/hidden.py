@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +26,15 @@ def untapped() -> Context:
     return context
 
 
+class Entered(NamedTuple):
+    """What entered a layer in a forward: states of shape `(batch, tokens, hidden_size)`, and what the model was told
+    of their places."""
+
+    states: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.LongTensor | None
+
+
 class HiddenTap:
     """
     Context manager that hands the last hidden states and the logits of each forward to a callback.
@@ -36,13 +46,15 @@ class HiddenTap:
         on_forward (`Callable[[torch.Tensor, torch.Tensor], None]`): Called with hidden states of shape
             `(batch, rows, hidden_size)` and logits of shape `(batch, rows, vocab_size)`; with `logits_to_keep=n` there
             are `n` rows, and row `i` holds the state *before* the token that it chooses.
+        layer (`torch.nn.Module`, *optional*): One of the model's. The callback is then also given what it was
+            [`Entered`] by.
 
     Raises:
         ValueError: If the model has no output embeddings.
     """
 
-    def __init__(self, model: PreTrainedModel, on_forward: Callable[[torch.Tensor, torch.Tensor], None]):
-        self.model, self.head = model, model.get_output_embeddings()
+    def __init__(self, model: PreTrainedModel, on_forward: Callable[..., None], layer: torch.nn.Module | None = None):
+        self.model, self.head, self.layer = model, model.get_output_embeddings(), layer
         if self.head is None:
             raise ValueError(
                 f"`model` ({type(model).__name__}) has no output embeddings, so its last hidden states cannot be "
@@ -51,11 +63,14 @@ class HiddenTap:
         self.on_forward = on_forward
 
     def __enter__(self) -> HiddenTap:
-        self.hidden = None
+        self.hidden = self.states = None
         self.handles = [
             self.head.register_forward_pre_hook(self._at_head),
+            self.model.register_forward_pre_hook(self._at_start, with_kwargs=True),
             self.model.register_forward_hook(self._at_end),
         ]
+        if self.layer is not None:
+            self.handles.append(self.layer.register_forward_pre_hook(self._at_layer, with_kwargs=True))
         self.token = _entered.set((*_entered.get(), self))
         return self
 
@@ -65,12 +80,28 @@ class HiddenTap:
             handle.remove()
 
     @staticmethod
-    def hand_over(model: PreTrainedModel, hidden: torch.Tensor) -> None:
+    def layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+        """The layers that the taps on `model` that were entered here look at."""
+        return [tap.layer for tap in _entered.get() if tap._is_on(model) and tap.layer is not None]
+
+    @staticmethod
+    def hand_over(model: PreTrainedModel, hidden: torch.Tensor, entering: dict[torch.nn.Module, torch.Tensor]) -> None:
         """Give the taps on `model` that were entered here the hidden states of a forward that was computed
-        elsewhere, before its output is returned."""
+        elsewhere, and what entered its layers, before its output is returned."""
         for tap in _entered.get():
-            if tap.head is model.get_output_embeddings():
-                tap.hidden = hidden
+            if tap._is_on(model):
+                tap.hidden, tap.states = hidden, entering.get(tap.layer)
+
+    def _is_on(self, model: PreTrainedModel) -> bool:
+        return self.head is model.get_output_embeddings()
+
+    def _at_start(self, module: torch.nn.Module, inputs: tuple, arguments: dict) -> None:
+        if self in _entered.get():
+            self.arguments = arguments
+
+    def _at_layer(self, module: torch.nn.Module, inputs: tuple, arguments: dict) -> None:
+        if self in _entered.get():
+            self.states = (inputs[0] if inputs else arguments["hidden_states"]).detach()
 
     def _at_head(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if self in _entered.get():
@@ -78,4 +109,7 @@ class HiddenTap:
 
     def _at_end(self, module: torch.nn.Module, inputs: tuple, output: ModelOutput) -> None:
         if self in _entered.get():
-            self.on_forward(self.hidden, output.logits.detach())
+            told = self.hidden, output.logits.detach()
+            if self.layer is not None:
+                told += (Entered(self.states, *map(self.arguments.get, ("attention_mask", "position_ids"))),)
+            self.on_forward(*told)

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from .features import SCALARS, STATES
 from .files import whole, write_json
+from .replay import Adapter
 from .sources import fingerprint
 
 
-CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class JudgeInfo:
         scalars (`list[str]`): Which of `SCALARS` it looks at.
         states (`list[str]`): Which of `STATES` it looks at.
         operating_points (`dict[str, dict]`): Thresholds with a name, and what was measured at each.
+        adapter (`bool`): Whether an adapter belongs to it: hidden states are then those of the target with it.
         training (`dict`): How it was made and what it measured: for the reader, not for the code.
     """
 
@@ -57,6 +60,7 @@ class JudgeInfo:
     scalars: list[str] = field(default_factory=lambda: list(SCALARS))
     states: list[str] = field(default_factory=lambda: list(STATES))
     operating_points: dict[str, dict] = field(default_factory=dict)
+    adapter: bool = False
     training: dict = field(default_factory=dict)
 
 
@@ -67,11 +71,12 @@ class Judge(torch.nn.Module):
 
     Args:
         info ([`JudgeInfo`]): Sizes and the models it belongs to.
+        adapter ([`Adapter`], *optional*): In the target's last layers, if one belongs to it.
     """
 
-    def __init__(self, info: JudgeInfo):
+    def __init__(self, info: JudgeInfo, adapter: Adapter | None = None):
         super().__init__()
-        self.info = info
+        self.info, self.adapter = info, adapter
         hidden, components, scalars, states = info.hidden_size, info.components, len(info.scalars), len(info.states)
         self.columns = [SCALARS.index(name) for name in info.scalars]
         self.sides = [STATES.index(name) for name in info.states]
@@ -132,7 +137,7 @@ class Judge(torch.nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """
-        Write `config.json` and `model.safetensors`, each under a temporary name first.
+        Write `config.json` and `model.safetensors`, and an adapter as PEFT does, each under a temporary name first.
 
         Raises:
             OSError: If `folder` cannot be written.
@@ -141,6 +146,10 @@ class Judge(torch.nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / WEIGHTS) as weights:
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
+            if self.adapter is not None:
+                with whole(folder / ADAPTER) as adapter:
+                    save_file(self.adapter.tensors, adapter)
+                    write_json(folder / ADAPTER_CONFIG, self.adapter.config)
             write_json(folder / CONFIG, asdict(self.info))
 
     @classmethod
@@ -160,11 +169,10 @@ class Judge(torch.nn.Module):
             FileNotFoundError: If `config.json` or `model.safetensors` is missing.
             ValueError: If one of them is damaged, or its content is not a judge of this version.
         """
-        paths = {}
-        for name in (CONFIG, WEIGHTS):
-            if Path(reference).is_dir():
-                path = Path(reference) / name
-            else:
+
+        def fetch(name: str) -> Path:
+            path = Path(reference) / name
+            if not Path(reference).is_dir():
                 try:
                     path = Path(
                         hf_hub_download(
@@ -180,15 +188,16 @@ class Judge(torch.nn.Module):
                     raise FileNotFoundError(_missing(reference, name)) from error
             if not path.is_file():
                 raise FileNotFoundError(_missing(reference, name))
-            paths[name] = path
-        judge = cls(_read_info(paths[CONFIG]))
+            return path
+
+        info, weights, adapter = _read_info(fetch(CONFIG)), fetch(WEIGHTS), None
+        if info.adapter:
+            adapter = Adapter(_read_json(fetch(ADAPTER_CONFIG)), _read_tensors(fetch(ADAPTER)))
+        judge, tensors = cls(info, adapter), _read_tensors(weights)
         try:
-            judge.load_state_dict(load_file(paths[WEIGHTS]))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"`judge`: {paths[WEIGHTS]} is not the whole safetensors file of this judge ({error}). It is "
-                "truncated, of another format (a pickle is never loaded), or does not fit config.json. Fetch it again."
-            ) from error
+            judge.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"`judge`: {weights} does not fit config.json ({error}). Fetch both again.") from error
         return judge.eval()
 
 
@@ -199,12 +208,32 @@ def _missing(reference: str | os.PathLike, name: str) -> str:
     )
 
 
-def _read_info(path: Path) -> JudgeInfo:
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`judge`: {path} is not a whole safetensors file ({error}). It is truncated, or of another format (a "
+            "pickle is never loaded). Fetch it again."
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}")
+    except ValueError as error:
+        raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
+    return content
+
+
+def _read_info(path: Path) -> JudgeInfo:
+    content = _read_json(path)
+    try:
         known = {f.name for f in fields(JudgeInfo)}
         info = JudgeInfo(**{name: value for name, value in content.items() if name in known})
-    except (ValueError, TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
     for name, known in (("scalars", SCALARS), ("states", STATES)):
         if unknown := set(getattr(info, name)) - set(known):

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .features import candidate_scalars, entropy
 from .judge import Judge
+from .replay import Replay
 
 
 logger = logging.get_logger(__name__)
@@ -77,6 +78,10 @@ class Rule:
 
     def check_draft(self, draft: PreTrainedModel) -> None:
         """Warn if the rule may not do well with `draft`."""
+
+    def replay_on(self, target: PreTrainedModel) -> Replay | None:
+        """What makes the hidden states that the rule looks at, if it is not `target` alone."""
+        return None
 
     def accept(self, rows: Rows) -> torch.BoolTensor:
         """Which candidates to keep; of shape `(rows,)`."""
@@ -239,9 +244,22 @@ class JudgeRule(Rule):
             _check("threshold", value, 0 <= value <= 1, "in [0, 1] (0 is lossless, 1 accepts every candidate)")
         super().__setattr__(name, value)
 
+    def __post_init__(self):
+        # By what the copies of a target share. It is kept alive, so that no other can have its number.
+        self._replays: dict[int, tuple[PreTrainedModel, Replay]] = {}
+
     def check_target(self, target: PreTrainedModel) -> None:
         self.judge.check_target(target, self.allow_other_weights)
         self.judge.eval().to(target.get_output_embeddings().weight.device)
+        self.replay_on(target)
+
+    def replay_on(self, target: PreTrainedModel) -> Replay | None:
+        if self.judge.adapter is None:
+            return None
+        decoder = target.get_decoder()
+        if id(decoder) not in self._replays:
+            self._replays[id(decoder)] = decoder, Replay(target, self.judge.adapter)
+        return self._replays[id(decoder)][1]
 
     def check_draft(self, draft: PreTrainedModel) -> None:
         if draft.config.name_or_path != self.judge.info.draft:

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -105,10 +105,11 @@ class Tally:
 
 @dataclass
 class Request:
-    """A forward that a call waits for: of which model, with which arguments."""
+    """A forward that a call waits for: of which model, with which arguments, and which layers are looked at."""
 
     model: int
     arguments: dict
+    layers: list[torch.nn.Module] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -218,28 +219,36 @@ def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedMo
 
     @functools.wraps(model.forward)  # `generate` looks at the signature
     def forward(**arguments) -> ModelOutput:
-        output, hidden = hub.switch(Request(index, arguments))
-        HiddenTap.hand_over(model, hidden)
+        output, hidden, entering = hub.switch(Request(index, arguments, HiddenTap.layers(model)))
+        HiddenTap.hand_over(model, hidden, entering)
         return output
 
     stand_in.forward = forward
     return stand_in
 
 
-def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[ModelOutput, torch.Tensor]]:
-    """One forward for all `requests`; for each its output and what entered the `lm_head`."""
+def _forward(
+    model: PreTrainedModel, requests: list[Request]
+) -> list[tuple[ModelOutput, torch.Tensor, dict[torch.nn.Module, torch.Tensor]]]:
+    """One forward for all `requests`; for each its output, what entered the `lm_head`, and what entered the layers
+    that are looked at."""
+    layers = list(dict.fromkeys(layer for request in requests for layer in request.layers))
     seen: list[torch.Tensor] = []
-    with HiddenTap(model, lambda hidden, logits: seen.append(hidden)):
+    with contextlib.ExitStack() as taps:
+        taps.enter_context(HiddenTap(model, lambda hidden, logits: seen.append(hidden)))
+        for layer in layers:
+            taps.enter_context(HiddenTap(model, lambda hidden, logits, entered: seen.append(entered.states), layer))
         if len(requests) == 1:
-            return [(model(**requests[0].arguments), *seen)]
+            output = model(**requests[0].arguments)
+            return [(output, *_told(layers, seen))]
         rows = [_arguments(request.arguments) for request in requests]
         news = [request.tokens for request in requests]
         if _unpadded(model, requests[0]):
             output = _end_to_end(model, rows, news)
-            parts = output.logits.split(news, 1), seen[0].split(news, 1)
+            parts = output.logits.split(news, 1), zip(*(states.split(news, 1) for states in seen), strict=True)
             return [
-                (type(output)(logits=logits, past_key_values=row["past_key_values"]), hidden)
-                for row, logits, hidden in zip(rows, *parts, strict=True)
+                (type(output)(logits=logits, past_key_values=row["past_key_values"]), *_told(layers, states))
+                for row, logits, states in zip(rows, *parts, strict=True)
             ]
         cache = SideBySide([row["past_key_values"] for row in rows], news)
         device = rows[0]["input_ids"].device
@@ -266,11 +275,20 @@ def _forward(model: PreTrainedModel, requests: list[Request]) -> list[tuple[Mode
         if all(row["logits_to_keep"] for row in rows):
             batch["logits_to_keep"] = max(keeps)
         output = model(**batch, return_dict=True)
-    (hidden,) = seen
     return [
-        (type(output)(logits=output.logits[i : i + 1, -keep:], past_key_values=row["past_key_values"]), part)
-        for i, (row, keep, part) in enumerate(zip(rows, keeps, hidden.split(1), strict=True))
+        (
+            type(output)(logits=output.logits[i : i + 1, -keep:], past_key_values=row["past_key_values"]),
+            *_told(layers, [states[i : i + 1, -new:] for states in seen]),
+        )
+        for i, (row, keep, new) in enumerate(zip(rows, keeps, news, strict=True))
     ]
+
+
+def _told(
+    layers: list[torch.nn.Module], states: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, dict[torch.nn.Module, torch.Tensor]]:
+    """What entered the `lm_head`, and what entered each of `layers`."""
+    return states[0], dict(zip(layers, states[1:], strict=True))
 
 
 def _end_to_end(model: PreTrainedModel, rows: list[dict], news: list[int]) -> ModelOutput:

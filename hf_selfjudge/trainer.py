@@ -7,16 +7,17 @@ trained with the judge.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
@@ -38,6 +39,7 @@ from .cards import write_card
 from .features import SCALARS, STATES
 from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
 from .mismatches import special_tokens
+from .replay import Adapter
 from .sources import fingerprint, load_model
 
 
@@ -514,7 +516,9 @@ class JudgeTrainer(Trainer):
                 "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first merge "
                 "and unload the existing adapter, and pass the resulting model along with the new `peft_config`."
             )
-        return TargetWithJudge(get_peft_model(model.target, peft_config), model.judge)
+        adapted = get_peft_model(model.target, peft_config)
+        adapter_of(adapted)  # refuse now what could not be used
+        return TargetWithJudge(adapted, model.judge)
 
     def _prepare_dataset(self, dataset: datasets.Dataset, args: JudgeConfig) -> torch.utils.data.Dataset:
         known = soft_labels(dataset, args)
@@ -550,10 +554,10 @@ class JudgeTrainer(Trainer):
     # -- files -----------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        self.judge.save_pretrained(folder)
         if self.through_model and isinstance(self.model.target, PeftModel):
-            self.model.target.save_pretrained(folder)
+            self.judge.adapter = adapter_of(self.model.target)
+            self.judge.info = replace(self.judge.info, adapter=True)
+        self.judge.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
@@ -597,6 +601,19 @@ def _judge_for(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
             **_looks_at(args),
         )
     )
+
+
+def adapter_of(model: PeftModel) -> Adapter:
+    """
+    What PEFT would save of a model.
+
+    Raises:
+        ValueError: If it is no plain LoRA in numbered layers, which is all that can be replayed.
+    """
+    config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
+    config |= {"inference_mode": True, "base_model_name_or_path": model.get_base_model().config.name_or_path}
+    tensors = get_peft_model_state_dict(model).items()
+    return Adapter(config, {name: value.detach().cpu().contiguous() for name, value in tensors})
 
 
 def fit_projection(judge: Judge, rows: Substitutions, seed: int) -> None:

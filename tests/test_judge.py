@@ -51,7 +51,7 @@ def test_truncated_weights(saved):
     _, folder = saved
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not the whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         Judge.from_pretrained(folder)
 
 

@@ -206,7 +206,7 @@ def target():
 
 
 @pytest.fixture
-def answers(tmp_path, target):
+def answers():
     """Labels whose answers differ, in the size of the tiny target."""
     rng, rows = np.random.default_rng(0), []
     for prompt in range(12):

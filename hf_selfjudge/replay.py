@@ -1,0 +1,190 @@
+"""The target's last layers once more, with a judge's adapter in them.
+
+In: what entered these layers in a forward of the target. Out: the last hidden states as the adapted target would have
+them. The target itself runs once and without the adapter, so that its own text stays what it is; what comes on top is
+these layers' share of a forward. Knows nothing of candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from .hidden import Entered, HiddenTap
+
+
+# As PEFT writes them: the last number in a module's path before its name in the layer.
+NAME = re.compile(r"base_model\.model\.(?P<layers>.+?)\.(?P<layer>\d+)\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# What an adapter may have switched on that changes more than an added product of two matrices.
+UNSUPPORTED = ("use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+
+
+@dataclass
+class Adapter:
+    """
+    A LoRA adapter (https://huggingface.co/papers/2106.09685), as PEFT saves it.
+
+    Args:
+        config (`dict`): Content of `adapter_config.json`.
+        tensors (`dict[str, torch.Tensor]`): Content of `adapter_model.safetensors`.
+    """
+
+    config: dict
+    tensors: dict[str, torch.Tensor]
+
+    def __post_init__(self):
+        if self.config.get("peft_type") != "LORA":
+            raise ValueError(f"`adapter`: only LoRA can be replayed, got {self.config.get('peft_type')!r}.")
+        if found := [name for name in UNSUPPORTED if self.config.get(name) not in (None, False, "none", {}, [])]:
+            raise ValueError(f"`adapter`: {', '.join(found)} cannot be replayed. Use plain LoRA.")
+        if unknown := [name for name in self.tensors if not NAME.fullmatch(name)]:
+            raise ValueError(f"`adapter`: {unknown[0]!r} is no weight of a LoRA adapter in numbered layers.")
+
+    @property
+    def scale(self) -> float:
+        """What its product is multiplied by."""
+        rank = self.config["r"]
+        return self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def products(self) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        """For each layer and module in it: `A` of shape `(r, in)` and `B` of shape `(out, r)`."""
+        pairs: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            part = NAME.fullmatch(name)
+            pairs.setdefault((int(part["layer"]), part["module"]), {})[part["side"]] = tensor
+        return {place: (pair["A"], pair["B"]) for place, pair in pairs.items()}
+
+
+class Replay:
+    """
+    The last layers of a target with an adapter in them; the target's own modules and weights are shared, not changed.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): A decoder.
+        adapter ([`Adapter`]): In its last layers.
+
+    Attributes:
+        entering (`torch.nn.Module`): The first of these layers in the target: what enters it is replayed.
+
+    Raises:
+        ValueError: If the target is no decoder whose layers can be run by themselves (found by trying), or the
+            adapter is for other layers than it has.
+    """
+
+    def __init__(self, target: PreTrainedModel, adapter: Adapter):
+        products = adapter.products()
+        decoder = target.get_decoder()
+        layers = None if target.config.is_encoder_decoder else getattr(decoder, "layers", None)
+        if layers is None:
+            raise ValueError(
+                f"`target` ({type(target).__name__}) has no layers that could be replayed with the judge's adapter. "
+                "Use a judge without one."
+            )
+        first, count = min(layer for layer, _ in products), len(layers)
+        if max(layer for layer, _ in products) >= count:
+            raise ValueError(f"`adapter` has layers beyond the {count} of `target`. It was made for another one.")
+        self.entering = layers[first]
+        self.decoder = _apart(decoder)
+        self.decoder.config = config = copy.deepcopy(decoder.config)
+        config.num_hidden_layers = count - first
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[first:]
+        self.decoder.layers = torch.nn.ModuleList(_apart(layer) for layer in layers[first:])
+        for index, layer in enumerate(self.decoder.layers):
+            for module in layer.modules():
+                if "layer_idx" in vars(module):
+                    module.layer_idx = index
+        self._try(target)
+        for (layer, name), (a, b) in products.items():
+            _add(self.decoder.layers[layer - first].get_submodule(name), a, b, adapter.scale)
+
+    def start(self) -> Replaying:
+        """For a text of its own."""
+        return Replaying(self.decoder)
+
+    @torch.no_grad()
+    def _try(self, target: PreTrainedModel) -> None:
+        """Without the adapter, the layers by themselves must give what they give in the target."""
+        config = target.config.get_text_config()
+        ids = torch.randint(config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0)).to(target.device)
+        seen = []
+        try:
+            with HiddenTap(target, lambda hidden, logits, entered: seen.append((hidden, entered)), self.entering):
+                target(input_ids=ids, use_cache=False)
+            ((hidden, entered),) = seen
+            replayed = self.start()(entered, 0)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"`target`: the last layers of {type(target).__name__} cannot be run by themselves ({error}). Use a "
+                "judge without an adapter."
+            ) from error
+        if (replayed - hidden).norm() > torch.finfo(hidden.dtype).eps ** 0.5 * hidden.norm():
+            raise ValueError(
+                f"`target`: the last layers of {type(target).__name__} do something else by themselves than in it. "
+                "Use a judge without an adapter."
+            )
+
+
+class Replaying:
+    """
+    The replay of one text, forward by forward, with a cache of its own.
+
+    Args:
+        decoder ([`~transformers.PreTrainedModel`]): The layers.
+    """
+
+    def __init__(self, decoder: PreTrainedModel):
+        self.decoder, self.cache = decoder, DynamicCache()
+
+    @torch.no_grad()
+    def __call__(self, entered: Entered, start: int) -> torch.Tensor:
+        """
+        Args:
+            entered ([`Entered`]): Of a forward of the target.
+            start (`int`): Tokens that its cache held before: what this one has beyond is forgotten.
+
+        Returns:
+            `torch.Tensor` of shape `(1, tokens, hidden_size)`: the last hidden states.
+
+        Raises:
+            ValueError: If this one holds fewer: a forward of the target was not replayed.
+        """
+        held = self.cache.get_seq_length()
+        if held < start:
+            raise ValueError(
+                f"The judge's adapter has seen {held} of {start} tokens. Start without `past_key_values` of an "
+                "earlier call."
+            )
+        if held > start:
+            self.cache.crop(start - held)
+        return self.decoder(
+            inputs_embeds=entered.states,
+            attention_mask=entered.attention_mask,
+            position_ids=entered.position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+
+def _apart(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module and all in it that shares every weight, and has no hooks."""
+    apart = copy.copy(module)
+    apart._modules = {name: None if child is None else _apart(child) for name, child in module._modules.items()}
+    apart._forward_hooks, apart._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return apart
+
+
+def _add(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Add the product to what a linear layer gives."""
+
+    def added(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T * scale).to(output.dtype)
+
+    a, b = (part.to(module.weight.device, torch.float32) for part in (a, b))
+    module.register_forward_hook(added)
