@@ -20,13 +20,12 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
-from transformers import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .features import SCALARS
 from .files import whole
 from .judge import Judge
-from .trainer import JudgeConfig, JudgeTrainer, auc, new_judge, soft_labels
+from .trainer import JudgeConfig, JudgeTrainer, auc, soft_labels
 
 
 ACCEPT_SHARES = (0.25, 0.5, 0.75)
@@ -54,13 +53,18 @@ class HeldOutConfig:
 
 
 def held_out(
-    labels: datasets.Dataset, mining: dict, args: JudgeConfig, folds: int | None, by: str = "prompt_id"
+    labels: datasets.Dataset,
+    fit: Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer],
+    args: JudgeConfig,
+    folds: int | None,
+    by: str = "prompt_id",
 ) -> np.ndarray:
     """
     What a judge says of rows that it was not trained on.
 
     Args:
-        mining (`dict`): See [`mining_of`].
+        fit (`Callable`): Trains a judge on some of the rows.
+        args ([`JudgeConfig`]): How; of the training nothing is said or written.
         folds (`int`, *optional*): Parts that the groups are divided into; each in turn is left out. `None`: each
             group in turn.
         by (`str`): Column that makes the groups.
@@ -82,10 +86,7 @@ def held_out(
     odds = np.full(len(known), np.nan)
     splits = GroupKFold(folds) if folds else LeaveOneGroupOut()
     for train, test in splits.split(rows, groups=groups[rows]):
-        trainer = JudgeTrainer(new_judge(mining, args), _quiet(args), train_dataset=labels.select(rows[train]))
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        odds[rows[test]] = trainer.predict(trainer._prepare_dataset(labels.select(rows[test]), args)).predictions
+        odds[rows[test]] = fit(labels.select(rows[train]), _quiet(args)).odds(labels.select(rows[test]))
     return odds
 
 

@@ -90,12 +90,12 @@ class Replay:
         if max(layer for layer, _ in products) >= count:
             raise ValueError(f"`adapter` has layers beyond the {count} of `target`. It was made for another one.")
         self.entering = layers[first]
-        self.decoder = _apart(decoder)
+        self.decoder = apart(decoder)
         self.decoder.config = config = copy.deepcopy(decoder.config)
         config.num_hidden_layers = count - first
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[first:]
-        self.decoder.layers = torch.nn.ModuleList(_apart(layer) for layer in layers[first:])
+        self.decoder.layers = torch.nn.ModuleList(apart(layer) for layer in layers[first:])
         for index, layer in enumerate(self.decoder.layers):
             for module in layer.modules():
                 if "layer_idx" in vars(module):
@@ -172,12 +172,12 @@ class Replaying:
         ).last_hidden_state
 
 
-def _apart(module: torch.nn.Module) -> torch.nn.Module:
+def apart(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module and all in it that shares every weight, and has no hooks."""
-    apart = copy.copy(module)
-    apart._modules = {name: None if child is None else _apart(child) for name, child in module._modules.items()}
-    apart._forward_hooks, apart._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return apart
+    other = copy.copy(module)
+    other._modules = {name: None if child is None else apart(child) for name, child in module._modules.items()}
+    other._forward_hooks, other._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return other
 
 
 def _add(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

@@ -551,6 +551,17 @@ class JudgeTrainer(Trainer):
             self._metrics["train"].clear()
         super().log(logs, start_time)
 
+    def odds(self, labels: datasets.Dataset) -> np.ndarray:
+        """What the judge says of rows of labels: log-odds of shape `(rows,)`; NaN where the label is not known."""
+        dataset, known = self._prepare_dataset(labels, self.args), soft_labels(labels, self.args)
+        predictions, odds = self.predict(dataset).predictions, np.full(len(known), np.nan)
+        if self.through_model:
+            for rows, values in zip(dataset["rows"], predictions, strict=True):
+                odds[rows] = values[: len(rows)]
+        else:
+            odds[~np.isnan(known)] = predictions
+        return odds
+
     # -- files -----------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -647,7 +658,7 @@ def fit_projection(judge: Judge, rows: Substitutions, seed: int) -> None:
 
 def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
     """
-    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes.
+    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes, and in `rows` which ones they are.
 
     Args:
         known (`np.ndarray`): The label of each row; rows with NaN are left out.
@@ -658,7 +669,8 @@ def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
     for index in np.flatnonzero(~np.isnan(known)):
         row = rows[int(index)]
         ids = (*row["prompt_ids"], *row["answer_ids"])
-        answer = answers.setdefault(ids, {"places": [], "substitutes": [], "scalars": [], "labels": []})
+        answer = answers.setdefault(ids, {"rows": [], "places": [], "substitutes": [], "scalars": [], "labels": []})
+        answer["rows"].append(int(index))
         answer["places"].append(len(row["prompt_ids"]) + row["position"])
         answer["substitutes"].append(row["substitute"])
         answer["scalars"].append(row["scalars"])

@@ -12,19 +12,27 @@ named with `--config`; `accelerate launch -m hf_selfjudge.cli train …` shares 
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
+from peft import LoraConfig
 from scipy.special import expit
+from transformers import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
 from .cards import write_card
 from .evaluation import HeldOutConfig, calibrate, calibrated, evaluate, held_out, plot_reliability
 from .judge import Judge
 from .labels import load_labels, mining_of
-from .trainer import SCORES, JudgeConfig, JudgeTrainer, new_judge, soft_labels
+from .replay import apart
+from .sources import load_model
+from .trainer import SCORES, JudgeConfig, JudgeTrainer, TargetWithJudge, new_judge, soft_labels
 
 
 @dataclass
@@ -38,6 +46,14 @@ class ScriptArguments:
         accept_share (`float`, *optional*, defaults to `0.5`): Share of held-out mismatches that the judge's own
             threshold accepts.
         resamples (`int`, *optional*, defaults to `1000`): Bootstrap resamples of prompts for the intervals.
+        lora_layers (`int`, *optional*, defaults to `0`): Last layers of the target to train a LoRA adapter in, through
+            the model, behind the head; 0: the head alone, on mined features.
+        lora_r (`int`, *optional*, defaults to `8`): Rank of the adapter; its product is multiplied by 2.
+        lora_modules (`list[str]`, *optional*): Linear layers that it is in. By default `q_proj` and `v_proj`.
+        lora_learning_rate (`float`, *optional*, defaults to `5e-4`): Initial learning rate of adapter and head.
+        lora_epochs (`float`, *optional*, defaults to `1`): Passes over the answers.
+        lora_batch (`int`, *optional*, defaults to `4`): Answers of a training batch on each device.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): Of the target's weights, to train an adapter in it.
     """
 
     labels: list[str] = field(
@@ -48,12 +64,31 @@ class ScriptArguments:
         default=0.5, metadata={"help": "Share of held-out mismatches that the judge's own threshold accepts."}
     )
     resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples of prompts for the intervals."})
+    lora_layers: int = field(
+        default=0,
+        metadata={
+            "help": "Last layers of the target to train a LoRA adapter in, through the model, behind the head; 0: the "
+            "head alone, on mined features."
+        },
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter; its product is multiplied by 2."})
+    lora_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear layers that it is in."}
+    )
+    lora_learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of adapter and head."})
+    lora_epochs: float = field(default=1, metadata={"help": "Passes over the answers."})
+    lora_batch: int = field(default=4, metadata={"help": "Answers of a training batch on each device."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the target's weights, to train an adapter in it."})
 
     def __post_init__(self):
         if not 0 <= self.accept_share <= 1:
             raise ValueError(f"`accept_share` must be in [0, 1], got {self.accept_share}.")
         if self.folds < 2:
             raise ValueError(f"`folds` must be 2 or more, got {self.folds}.")
+        if self.lora_layers < 0:
+            raise ValueError(f"`lora_layers` must be 0 or more, got {self.lora_layers}.")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"`dtype` must be one of bfloat16, float16, float32, got {self.dtype!r}.")
 
 
 def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
@@ -71,9 +106,9 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         # One for all folds.
         training_args.label_threshold = float(np.nanmedian(np.array(labels[training_args.label][:], dtype=float)))
     label = soft_labels(labels, training_args)
-    odds = held_out(labels, mining[0], training_args, config.folds)
-    trainer = JudgeTrainer(new_judge(mining[0], training_args), training_args, train_dataset=labels)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    fit = _how(script_args, mining[0])
+    odds = held_out(labels, fit, training_args, config.folds)
+    trainer = fit(labels, training_args)
 
     known = np.flatnonzero(~np.isnan(odds))
     slope, intercept = calibrate(odds[known], label[known])
@@ -86,7 +121,11 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         threshold=float(expit(threshold)),
         training={
             "mining": mining,
-            "fit": {**asdict(config), "slope": slope, "intercept": intercept, "options": _chosen(training_args)},
+            "fit": {
+                **asdict(config),
+                **{"slope": slope, "intercept": intercept},
+                "options": _chosen(training_args) | _lora(script_args),
+            },
             "held_out": measured,
         },
     )
@@ -96,6 +135,50 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         plot_reliability(measured["reliability"], folder / "reliability.png")
         write_card(judge, folder)
     return judge
+
+
+def _how(script_args: ScriptArguments, mining: dict) -> Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer]:
+    """What trains a judge on rows of labels: the head on mined features, and then an adapter too if there shall be
+    one."""
+    if script_args.lora_layers:
+        target, tokenizer = load_model(mining["target"], getattr(torch, script_args.dtype))
+        count = target.config.get_text_config().num_hidden_layers
+        adapter = LoraConfig(
+            r=script_args.lora_r,
+            lora_alpha=2 * script_args.lora_r,
+            target_modules=script_args.lora_modules,
+            layers_to_transform=list(range(count - script_args.lora_layers, count)),
+            layers_pattern="layers",
+        )
+
+    def fit(labels: datasets.Dataset, args: JudgeConfig) -> JudgeTrainer:
+        head = copy.copy(args)
+        if script_args.lora_layers:  # what is saved and resumed is the longer part
+            head.resume_from_checkpoint, head.save_strategy = None, SaveStrategy.NO
+        trainer = _train(JudgeTrainer(new_judge(mining, args), head, train_dataset=labels))
+        if not script_args.lora_layers:
+            return trainer
+        args = copy.copy(args)
+        args.learning_rate, args.max_steps = script_args.lora_learning_rate, -1
+        args.num_train_epochs = script_args.lora_epochs
+        args.per_device_train_batch_size = args.per_device_eval_batch_size = script_args.lora_batch
+        model = TargetWithJudge(apart(target), trainer.judge)
+        return _train(JudgeTrainer(model, args, train_dataset=labels, processing_class=tokenizer, peft_config=adapter))
+
+    return fit
+
+
+def _train(trainer: JudgeTrainer) -> JudgeTrainer:
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    return trainer
+
+
+def _lora(args: ScriptArguments) -> dict:
+    """Options of the adapter, if there is one."""
+    names = sorted(f.name for f in fields(args) if f.name.startswith("lora_"))
+    return {name: getattr(args, name) for name in (*names, "dtype")} if args.lora_layers else {}
 
 
 def _chosen(args: JudgeConfig) -> dict:

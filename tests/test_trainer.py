@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer
+from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer, training
 from hf_selfjudge.cards import read_results, write_card
 from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
@@ -181,7 +181,13 @@ def test_categories_left_out(fitted):
     folder, _, _ = fitted
     labels = load_labels(folder)
     half = labels.add_column("half", [int(name.split("-")[1]) % 2 for name in labels["prompt_id"]])
-    odds = held_out(half, mining_of([folder])[0], config("x"), None, by="half")
+
+    def fit(rows, args):
+        judging = JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=rows)
+        judging.train()
+        return judging
+
+    odds = held_out(half, fit, config("x"), None, by="half")
     assert np.isfinite(odds).all()
     assert log_loss(soft_labels(labels, config("x")), 1 / (1 + np.exp(-odds))) < 0.6
 
@@ -308,6 +314,30 @@ def test_the_collators_give_what_their_docstrings_say(collator):
     result = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, collator.__name__, None, 0))
     assert result.failed == 0
     assert result.attempted > 3
+
+
+def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
+    """Behind the head, on the same labels; each fold begins with the target as it was."""
+    target = build("llama", num_hidden_layers=3)
+    before = {name: value.clone() for name, value in target.named_parameters()}
+    monkeypatch.setattr(training, "load_model", lambda reference, dtype: (target, Tokens()))
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    answers.to_parquet(folder / "labels-00000-of-00001.parquet")
+    made = json.loads((write_labels(tmp_path / "other") / "mining.json").read_text())
+    (folder / "mining.json").write_text(json.dumps(made | {"hidden_size": TINY}))
+    options = {"folds": 2, "lora_layers": 2, "lora_r": 2, "lora_epochs": 2.0, "lora_learning_rate": 0.01}
+    judge = main(script(folder, **options), config(tmp_path / "judge", components=4))
+    loaded = Judge.from_pretrained(tmp_path / "judge")
+    assert loaded.info == judge.info
+    assert {layer for layer, _ in loaded.adapter.products()} == {1, 2}
+    assert all(b.any() for _, b in loaded.adapter.products().values())
+    assert "--lora_layers 2 --lora_learning_rate 0.01 --lora_modules q_proj v_proj --lora_r 2" in (
+        tmp_path / "judge/README.md"
+    ).read_text().replace("--lora_batch 4 --lora_epochs 2.0 ", "")
+    assert judge.info.training["held_out"]["rows"] == len(answers)
+    for name, value in target.named_parameters():
+        assert torch.equal(value, before[name]), name
 
 
 def test_metrics_are_logged(fitted, tmp_path):
