@@ -201,6 +201,9 @@ def mine_command(
     runners_up: Annotated[
         int, typer.Option(min=0, help="Next choices of the target itself to substitute at each place.")
     ] = MINING.runners_up,
+    lookup: Annotated[
+        int, typer.Option(min=0, help="Draft by prompt lookup, so many tokens a round, instead of the draft model.")
+    ] = MINING.lookup,
     per_answer: Annotated[
         int, typer.Option(min=1, help="Substitutions to score in each answer, mismatches first.")
     ] = MINING.per_answer,
@@ -236,12 +239,13 @@ def mine_command(
         system=system,
         split=split,
     )
-    target, draft, tokenizer = load_pair(pair, 5, read_dtype(dtype))
+    target, draft, tokenizer = load_pair(pair, 5, read_dtype(dtype), with_draft=not lookup)
     config = MiningConfig(
         max_new_tokens=max_new_tokens,
         top=top,
         floor=floor,
         runners_up=runners_up,
+        lookup=lookup,
         per_answer=per_answer,
         rewrites=rewrites,
         window=window,
@@ -256,7 +260,7 @@ def mine_command(
     writer = name = None
     if judge is not None:
         judged = JudgedModel.from_pretrained(target, judge)
-        writer = judged_writer(judged, draft)
+        writer = judged_writer(judged, draft, lookup)
         name = f"{judge}, weights {fingerprint(judged.rule.judge)}, threshold {judged.threshold}"
     mine(target, draft, tokenizer, questions, config, output, Path(prompts).name, writer, name)
     if not process.is_main_process:
@@ -393,9 +397,7 @@ def bench_command(
     for setting in settings:
         if setting.judge is not None:
             setting.rule(judges)  # refuse unknown operating points now
-    target_id, draft_id = parse_pair(pair)
-    target, tokenizer = load_model(target_id, read_dtype(dtype))
-    draft = None if lookup else load_draft(draft_id, length, read_dtype(dtype))
+    target, draft, tokenizer = load_pair(pair, length, read_dtype(dtype), with_draft=not lookup)
 
     def go(questions: list[Prompt], settings: list[Setting], folder: Path) -> list[dict]:
         return decode(target, draft, tokenizer, questions, settings, judges, config, folder)
@@ -539,22 +541,24 @@ def load_draft(
 
 
 def load_pair(
-    pair: str, draft_length: int | str, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Target, draft and their tokenizer."""
-    target_id, draft_id = parse_pair(pair)
+    pair: str, draft_length: int | str, dtype: torch.dtype | None, with_draft: bool = True
+) -> tuple[PreTrainedModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Target, draft (if it is wanted) and their tokenizer."""
+    target_id, draft_id = parse_pair(pair, with_draft)
     target, tokenizer = load_model(target_id, dtype)
-    return target, load_draft(draft_id, draft_length, dtype), tokenizer
+    return target, load_draft(draft_id, draft_length, dtype) if with_draft else None, tokenizer
 
 
-def judged_writer(judged: JudgedModel, draft: PreTrainedModel) -> Writer:
-    """Answers that are decoded with a judge, greedily."""
+def judged_writer(judged: JudgedModel, draft: PreTrainedModel | None, lookup: int) -> Writer:
+    """Answers that are decoded with a judge, greedily; without a draft, `lookup` tokens are looked up in a round."""
+    drafts = {} if draft is None else {"assistant_model": draft}
 
     def write(prompts: Sequence[torch.LongTensor], max_new_tokens: int) -> list[torch.LongTensor]:
         width, config = max(row.shape[1] for row in prompts), greedy(judged.target, max_new_tokens)
         ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in prompts])
         mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in prompts])
-        rows = judged.generate(ids, attention_mask=mask, assistant_model=draft, generation_config=config)
+        config.prompt_lookup_num_tokens = lookup or None
+        rows = judged.generate(ids, attention_mask=mask, generation_config=config, **drafts)
         return [until_eos(row[width:], eos_tokens(judged.target))[0] for row in rows]
 
     return write

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .features import SCALARS, candidate_scalars
 from .meaning import final_number, has_code, passes_tests, reconvergence, says_no
-from .mismatches import Answer, Substitution, eos_tokens, find_substitutions, sample
+from .mismatches import Answer, Substitution, eos_tokens, find_looked_up, find_substitutions, sample
 from .rewrites import Followed, follow
 
 
@@ -40,6 +40,8 @@ class MiningConfig:
         top (`int`): Choices of the draft to substitute at each place of the answer.
         floor (`float`): Probability below which a choice of the draft other than its first one is left out.
         runners_up (`int`): Next choices of the target itself to substitute at each place.
+        lookup (`int`): Tokens that prompt lookup proposes in a round, if drafts come from it; `top`, `floor` and
+            `runners_up` are then for nothing. 0: drafts come from a model.
         per_answer (`int`): Substitutions to score in each answer: mismatches first, since they are what decoding
             meets, then others; sampled evenly where there are more.
         rewrites (`int`): How many of these to rewrite, chosen in the same way.
@@ -58,6 +60,7 @@ class MiningConfig:
     top: int = 1
     floor: float = 0.1
     runners_up: int = 0
+    lookup: int = 0
     per_answer: int = 48
     rewrites: int = 8
     window: int = 20
@@ -76,7 +79,7 @@ class MiningConfig:
 
 def label_answer(
     model: PreTrainedModel,
-    draft: PreTrainedModel,
+    draft: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     answer: Answer,
     never: list[int],
@@ -89,14 +92,19 @@ def label_answer(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
+        draft ([`~transformers.PreTrainedModel`], *optional*): `None` for prompt lookup.
         never (`list[int]`): Special tokens, which are not substituted.
         packed (`bool`): Whether substitutions share a forward ([`packs`]).
     """
-    found = find_substitutions(draft, answer, never, config.top, config.floor, config.runners_up)
+    if draft is None:
+        found = find_looked_up(answer, never, config.lookup)
+    else:
+        found = find_substitutions(draft, answer, never, config.top, config.floor, config.runners_up)
     mismatches = sum(substitution.kind == "mismatch" for substitution in found)
     found = _mismatches_first(found, config.per_answer, config.seed, answer.prompt.id)
     for substitution in found:
-        substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
+        if substitution.draft_logits is not None:
+            substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
     chosen = {id(s) for s in _mismatches_first(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")}
     eos, room = eos_tokens(model), max(1, config.forward_tokens // config.at_once(packed))
     own = {} if answer.own else _own_ways(model, answer, found, chosen, eos, config.window, room, packed)
@@ -199,13 +207,13 @@ def feature_row(new: Followed, own: Followed | None = None) -> dict:
     - `likelihood`: mean drop in log-probability of the next tokens of the answer, nats (suffix term of SelfJudge,
       https://huggingface.co/papers/2510.02329);
     - `confidence`: mean drop of the *largest* log-probabilities there, nats (its published code);
-    - `kl_target_draft`, `kl_draft_target`: between target and draft, where the token is chosen, nats.
+    - `kl_target_draft`, `kl_draft_target`: between target and draft, where the token is chosen, nats; `None`, like
+      `draft_logprob`, for prompt lookup.
     """
     answer, substitution = new.answer, new.substitution
     token, position = torch.tensor([substitution.token]), torch.tensor([substitution.position])
     logits = new.logits.cpu()
     scalars = candidate_scalars(logits[:1], token, logits[1:], position)
-    logprobs, draft_logprobs = logits[0].log_softmax(-1), substitution.draft_logits.cpu().float().log_softmax(-1)
     behind = slice(substitution.position + 1, substitution.position + 1 + len(new.logprobs))
     before = (answer.logprobs[behind], answer.best[behind]) if own is None else (own.logprobs, own.best)
     return {
@@ -222,14 +230,24 @@ def feature_row(new: Followed, own: Followed | None = None) -> dict:
         "own": answer.own,
         "finished": answer.finished,
         "scalars": scalars[0].tolist(),
-        "draft_logprob": float(draft_logprobs[substitution.token]),
         "margin": float(scalars[0, SCALARS.index("margin")]),
         "likelihood": _mean(before[0] - new.logprobs),
         "confidence": _mean(before[1] - new.best),
-        "kl_target_draft": float((logprobs.exp() * (logprobs - draft_logprobs)).sum()),
-        "kl_draft_target": float((draft_logprobs.exp() * (draft_logprobs - logprobs)).sum()),
+        **_beside(logits[0].log_softmax(-1), substitution),
         "hidden_before": new.hidden[0].half().cpu().numpy(),
         "hidden_after": new.hidden[1].half().cpu().numpy(),
+    }
+
+
+def _beside(logprobs: torch.Tensor, substitution: Substitution) -> dict[str, float | None]:
+    """What the draft makes of a place where the target has `logprobs` of shape `(vocab_size,)`."""
+    if substitution.draft_logits is None:
+        return dict.fromkeys(("draft_logprob", "kl_target_draft", "kl_draft_target"))
+    drafts = substitution.draft_logits.cpu().float().log_softmax(-1)
+    return {
+        "draft_logprob": float(drafts[substitution.token]),
+        "kl_target_draft": float((logprobs.exp() * (logprobs - drafts)).sum()),
+        "kl_draft_target": float((drafts.exp() * (drafts - logprobs)).sum()),
     }
 
 

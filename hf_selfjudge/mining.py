@@ -33,6 +33,7 @@ from .sources import fingerprint, precision
 from .together import Tally, together
 
 
+LOOKUP = "prompt lookup"  # instead of a draft's name
 # Settings that decide how much is computed at a time, and not what: a run may go on with others.
 PACE = ("answer_batch", "forward_tokens", "answers_at_once")
 
@@ -42,7 +43,7 @@ Writer = Callable[[Sequence[torch.LongTensor], int], list[torch.LongTensor]]
 
 def mine(
     target: PreTrainedModel,
-    draft: PreTrainedModel,
+    draft: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     config: MiningConfig,
@@ -57,6 +58,7 @@ def mine(
     `accelerate launch` the processes share the shards; `folder` must be one that all of them see.
 
     Args:
+        draft ([`~transformers.PreTrainedModel`], *optional*): `None` with `config.lookup`.
         config ([`MiningConfig`]): How. What decides the need of memory (`answer_batch`, `forward_tokens`,
             `answers_at_once`) may differ from the start; what is computed stays the same, to rounding.
         folder (`str`): Where the shards go, with `mining.json` beside them, and for each shard what was counted.
@@ -69,9 +71,14 @@ def mine(
         `datasets.Dataset`, one row for each substitution; columns of [`features_of`].
 
     Raises:
-        ValueError: If `folder` holds labels of other settings, or the target is recurrent.
+        ValueError: If `folder` holds labels of other settings, the target is recurrent, or there is both a draft and
+            prompt lookup, or neither.
         OSError: If `folder` cannot be written.
     """
+    if (draft is None) != bool(config.lookup):
+        raise ValueError(
+            "`draft`: drafts come from a model or, with `lookup`, from prompt lookup. Give one of the two."
+        )
     if target._is_stateful:
         raise ValueError(
             f"`target`: {target.config.name_or_path} keeps a state that cannot go back to an earlier token; mining, "
@@ -107,7 +114,7 @@ def this_process() -> PartialState:
 
 def _mine_shard(
     target: PreTrainedModel,
-    draft: PreTrainedModel,
+    draft: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     config: MiningConfig,
@@ -207,7 +214,7 @@ def counts_of(folder: str | os.PathLike) -> dict:
 def _claim(
     folder: Path,
     target: PreTrainedModel,
-    draft: PreTrainedModel,
+    draft: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     never: list[int],
     packed: bool,
@@ -221,8 +228,8 @@ def _claim(
     settings = {
         "target": target.config.name_or_path,
         "target_fingerprint": fingerprint(target),
-        "draft": draft.config.name_or_path,
-        "draft_fingerprint": fingerprint(draft),
+        "draft": LOOKUP if draft is None else draft.config.name_or_path,
+        "draft_fingerprint": None if draft is None else fingerprint(draft),
         "hidden_size": text_config.hidden_size,
         "vocab_size": text_config.vocab_size,
         "special_tokens": never,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import Keys
@@ -66,7 +67,8 @@ class Substitution:
         kind (`str`): `"mismatch"`: the draft's first choice, what decoding meets; `"alternative"`: a later choice of
             the draft; `"runner-up"`: the target's own next choice, where the draft has none of these.
         draft_rank (`int`): Tokens that the draft prefers to it.
-        draft_logits (`torch.Tensor` of shape `(vocab_size,)`): The draft's, at this place.
+        draft_logits (`torch.Tensor` of shape `(vocab_size,)`, *optional*): The draft's, at this place, if it is a
+            model.
     """
 
     position: int
@@ -74,7 +76,7 @@ class Substitution:
     token: int
     kind: str
     draft_rank: int
-    draft_logits: torch.Tensor = field(repr=False)
+    draft_logits: torch.Tensor | None = field(default=None, repr=False)
 
     def own(self) -> Substitution:
         """The target's choice in its own place: what the others are compared with."""
@@ -240,6 +242,36 @@ def find_substitutions(
                 rank = int((logits[position] > logits[position, token]).sum())
                 found.append(Substitution(position, choice, token, "runner-up", rank, logits[position]))
     return found
+
+
+def find_looked_up(answer: Answer, never: list[int], length: int) -> list[Substitution]:
+    """
+    The same for prompt lookup: where its proposals leave the answer, wherever a round may begin. `"mismatch"` is what
+    lossless decoding meets, `"alternative"` what rounds that begin elsewhere would.
+
+    Args:
+        length (`int`): Tokens that it proposes in a round.
+    """
+    lookup = PromptLookupCandidateGenerator(num_output_tokens=length, max_length=len(answer.ids) + length)
+    text, choices, special = answer.tokens.tolist(), answer.choices[:, 0].tolist(), {*never}
+    found: dict[tuple[int, int], Substitution] = {}
+    next_round = 0
+    for start in range(len(text)):
+        known = answer.ids[None, : answer.prompt_length + start]
+        proposed = lookup.get_candidates(known)[0][0, known.shape[1] :].tolist()
+        rest = text[start:]
+        same = next((i for i, pair in enumerate(zip(proposed, rest, strict=False)) if pair[0] != pair[1]), None)
+        met = start == next_round
+        if met:
+            next_round = start + 1 + (min(len(proposed), len(rest)) if same is None else same)
+        if same is None:
+            continue
+        position, token = start + same, proposed[same]
+        choice = choices[position]
+        if token != choice and not special & {token, choice} and (met or (position, token) not in found):
+            kind = "mismatch" if met else "alternative"
+            found[position, token] = Substitution(position, choice, token, kind, 0)
+    return sorted(found.values(), key=lambda substitution: substitution.position)
 
 
 def sample(items: Sequence, limit: int, *seed: int | str) -> list:

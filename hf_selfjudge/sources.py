@@ -107,9 +107,10 @@ PINNED = {
 PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
 
 
-def parse_pair(pair: str) -> tuple[str, str]:
+def parse_pair(pair: str, with_draft: bool = True) -> tuple[str, str | None]:
     """
-    Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder.
+    Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder; without a draft model, `TARGET`
+    alone will do.
 
     Raises:
         ValueError: If `pair` is neither.
@@ -117,6 +118,8 @@ def parse_pair(pair: str) -> tuple[str, str]:
     if pair in PAIRS:
         return PAIRS[pair]
     parts = [part.strip() for part in pair.split(",")]
+    if not with_draft and len(parts) == 1 and all(parts):
+        return parts[0], None
     if len(parts) != 2 or not all(parts):
         raise ValueError(
             f"`pair` must be one of {sorted(PAIRS)} or 'TARGET,DRAFT' (Hub ids or folders), got {pair!r}."

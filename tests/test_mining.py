@@ -15,9 +15,13 @@ import datasets
 import pytest
 import torch
 
-from hf_selfjudge import MiningConfig, Prompt, load_labels, mine, mining, read_prompts
+from hf_selfjudge import JudgedModel, MiningConfig, Prompt, load_labels, mine, mining, read_prompts
+from hf_selfjudge.evaluation import HeldOutConfig
+from hf_selfjudge.inspection import Labels, predictors
 from hf_selfjudge.labels import features_of
 from hf_selfjudge.mining import counts_of
+from hf_selfjudge.prompts import encode
+from hf_selfjudge.rules import Rule
 
 from .conftest import build, perturbed, tiny_tokenizer
 from .test_matrix import build as build_any
@@ -54,6 +58,37 @@ def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
         "cache",
         *(f"labels-0000{i}-of-00002.{ending}" for i in range(2) for ending in ("json", "parquet")),
     }
+
+
+def test_prompt_lookup(llama, tokenizer, tmp_path):
+    """The mismatches are those that lossless decoding meets, and there is no draft whose opinion could be noted."""
+    target, _ = llama
+    met = []
+
+    class Noting(Rule):
+        def accept(self, rows):
+            met.append((rows.positions.item(), rows.candidates.item()))
+            return torch.zeros(1, dtype=torch.bool)
+
+    config = replace(CONFIG, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
+    rows = mine(target, None, tokenizer, PROMPTS, config, tmp_path)
+    judged = JudgedModel(target, Noting(), special_tokens=tokenizer.all_special_ids)
+    for prompt in PROMPTS:
+        ids = encode(tokenizer, prompt.said, 256, 48)
+        judged.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=48, do_sample=False)
+        mine_rows = [row for row in rows if row["prompt_id"] == prompt.id]
+        found = {(r["position"], r["substitute"]) for r in mine_rows if r["kind"] == "mismatch"}
+        assert found == {*met}
+        assert found
+        assert any(row["kind"] == "alternative" for row in mine_rows)
+        met.clear()
+    assert {*rows["draft_logprob"], *rows["kl_target_draft"]} == {None}
+    assert None not in rows["changed"]
+    assert json.loads((tmp_path / "mining.json").read_text())["draft"] == "prompt lookup"
+    found = Labels.of(rows, tokenizer)
+    assert next(r for r in predictors(found, HeldOutConfig(resamples=5)) if "draft" in r["score"])["auc"] is None
+    with pytest.raises(ValueError, match="drafts come from a model or, with `lookup`, from prompt lookup"):
+        mine(target, None, tokenizer, PROMPTS, CONFIG, tmp_path / "x")
 
 
 @pytest.mark.parametrize("change", [{"answers_at_once": 1}, {"forward_tokens": 400}, {"answer_batch": 1}])

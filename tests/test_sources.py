@@ -190,6 +190,8 @@ def test_int8_draft_of_a_folder(pair_folders, prompt):
 def test_parse_pair():
     assert parse_pair("qwen2.5-coder")[0] == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
     assert parse_pair("a/b, c/d") == ("a/b", "c/d")
+    assert parse_pair("a/b", with_draft=False) == ("a/b", None)
+    assert parse_pair("a/b,c/d", with_draft=False) == ("a/b", "c/d")
     for wrong in ("a/b", "a,b,c", ","):
         with pytest.raises(ValueError, match="`pair` must be one of"):
             parse_pair(wrong)
