@@ -7,25 +7,27 @@ number for each candidate. Knows nothing of generation. Saved as `config.json` a
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .features import SCALARS, STATES
 from .files import whole, write_json
+from .hub import download
 from .replay import Adapter
 from .sources import fingerprint
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# Bytes of a file that is not read any more: a judge's are far smaller.
+CONFIG_LIMIT, HEADER_LIMIT, ADAPTER_LIMIT = 2**24, 2**20, 2**31
 
 
 @dataclass(frozen=True)
@@ -167,55 +169,68 @@ class Judge(torch.nn.Module):
 
         Raises:
             FileNotFoundError: If `config.json` or `model.safetensors` is missing.
-            ValueError: If one of them is damaged, or its content is not a judge of this version.
+            ValueError: If one of them is damaged or larger than it can be, or its content is not a judge of this
+                version. Names, shapes and types are looked at before anything is read.
+            HubError: If the Hub could not be reached.
         """
 
-        def fetch(name: str) -> Path:
-            path = Path(reference) / name
-            if not Path(reference).is_dir():
-                try:
-                    path = Path(
-                        hf_hub_download(
-                            str(reference), name, revision=revision, token=token, cache_dir=cache_dir,
-                            local_files_only=local_files_only,
-                        )
-                    )  # fmt: skip
-                except LocalEntryNotFoundError as error:
-                    raise FileNotFoundError(
-                        f"`judge`: {reference} is neither a folder nor in the cache, and the Hub is out of reach."
-                    ) from error
-                except EntryNotFoundError as error:
-                    raise FileNotFoundError(_missing(reference, name)) from error
-            if not path.is_file():
-                raise FileNotFoundError(_missing(reference, name))
-            return path
+        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
 
-        info, weights, adapter = _read_info(fetch(CONFIG)), fetch(WEIGHTS), None
-        if info.adapter:
-            adapter = Adapter(_read_json(fetch(ADAPTER_CONFIG)), _read_tensors(fetch(ADAPTER)))
-        judge, tensors = cls(info, adapter), _read_tensors(weights)
-        try:
-            judge.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"`judge`: {weights} does not fit config.json ({error}). Fetch both again.") from error
+        def fetch(name: str, limit: int, revision: str | None) -> Path:
+            try:
+                return download(reference, name, limit, revision=revision, **where)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"`judge`: {error} A judge is a folder or Hub repo with {CONFIG} and {WEIGHTS}, as "
+                    "`Judge.save_pretrained` writes them; other weight formats are not loaded."
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"`judge`: {error}") from error
+
+        config = fetch(CONFIG, CONFIG_LIMIT, revision)
+        if not Path(reference).is_dir():
+            revision = config.parent.name  # the commit: all files are of one
+        judge = cls(_read_info(config))
+        expected = {name: tuple(tensor.shape) for name, tensor in judge.state_dict().items()}
+        size = sum(4 * math.prod(shape) for shape in expected.values())
+        judge.load_state_dict(_read_tensors(fetch(WEIGHTS, size + HEADER_LIMIT, revision), expected))
+        if judge.info.adapter:
+            settings = _read_json(fetch(ADAPTER_CONFIG, CONFIG_LIMIT, revision))
+            judge.adapter = Adapter(settings, _read_tensors(fetch(ADAPTER, ADAPTER_LIMIT, revision)))
         return judge.eval()
 
 
-def _missing(reference: str | os.PathLike, name: str) -> str:
-    return (
-        f"`judge`: {reference} has no {name}. A judge is a folder or Hub repo with {CONFIG} and {WEIGHTS}, as "
-        "`Judge.save_pretrained` writes them; other weight formats are not loaded."
-    )
+def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
+    """
+    Content of a safetensors file. Names, shapes and types are looked at before anything is read.
 
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    Args:
+        expected (`dict[str, tuple[int, ...]]`, *optional*): What must be in it, in fp32.
+    """
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
+            types = {part.get_dtype() for part in found.values()}
+            if expected is not None and shapes != expected:
+                wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))[0]
+                raise ValueError(
+                    f"`judge`: {path} does not fit {CONFIG} ({wrong}: {expected.get(wrong)} by the config, "
+                    f"{shapes.get(wrong)} there). Fetch both again."
+                )
+            if types - ({"F32"} if expected is not None else {"F32", "F16", "BF16"}):
+                raise ValueError(
+                    f"`judge`: {path} holds numbers of type {', '.join(sorted(types))}; fp32 is expected."
+                )
+            tensors = {name: file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"`judge`: {path} is not a whole safetensors file ({error}). It is truncated, or of another format (a "
             "pickle is never loaded). Fetch it again."
         ) from error
+    if broken := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise ValueError(f"`judge`: {path} holds numbers that are none ({broken[0]}). Fetch it again.")
+    return tensors
 
 
 def _read_json(path: Path) -> dict:
@@ -223,7 +238,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it is a {type(content).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
     return content
 
@@ -233,7 +248,8 @@ def _read_info(path: Path) -> JudgeInfo:
     try:
         known = {f.name for f in fields(JudgeInfo)}
         info = JudgeInfo(**{name: value for name, value in content.items() if name in known})
-    except TypeError as error:
+        _check_info(info)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
     for name, known in (("scalars", SCALARS), ("states", STATES)):
         if unknown := set(getattr(info, name)) - set(known):
@@ -242,3 +258,37 @@ def _read_info(path: Path) -> JudgeInfo:
                 f"{list(known)}. Install the version that the judge was made with, or train it again."
             )
     return info
+
+
+def _check_info(info: JudgeInfo) -> None:
+    """
+    Raises:
+        ValueError: If a value is of another type than it should be, or beyond what any judge has.
+    """
+    kinds = {
+        **dict.fromkeys(("target", "target_fingerprint", "draft"), str),
+        **dict.fromkeys(("hidden_size", "vocab_size", "components"), int),
+        **dict.fromkeys(("special_tokens", "scalars", "states"), list),
+        **{"threshold": (int, float), "adapter": bool, "operating_points": dict, "training": dict},
+    }
+    for name, kind in kinds.items():
+        value = getattr(info, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+    for name, most in (("hidden_size", 2**17), ("vocab_size", 2**24), ("components", 2**12)):
+        if not 0 <= getattr(info, name) <= most:
+            raise ValueError(f"{name} is {getattr(info, name)}, not in [0, {most}]")
+    for name, kind in (("special_tokens", int), ("scalars", str), ("states", str)):
+        values = getattr(info, name)
+        if not all(isinstance(value, kind) for value in values) or len(set(values)) < len(values):
+            raise ValueError(f"{name} is no list of different values of type {kind.__name__}")
+    thresholds = [info.threshold, *(point["threshold"] for point in _points(info))]
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds):
+        raise ValueError(f"thresholds {thresholds} are not all in [0, 1]")
+
+
+def _points(info: JudgeInfo) -> list[dict]:
+    points = [*info.operating_points.values()]
+    if not all(isinstance(point, dict) and "threshold" in point for point in points):
+        raise ValueError("an operating point has no threshold")
+    return points

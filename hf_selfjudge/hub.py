@@ -1,0 +1,167 @@
+"""Folders -> the Hub, and files from it: whole or not at all.
+
+In: files to publish, or a name on the Hub. Out: one commit, or a file that is no larger than it may be. Knows nothing
+of what is in them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+class HubError(OSError):
+    """The Hub refused, or could not be reached; says what was asked and what to do."""
+
+
+def upload(
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    message: str,
+    *,
+    repo_type: str = "model",
+    space_sdk: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+) -> CommitInfo:
+    """
+    Publish files as one commit: contents first, then the commit that names them. Until that, and if it is refused, the
+    repo is as it was.
+
+    Args:
+        repo_id (`str`): Made if it is not there.
+        files (`Mapping`): For each path in the repo a file, or its content.
+        repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
+        private (`bool`, *optional*): If the repo is made now.
+        revision (`str`, *optional*): Branch to commit to, made if it is not there.
+        create_pr (`bool`): Open a pull request instead.
+        tag (`str`, *optional*): To set on the commit.
+
+    Raises:
+        HubError: If it was refused or interrupted.
+    """
+    api = HfApi(token=token)
+    try:
+        if not (create_pr and api.repo_exists(repo_id, repo_type=repo_type)):
+            api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        made = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, content) for path, content in files.items()],
+            commit_message=message,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+        )
+        if tag is not None:
+            api.create_tag(repo_id, tag=tag, revision=made.oid, repo_type=repo_type)
+    except (HTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"`repo_id`: {repo_id} could not be written ({_said(error)}). Log in with `hf auth login`, or pass a "
+            "token that may write there."
+        ) from error
+    return made
+
+
+def download(
+    reference: str | os.PathLike,
+    name: str,
+    limit: int,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    repo_type: str = "model",
+) -> Path:
+    """
+    A file of a folder or of a Hub repo.
+
+    Args:
+        reference (`str`): Folder or Hub id.
+        name (`str`): Of the file in it.
+        limit (`int`): Bytes: a larger file is not fetched.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, repo, revision or file.
+        ValueError: If it is larger than `limit`, or `reference` can be neither.
+        HubError: If the Hub could not be reached, or the file not be stored.
+    """
+    if Path(reference).is_dir():
+        path = Path(reference) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{reference} has no {name}.")
+        _check_size(str(reference), name, path.stat().st_size, limit)
+        return path
+    where = {"repo_type": repo_type, "revision": revision}
+    try:
+        if not local_files_only:
+            try:
+                size = get_hf_file_metadata(hf_hub_url(str(reference), name, **where), token=token).size
+                _check_size(str(reference), name, size or 0, limit)
+            except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+                raise
+            except (OfflineModeIsEnabled, HTTPError) as error:  # then what was fetched before will do
+                cached = try_to_load_from_cache(str(reference), name, cache_dir=cache_dir, **where)
+                if not isinstance(cached, str):
+                    raise LocalEntryNotFoundError(str(error)) from error
+                local_files_only = True
+        path = Path(
+            hf_hub_download(
+                str(reference), name, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **where
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{reference} is neither a folder nor in the cache, and the Hub is out of reach."
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{reference} has no {name}.") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{reference} has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{reference} is neither a folder nor a repo on the Hub that you may see. A private one needs a token."
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"{reference} is neither a folder nor a name on the Hub ({error}).") from error
+    except (HTTPError, OSError) as error:
+        raise HubError(f"{name} of {reference} could not be fetched ({_said(error)}). Try again.") from error
+    _check_size(str(reference), name, path.stat().st_size, limit)
+    return path
+
+
+def _check_size(reference: str, name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(
+            f"{name} of {reference} has {size:,} bytes; no such file has more than {limit:,}. It was not read."
+        )
+
+
+def _said(error: Exception) -> str:
+    """Its first line; the others repeat addresses."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
