@@ -1,16 +1,25 @@
-"""Judge + measurements -> `README.md`, the model card. Written by the tools, never by hand."""
+"""What is known of a judge -> `README.md`, the model card, and the files of its repo. Written by the tools, never by
+hand."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from matplotlib.figure import Figure
 
-from .files import write_text
-from .judge import Judge
+from .files import whole, write_json, write_text
+
+
+if TYPE_CHECKING:
+    from .judge import JudgeInfo
 
 
 # In a wheel the cards lie inside the package, in a checkout beside it.
@@ -19,6 +28,10 @@ HUB_CARDS = next(
 )
 # Shipped judges: one folder each in `hub_cards/`, for the known pairs.
 SHIPPED = {"qwen2.5-coder": "qwen2.5-coder-1.5b-selfjudge"}
+RESULTS = "results.json"  # in a judge's folder: what the card tells of decoding
+LOOKUP = "prompt lookup"  # instead of a draft's name
+# Of a bench, what goes into a card.
+KEPT = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
 
 
 def shipped_judge(pair: str) -> Path:
@@ -36,19 +49,14 @@ def shipped_judge(pair: str) -> Path:
     return HUB_CARDS / SHIPPED[pair]
 
 
-def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = None) -> Path:
+def render_card(info: JudgeInfo, name: str, results: dict) -> str:
     """
-    Render `hub_cards/judge_card.md` beside the judge.
+    Fill in `hub_cards/judge_card.md`.
 
     Args:
-        judge ([`Judge`]): Its `info.training` fills the card.
-        folder (`str`): The judge's folder; its last part is the judge's name.
-        results (`dict`, *optional*): What `hf-selfjudge quickstart --json` wrote.
-
-    Raises:
-        OSError: If the card cannot be written.
+        name (`str`): What the judge is loaded by: a folder's name, or a repo id.
+        results (`dict`): Content of its `results.json`; empty if nothing was measured yet.
     """
-    folder, info = Path(folder), judge.info
     data = ModelCardData(
         library_name="hf_selfjudge",
         license="apache-2.0",
@@ -56,38 +64,191 @@ def write_card(judge: Judge, folder: str | os.PathLike, results: dict | None = N
         base_model_relation="adapter",
         pipeline_tag="text-generation",
         tags=[
-            "hf_selfjudge",
-            "speculative-decoding",
-            "judge-decoding",
+            *("hf_selfjudge", "speculative-decoding", "judge-decoding", "custom_generate"),
             f"base_model:adapter:{info.target}",
+            *(["lora"] if info.adapter else []),
             "arxiv:2510.02329",
         ],
+        model_name=name.rpartition("/")[2],
+        eval_results=[result for bench in results.get("bench", {}).items() for result in _metrics(*bench)] or None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(HUB_CARDS / "judge_card.md"),
-        name=folder.resolve().name,
+        name=name,
         info=info,
         **info.training,
+        lookup=info.draft == LOOKUP,
         label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
         quote=shlex.quote,
         interval=lambda value: "–" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value),
         shares=lambda value: "–" if value is None else " / ".join(f"{share:.3f}" for share in value.values()),
     )
-    path = folder / "README.md"
-    write_text(path, str(card))
-    return path
+    return str(card)
 
 
-def read_results(path: str | os.PathLike) -> dict:
+def _metrics(name: str, bench: dict) -> list[EvalResult]:
+    """Of the judge's settings in a bench, for `model-index`."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_name=f"{metric.replace('_', ' ')}, {row['setting']}",
+            metric_value=round(row[metric][0], 4),
+        )
+        for row in bench["settings"]
+        if row["family"] == bench["family"]
+        for metric in ("tokens_per_round", "retention")
+        if row[metric]
+    ]
+
+
+def write_card(info: JudgeInfo, folder: str | os.PathLike) -> Path:
     """
-    Read what `quickstart --json` wrote.
+    Write the card beside the judge.
+
+    Args:
+        folder (`str`): The judge's folder; its last part is the judge's name. What was measured is in `results.json`.
 
     Raises:
-        ValueError: If it is something else.
+        OSError: If the card cannot be written.
     """
-    results = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(results, dict) or not {"pair", "prompts", "runs"} <= results.keys():
-        raise ValueError(f"`results`: {path} is not a file of `hf-selfjudge quickstart --json`.")
-    return results
+    folder = Path(folder)
+    write_text(folder / "README.md", render_card(info, folder.resolve().name, read_results(folder)))
+    return folder / "README.md"
+
+
+def read_results(folder: str | os.PathLike) -> dict:
+    """What was measured of the judge in `folder`; empty if nothing was."""
+    path = Path(folder) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def add_results(
+    folder: str | os.PathLike,
+    weights: str,
+    quickstart: str | os.PathLike | None = None,
+    benches: Sequence[str | os.PathLike] = (),
+) -> None:
+    """
+    Note results beside the judge in `folder`, with the curves of benches.
+
+    Args:
+        weights (`str`): Its fingerprint.
+        quickstart (`str`, *optional*): What `hf-selfjudge quickstart --json` wrote.
+        benches (`Sequence[str]`): Folders of `hf-selfjudge bench`; their names are those of the results.
+
+    Raises:
+        ValueError: If a file is something else, or of another judge.
+    """
+    folder, results = Path(folder), read_results(folder)
+    if quickstart is not None:
+        found = json.loads(Path(quickstart).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not {"pair", "prompts", "runs"} <= found.keys():
+            raise ValueError(f"`results`: {quickstart} is not a file of `hf-selfjudge quickstart --json`.")
+        results["quickstart"] = found
+    for bench in map(Path, benches):
+        found = read_quality(bench)
+        family = family_in(found, weights, bench)
+        others = {*found["judges"]} - {family}
+        rows = [
+            row for row in found["settings"] if not {row["family"], row["family"].removeprefix("coin like ")} & others
+        ]
+        results.setdefault("bench", {})[bench.resolve().name] = {
+            **{key: found[key] for key in ("heading", "prompts", "categories")},
+            "family": family,
+            "settings": [{key: row[key] for key in KEPT} for row in rows],
+            "comparisons": [row for row in found["comparisons"] if row["first"] == family],
+        }
+        shutil.copyfile(bench / "curve.png", folder / f"curve-{bench.resolve().name}.png")
+    write_json(folder / RESULTS, results)
+
+
+def read_quality(bench: str | os.PathLike) -> dict:
+    """
+    What `hf-selfjudge bench` wrote in mode quality.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(bench) / "quality-results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"`bench`: {bench} has no quality-results.json. Make it with `hf-selfjudge bench`.")
+    return json.loads(path.read_text(encoding="utf-8"))["quality"]
+
+
+def family_in(quality: dict, weights: str, bench: str | os.PathLike) -> str:
+    """
+    Which curve of a bench is that of a judge.
+
+    Args:
+        weights (`str`): The judge's fingerprint.
+
+    Raises:
+        ValueError: If none is.
+    """
+    for family, fingerprint in quality["judges"].items():
+        if fingerprint == weights:
+            return family
+    raise ValueError(f"`bench`: {bench} has no results of this judge. Run `hf-selfjudge bench --rule judge:FOLDER=…`.")
+
+
+def plot_reliability(rows: list[dict], path: str | os.PathLike) -> None:
+    """
+    What a judge says, and what came of it.
+
+    Args:
+        rows (`list[dict]`): `probability`, `label` and `rows` of each bin.
+
+    Raises:
+        ValueError: If the ending of `path` is no format that matplotlib writes.
+    """
+    figure = Figure(figsize=(4, 4))
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
+    axis.plot([row["probability"] for row in rows], [row["label"] for row in rows], "o-", label="judge")
+    axis.set(xlabel="probability that the meaning changes", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(f"held out, {sum(row['rows'] for row in rows)} substitutions", fontsize="medium")
+    axis.legend()
+    figure.tight_layout()
+    with whole(Path(path)) as incomplete:
+        figure.savefig(incomplete, metadata={"Software": None} if Path(path).suffix == ".png" else None)
+
+
+def published(folder: str | os.PathLike, info: JudgeInfo, repo_id: str) -> dict[str, Path | bytes]:
+    """
+    What belongs into the repo of a judge: its files, the card under its name there, plots and results, and the code
+    that `generate(custom_generate=…)` loads.
+    """
+    folder, results = Path(folder), read_results(folder)
+    names = [
+        "config.json",
+        "model.safetensors",
+        *(["adapter_config.json", "adapter_model.safetensors"] * info.adapter),
+    ]
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    files |= {path.name: path for path in sorted(folder.glob("*.png"))}
+    if results:
+        files[RESULTS] = folder / RESULTS
+    files["README.md"] = render_card(info, repo_id, results).encode()
+    stub = (HUB_CARDS / "custom_generate" / "generate.py").read_text(encoding="utf-8")
+    files["custom_generate/generate.py"] = stub.replace("{{ repo_id }}", repo_id).encode()
+    files["custom_generate/requirements.txt"] = HUB_CARDS / "custom_generate" / "requirements.txt"
+    for name, bench in results.get("bench", {}).items():
+        entries = [
+            EvalResultEntry(
+                dataset_id=name,
+                task_id=row["setting"],
+                value=round(row["retention"][0], 4),
+                notes=f"retention; {row['tokens_per_round'][0]:.2f} tokens a round; {bench['heading']}",
+            )
+            for row in bench["settings"]
+            if row["family"] == bench["family"] and row["retention"]
+        ]
+        files[f".eval_results/{name}.yaml"] = yaml.safe_dump(
+            eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
+        ).encode()
+    return files

@@ -1,8 +1,7 @@
-"""`hf-selfjudge quickstart | mine | labels | train | bench | calibrate | card`."""
+"""`hf-selfjudge quickstart | mine | labels | train | bench | calibrate | card | push | pull | push-…`."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import training
 from .bench import WITHOUT_RULE, BenchConfig, decode
-from .cards import SHIPPED, read_results, shipped_judge, write_card
+from .cards import SHIPPED, add_results, family_in, read_quality, shipped_judge, write_card
 from .evaluation import HeldOutConfig
 from .files import write_json, write_text
 from .generation import JudgedModel
@@ -42,12 +41,13 @@ from .inspection import (
 )
 from .inspection import plot as draw
 from .judge import Judge
-from .labels import MiningConfig, mining_of
+from .labels import MiningConfig, folders_of, mining_of
 from .measures import check_tasks, task_of
 from .mining import Writer, counts_of, mine, this_process
 from .mismatches import eos_tokens, greedy, until_eos
 from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, read_prompts
+from .publish import pull_judge, push_judge, push_labels, push_results, push_space
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
 from .results import (
     OPERATING_POINTS,
@@ -277,7 +277,9 @@ def mine_command(
 
 @app.command("labels")
 def labels_command(
-    labels: Annotated[list[Path], typer.Argument(help="Folders written by `hf-selfjudge mine`.")],
+    labels: Annotated[
+        list[str], typer.Argument(help="Folders written by `hf-selfjudge mine`, or datasets on the Hub made of them.")
+    ],
     examples_shown: Annotated[
         int, typer.Option("--examples", min=0, help="Harmless and harmful substitutions to show in context.")
     ] = 5,
@@ -290,6 +292,7 @@ def labels_command(
     """Look at mined labels: rates, scores beside each other, substitutions in context."""
     for file in filter(None, (plot, json_file)):
         check_writable(file.parent)
+    labels = folders_of(labels)
     made = mining_of(labels)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(made[0]["target"]))
     found, config = Labels.load(labels, tokenizer), HeldOutConfig(seed=seed)
@@ -455,18 +458,14 @@ def calibrate_command(
     """Give thresholds names: the fastest that keep 99, 97 and 90 % of the quality of a bench's lossless answers."""
     found = Judge.from_pretrained(judge)
     quality = read_quality(bench)
-    mine = [family for family, weights in quality["judges"].items() if weights == fingerprint(found)]
-    if not mine:
-        raise ValueError(
-            f"`bench`: {bench} has no results of {judge}. Run `hf-selfjudge bench --rule judge:{judge}=…`."
-        )
-    points = operating_points(quality, mine[0])
+    family = family_in(quality, fingerprint(found), bench)
+    points = operating_points(quality, family)
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
     made = {"prompts": quality["prompts"], "categories": quality["categories"], "heading": quality["heading"]}
     found.info = replace(found.info, operating_points=points, training=found.info.training | {"calibration": made})
     found.save_pretrained(judge)
-    write_card(found, judge)
+    write_card(found.info, judge)
     for name, point in points.items():
         console.print(
             f"{name}: threshold {point['threshold']:g}, {point['tokens_per_round'][0]:.2f} tokens a round, retention "
@@ -481,10 +480,83 @@ def calibrate_command(
 def card(
     judge: Annotated[Path, typer.Argument(help="Folder of a judge.")],
     results: Annotated[Path | None, typer.Option(help="What `quickstart --json` wrote.")] = None,
+    bench: Annotated[
+        list[Path] | None, typer.Option(help="Folder of `hf-selfjudge bench` with this judge. May be given again.")
+    ] = None,
 ) -> None:
-    """Write a judge's card anew, with results of decoding."""
-    path = write_card(Judge.from_pretrained(judge), judge, read_results(results) if results else None)
-    console.print(f"Card written to {path}", soft_wrap=True)
+    """Write a judge's card anew, with results of decoding; they are kept beside it."""
+    found = Judge.from_pretrained(judge)
+    if results or bench:
+        add_results(judge, fingerprint(found), results, bench or [])
+    console.print(f"Card written to {write_card(found.info, judge)}", soft_wrap=True)
+
+
+Repo = Annotated[str, typer.Argument(help="USER/NAME on the Hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Should the repo be made now, make it private.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+CreatePR = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
+Tag = Annotated[str | None, typer.Option(help="To set on the commit.")]
+
+
+@app.command()
+def push(
+    judge: Annotated[Path, typer.Argument(help="Folder of a judge.")],
+    repo: Repo,
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePR = False,
+    tag: Tag = None,
+) -> None:
+    """Publish a judge on the Hub: weights, card, plots, results, and the code for `custom_generate`."""
+    made = push_judge(judge, repo, private=private, revision=revision, create_pr=create_pr, tag=tag)
+    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def pull(
+    repo: Repo,
+    output: Annotated[Path, typer.Argument(help="New folder for it.")],
+    revision: Revision = None,
+) -> None:
+    """Fetch a judge from the Hub, with its card, plots and results."""
+    for name in pull_judge(repo, output, revision=revision):
+        console.print(f"{output}/{name}", highlight=False)
+
+
+@app.command("push-labels")
+def push_labels_command(
+    labels: Annotated[list[Path], typer.Argument(help="Folders written by `hf-selfjudge mine`.")],
+    repo: Annotated[str, typer.Option(help="USER/NAME of a dataset on the Hub.")],
+    private: Private = False,
+    create_pr: CreatePR = False,
+) -> None:
+    """Publish labels as a dataset."""
+    made = push_labels(labels, repo, private=private, create_pr=create_pr)
+    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+
+
+@app.command("push-results")
+def push_results_command(
+    bench: Annotated[Path, typer.Argument(help="Folder of `hf-selfjudge bench`.")],
+    repo: Repo,
+    private: Private = False,
+    create_pr: CreatePR = False,
+) -> None:
+    """Publish what a bench measured as a dataset: answers, tables, curve."""
+    made = push_results(bench, repo, private=private, create_pr=create_pr)
+    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+
+
+@app.command("push-space")
+def push_space_command(
+    name: Annotated[str, typer.Argument(help="Its folder in `spaces/`.")],
+    repo: Repo,
+    private: Private = False,
+    create_pr: CreatePR = False,
+) -> None:
+    """Publish one of the Spaces of this repository."""
+    made = push_space(name, repo, private=private, create_pr=create_pr)
+    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,19 +569,6 @@ def read_length(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"`draft-length` must be a number of tokens, 1 or more, or 'auto', got {text!r}.")
     return int(text)
-
-
-def read_quality(folder: Path) -> dict:
-    """
-    What `bench` wrote in mode quality.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    path = folder / "quality-results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"`bench`: {folder} has no quality-results.json. Make it with `hf-selfjudge bench`.")
-    return json.loads(path.read_text(encoding="utf-8"))["quality"]
 
 
 def read_threshold(text: str | None) -> float | str | None:

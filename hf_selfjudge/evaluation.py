@@ -7,15 +7,12 @@ no training, and what makes a probability of them.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy.special import expit
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
@@ -23,7 +20,6 @@ from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .features import SCALARS
-from .files import whole
 from .judge import Judge
 from .trainer import JudgeConfig, JudgeTrainer, auc, soft_labels
 
@@ -131,25 +127,6 @@ def reliability(probability: np.ndarray, label: np.ndarray) -> list[dict]:
         for part in parts
         if len(part)
     ]
-
-
-def plot_reliability(rows: list[dict], path: str | os.PathLike) -> None:
-    """
-    Draw [`reliability`].
-
-    Raises:
-        ValueError: If the ending of `path` is no format that matplotlib writes.
-    """
-    figure = Figure(figsize=(4, 4))
-    axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
-    axis.plot([row["probability"] for row in rows], [row["label"] for row in rows], "o-", label="judge")
-    axis.set(xlabel="probability that the meaning changes", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
-    axis.set_title(f"held out, {sum(row['rows'] for row in rows)} substitutions", fontsize="medium")
-    axis.legend()
-    figure.tight_layout()
-    with whole(Path(path)) as incomplete:
-        figure.savefig(incomplete)
 
 
 def evaluate(labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, config: HeldOutConfig) -> dict:

@@ -17,7 +17,6 @@ from huggingface_hub import (
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
-    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -79,7 +78,7 @@ def upload(
         )
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=made.oid, repo_type=repo_type)
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of an upload outside of git
         raise HubError(
             f"`repo_id`: {repo_id} could not be written ({_said(error)}). Log in with `hf auth login`, or pass a "
             "token that may write there."
@@ -125,11 +124,8 @@ def download(
                 _check_size(str(reference), name, size or 0, limit)
             except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
                 raise
-            except (OfflineModeIsEnabled, HTTPError) as error:  # then what was fetched before will do
-                cached = try_to_load_from_cache(str(reference), name, cache_dir=cache_dir, **where)
-                if not isinstance(cached, str):
-                    raise LocalEntryNotFoundError(str(error)) from error
-                local_files_only = True
+            except (OfflineModeIsEnabled, HTTPError):
+                pass  # what was fetched before may do; the size is looked at again below
         path = Path(
             hf_hub_download(
                 str(reference), name, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **where

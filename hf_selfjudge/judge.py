@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from .cards import plot_reliability, published
 from .features import SCALARS, STATES
 from .files import whole, write_json
-from .hub import download
+from .hub import download, upload
 from .replay import Adapter
 from .sources import fingerprint
 
@@ -153,6 +156,23 @@ class Judge(torch.nn.Module):
                     save_file(self.adapter.tensors, adapter)
                     write_json(folder / ADAPTER_CONFIG, self.adapter.config)
             write_json(folder / CONFIG, asdict(self.info))
+
+    def push_to_hub(self, repo_id: str, **how) -> CommitInfo:
+        """
+        Publish the judge with its card, in one commit.
+
+        Args:
+            repo_id (`str`): Where to; made if it is not there.
+            how: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
+
+        Raises:
+            HubError: If it was refused or interrupted; the repo is as it was.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if measured := self.info.training.get("held_out"):
+                plot_reliability(measured["reliability"], Path(folder) / "reliability.png")
+            return upload(repo_id, published(folder, self.info, repo_id), "Upload judge", **how)
 
     @classmethod
     def from_pretrained(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import datasets
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from pyarrow.parquet import read_metadata
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -290,6 +292,30 @@ def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
         )
     # What `datasets` makes of them to read them from disk lies beside them, and goes with them.
     return datasets.Dataset.from_parquet([glob.escape(str(shard)) for shard in shards], cache_dir=folder / "cache")
+
+
+def folders_of(references: Sequence[str | os.PathLike], token: str | None = None) -> list[Path]:
+    """
+    Folders of labels; of a dataset on the Hub, what [`push_labels`] put into it.
+
+    Raises:
+        FileNotFoundError: If one is neither a folder nor such a dataset.
+    """
+    folders = []
+    for reference in references:
+        if Path(reference).exists() or str(reference).count("/") != 1:
+            folders.append(Path(reference))
+            continue
+        try:
+            patterns = ["*/labels-*.parquet", "*/mining.json"]
+            snapshot = snapshot_download(str(reference), repo_type="dataset", allow_patterns=patterns, token=token)
+        except (HTTPError, OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"`labels`: {reference} is neither a folder nor a dataset on the Hub that could be fetched "
+                f"({str(error).strip().splitlines()[0]})."
+            ) from error
+        folders += sorted(path.parent for path in Path(snapshot).glob("*/mining.json"))
+    return folders
 
 
 def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import packs
+from .cards import LOOKUP
 from .files import claim, whole, write_json
 from .labels import MiningConfig, features_of, label_answer, load_labels
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
@@ -33,7 +34,6 @@ from .sources import fingerprint, precision
 from .together import Tally, together
 
 
-LOOKUP = "prompt lookup"  # instead of a draft's name
 # Settings that decide how much is computed at a time, and not what: a run may go on with others.
 PACE = ("answer_batch", "forward_tokens", "answers_at_once")
 

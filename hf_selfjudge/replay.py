@@ -43,8 +43,15 @@ class Adapter:
             raise ValueError(f"`adapter`: only LoRA can be replayed, got {self.config.get('peft_type')!r}.")
         if found := [name for name in UNSUPPORTED if self.config.get(name) not in (None, False, "none", {}, [])]:
             raise ValueError(f"`adapter`: {', '.join(found)} cannot be replayed. Use plain LoRA.")
+        for name in ("r", "lora_alpha"):
+            value = self.config.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**16:
+                raise ValueError(f"`adapter`: {name} must be a number above 0, got {value!r}.")
         if unknown := [name for name in self.tensors if not NAME.fullmatch(name)]:
             raise ValueError(f"`adapter`: {unknown[0]!r} is no weight of a LoRA adapter in numbered layers.")
+        sides = [(part["layer"], part["module"], part["side"]) for part in map(NAME.fullmatch, self.tensors)]
+        if not sides or {place[:2] for place in sides if place[2] == "A"} != {p[:2] for p in sides if p[2] == "B"}:
+            raise ValueError("`adapter` has not both matrices of each module.")
 
     @property
     def scale(self) -> float:
@@ -102,7 +109,14 @@ class Replay:
                     module.layer_idx = index
         self._try(target)
         for (layer, name), (a, b) in products.items():
-            _add(self.decoder.layers[layer - first].get_submodule(name), a, b, adapter.scale)
+            module = dict(self.decoder.layers[layer - first].named_modules()).get(name)
+            shape = None if not isinstance(module, torch.nn.Linear) else (module.out_features, module.in_features)
+            if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"`adapter`: {name} of layer {layer} has matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+                    f"which fit no linear layer of `target` there ({shape}). It was made for another one."
+                )
+            _add(module, a, b, adapter.scale)
 
     def start(self) -> Replaying:
         """For a text of its own."""

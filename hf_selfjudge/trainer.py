@@ -577,7 +577,7 @@ class JudgeTrainer(Trainer):
     def create_model_card(self, output_dir: str | os.PathLike | None = None, checkpoint: str = "") -> None:
         """Write the judge's card beside it."""
         if self.is_world_process_zero():
-            write_card(self.judge, Path(output_dir or self.args.output_dir) / checkpoint)
+            write_card(self.judge.info, Path(output_dir or self.args.output_dir) / checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -26,10 +26,10 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import TrlParser
 
-from .cards import write_card
-from .evaluation import HeldOutConfig, calibrate, calibrated, evaluate, held_out, plot_reliability
+from .cards import plot_reliability, write_card
+from .evaluation import HeldOutConfig, calibrate, calibrated, evaluate, held_out
 from .judge import Judge
-from .labels import load_labels, mining_of
+from .labels import folders_of, load_labels, mining_of
 from .replay import apart
 from .sources import load_model
 from .trainer import SCORES, JudgeConfig, JudgeTrainer, TargetWithJudge, new_judge, soft_labels
@@ -41,7 +41,8 @@ class ScriptArguments:
     What a judge is trained on, and how it is measured.
 
     Args:
-        labels (`list[str]`): Folders written by [`mine`], all of one target and draft.
+        labels (`list[str]`): Folders written by [`mine`], or datasets on the Hub that were made of them; all of one
+            target and draft.
         folds (`int`, *optional*, defaults to `5`): Of the cross-validation, split by prompt.
         accept_share (`float`, *optional*, defaults to `0.5`): Share of held-out mismatches that the judge's own
             threshold accepts.
@@ -57,7 +58,9 @@ class ScriptArguments:
     """
 
     labels: list[str] = field(
-        metadata={"help": "Folders written by `hf-selfjudge mine`, all of one target and draft."}
+        metadata={
+            "help": "Folders written by `hf-selfjudge mine`, or datasets made of them; all of one target and draft."
+        }
     )
     folds: int = field(default=5, metadata={"help": "Of the cross-validation, split by prompt."})
     accept_share: float = field(
@@ -99,8 +102,9 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         FileNotFoundError: If a folder has no labels.
         ValueError: If the folders are of different models, have too few prompts, or no row with this label.
     """
-    mining = mining_of(script_args.labels)
-    labels = datasets.concatenate_datasets([load_labels(folder) for folder in script_args.labels])
+    folders = folders_of(script_args.labels)
+    mining = mining_of(folders)
+    labels = datasets.concatenate_datasets([load_labels(folder) for folder in folders])
     config = HeldOutConfig(script_args.accept_share, script_args.folds, script_args.resamples, training_args.seed)
     if training_args.label in SCORES and training_args.label_threshold is None:
         # One for all folds.
@@ -133,7 +137,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         trainer.save_model()
         folder = Path(training_args.output_dir)
         plot_reliability(measured["reliability"], folder / "reliability.png")
-        write_card(judge, folder)
+        write_card(judge.info, folder)
     return judge
 
 

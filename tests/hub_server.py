@@ -296,7 +296,8 @@ class Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         url = {"url": f"{self.server.url}/{TYPES[kind]}{name}", "name": name}
         if (kind, name) in self.server.store.repos:
-            raise Refused(409, message="You already created this repo", headers={}) from None
+            self.status = 409
+            return _json(url)
         repo = self.server.store.repos[kind, name] = Repo(kind, name, private)
         repo.commit("main", None, "initial commit", {".gitattributes": self.server.store.put(b"")})
         self.server.store.save()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer, training
-from hf_selfjudge.cards import read_results, write_card
+from hf_selfjudge.cards import add_results, write_card
 from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
 from hf_selfjudge.hidden import HiddenTap
@@ -420,7 +420,7 @@ RESULTS = {
 def test_card(fitted, tmp_path):
     _, judge, _ = fitted
     judge.save_pretrained(tmp_path / "my-judge")
-    text = write_card(Judge.from_pretrained(tmp_path / "my-judge"), tmp_path / "my-judge").read_text()
+    text = write_card(Judge.from_pretrained(tmp_path / "my-judge").info, tmp_path / "my-judge").read_text()
     assert text.startswith("---\nlibrary_name: hf_selfjudge\n") or "library_name: hf_selfjudge" in text.split("---")[1]
     assert "base_model:\n- tiny/llama" in text
     assert "# my-judge\n" in text
@@ -430,14 +430,15 @@ def test_card(fitted, tmp_path):
     options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0"
     assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output_dir my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    text = write_card(judge, tmp_path / "my-judge", read_results(tmp_path / "results.json")).read_text()
+    add_results(tmp_path / "my-judge", "-", tmp_path / "results.json")
+    text = write_card(judge.info, tmp_path / "my-judge").read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
     judge.info.training["mining"][0]["prompts_options"] = {"system": "Don't ramble.", "limit": 40, "shuffle": 0}
-    text = write_card(judge, tmp_path / "my-judge").read_text()
+    text = write_card(judge.info, tmp_path / "my-judge").read_text()
     (command,) = (line for line in text.splitlines() if line.startswith("hf-selfjudge mine"))
     arguments = shlex.split(command)
     assert arguments[arguments.index("--system") + 1] == "Don't ramble."
     assert arguments.count("--limit") == arguments.count("--shuffle") == 1
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of `hf-selfjudge quickstart --json`"):
-        read_results(tmp_path / "results.json")
+        add_results(tmp_path / "my-judge", "-", tmp_path / "results.json")

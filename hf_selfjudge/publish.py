@@ -1,0 +1,165 @@
+"""Judges, labels, results and Spaces <-> repos on the Hub.
+
+In: folders that the other commands wrote. Out: repos, each in one commit; and a judge back from one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import HTTPError
+
+from .cards import HUB_CARDS, published, read_quality
+from .hub import HubError, download, upload
+from .judge import Judge
+from .labels import load_labels, mining_of
+
+
+# In a checkout the Spaces lie beside the package.
+SPACES = Path(__file__).resolve().parents[1] / "spaces"
+# What `pull` takes beside the judge itself.
+BESIDE = re.compile(
+    r"README\.md|results\.json|[\w-]+\.png|custom_generate/(generate\.py|requirements\.txt)|\.eval_results/[\w-]+\.yaml"
+)
+BESIDE_LIMIT = 2**24  # bytes of one of them
+
+
+def push_judge(folder: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
+    """
+    Publish a judge: its weights, the card, plots and results, and the code for `generate(custom_generate=repo_id)`.
+
+    Args:
+        folder (`str`): Of the judge.
+        repo_id (`str`): Where to.
+        how: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
+
+    Raises:
+        FileNotFoundError, ValueError: If the folder holds no judge, or a damaged one.
+        HubError: If it was refused or interrupted; the repo is as it was.
+    """
+    judge = Judge.from_pretrained(folder)
+    return upload(repo_id, published(folder, judge.info, repo_id), "Upload judge", **how)
+
+
+def pull_judge(
+    repo_id: str, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None
+) -> list[str]:
+    """
+    Fetch a judge and what belongs to it into a new or empty folder. Files of other names are left where they are, and
+    nothing is run.
+
+    Returns:
+        `list[str]`: The files.
+
+    Raises:
+        FileExistsError: If the folder holds something.
+        FileNotFoundError, ValueError: If the repo is not there, or holds no judge of this version.
+        HubError: If the Hub could not be reached.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"`output`: {folder} is not empty. Choose another folder.")
+    judge = Judge.from_pretrained(repo_id, revision=revision, token=token)
+    try:
+        api = HfApi(token=token)
+        commit = api.model_info(repo_id, revision=revision).sha
+        names = [name for name in api.list_repo_files(repo_id, revision=commit) if BESIDE.fullmatch(name)]
+    except (HTTPError, OSError) as error:
+        raise HubError(f"{repo_id} could not be listed ({error}). Try again.") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / "whole"
+        judge.save_pretrained(whole)
+        for name in names:
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
+            content = download(repo_id, name, BESIDE_LIMIT, revision=commit, token=token).read_bytes()
+            (whole / name).write_bytes(content)
+        if folder.is_dir():
+            folder.rmdir()
+        whole.rename(folder)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> CommitInfo:
+    """
+    Publish labels as a dataset, a configuration for each folder. `load_labels("USER/REPO")` and
+    `datasets.load_dataset` read it.
+
+    Args:
+        folders (`Sequence[str]`): Written by [`mine`], all of one pair.
+        how: See [`push_judge`].
+
+    Raises:
+        FileNotFoundError, ValueError: If a folder has no labels, or they are of different pairs.
+        HubError: If it was refused or interrupted; the repo is as it was.
+    """
+    mining, files, parts = mining_of(folders), {}, []
+    for folder, made in zip(map(Path, folders), mining, strict=True):
+        name = folder.resolve().name
+        if name in {part for part, _, _ in parts}:
+            raise ValueError(f"`labels`: two folders are named {name!r}. Rename one of them.")
+        files |= {f"{name}/{path.name}": path for path in sorted(folder.glob("labels-*.parquet"))}
+        files[f"{name}/mining.json"] = folder / "mining.json"
+        parts.append((name, made, len(load_labels(folder))))
+    data = DatasetCardData(
+        license="other",
+        configs=[{"config_name": name, "data_files": f"{name}/*.parquet"} for name, _, _ in parts],
+        tags=["hf_selfjudge", "judge-decoding", "arxiv:2510.02329"],
+    )
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(HUB_CARDS / "labels_card.md"),
+        target=mining[0]["target"],
+        draft=mining[0]["draft"],
+        parts=parts,
+        repo_id=repo_id,
+    )
+    files["README.md"] = str(card).encode()
+    return upload(repo_id, files, "Upload labels", repo_type="dataset", **how)
+
+
+def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
+    """
+    Publish what a bench measured as a dataset: every answer, the tables and the curve.
+
+    Raises:
+        FileNotFoundError: If the folder holds no results.
+        HubError: If it was refused or interrupted; the repo is as it was.
+    """
+    bench = Path(bench)
+    read_quality(bench)
+    names = [f"{mode}{end}" for mode in ("quality", "timing") for end in (".json", ".jsonl", "-results.json")]
+    files: dict[str, Path | bytes] = {name: bench / name for name in (*names, "curve.png") if (bench / name).is_file()}
+    answers = {"config_name": "answers", "data_files": "quality.jsonl"}
+    data = DatasetCardData(license="other", configs=[answers], tags=["hf_selfjudge", "judge-decoding"])
+    tables = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(bench.glob("*-results.md")))
+    card = f"---\n{data}\n---\n\n# {bench.resolve().name}\n\n![curve](curve.png)\n\n{tables}"
+    files["README.md"] = card.encode()
+    return upload(repo_id, files, "Upload results", repo_type="dataset", **how)
+
+
+def push_space(name: str, repo_id: str, **how) -> CommitInfo:
+    """
+    Publish one of the Spaces of this repository.
+
+    Args:
+        name (`str`): Its folder in `spaces/`.
+
+    Raises:
+        FileNotFoundError: If there is none of this name.
+        HubError: If it was refused or interrupted; the repo is as it was.
+    """
+    known = sorted(path.parent.name for path in SPACES.glob("*/README.md"))
+    if name not in known:
+        raise FileNotFoundError(f"`name`: there is no Space {name!r} ({', '.join(known) or 'none'} in this install).")
+    files = {
+        str(path.relative_to(SPACES / name)): path
+        for path in sorted((SPACES / name).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    return upload(repo_id, files, "Upload Space", repo_type="space", space_sdk="gradio", **how)

@@ -1,0 +1,429 @@
+"""Judges, labels, results and Spaces on a Hub of this machine: the real client, over HTTP."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from datetime import datetime
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.cli.extensions import ExtensionManifest
+from safetensors.torch import load_file, save_file
+
+from hf_selfjudge import Judge, JudgedModel, JudgeRule, load_labels
+from hf_selfjudge.hub import HubError
+from hf_selfjudge.labels import folders_of
+from hf_selfjudge.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
+
+from .conftest import random_judge
+from .hub_server import Fault, Hub
+from .test_replay import adapted_judge, adapter
+from .test_trainer import write_labels
+
+
+REPO = "me/tiny-judge"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with Hub(tmp_path / "hub") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between tries
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        yield server
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    random_judge(llama[0]).save_pretrained(tmp_path / "tiny-judge")
+    return tmp_path / "tiny-judge"
+
+
+def same(first, second):
+    tensors = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return first.info == second.info and all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in tensors)
+
+
+# -- there and back --------------------------------------------------------------------------------------------------
+
+
+def test_push_and_load(hub, folder):
+    push_judge(folder, REPO, private=True, tag="v1")
+    assert {*hub.files(REPO)} == {
+        ".gitattributes", "README.md", "config.json", "model.safetensors", "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+    }  # fmt: skip
+    assert sum("/commit/" in request for request in hub.requests) == 1
+    loaded = Judge.from_pretrained(REPO)
+    assert same(loaded, Judge.from_pretrained(folder))
+    hub.requests.clear()
+    Judge.from_pretrained(REPO)
+    assert {request.split()[0] for request in hub.requests} == {"HEAD"}  # nothing is fetched again
+    changed = Judge.from_pretrained(folder)
+    changed.info = replace(changed.info, threshold=0.25)
+    changed.push_to_hub(REPO)
+    assert Judge.from_pretrained(REPO).info.threshold == 0.25
+    assert Judge.from_pretrained(REPO, revision="v1").info.threshold == 0.5
+    changed.info = replace(changed.info, threshold=0.75)
+    made = changed.push_to_hub(REPO, create_pr=True)
+    assert made.pr_url
+    assert Judge.from_pretrained(REPO).info.threshold == 0.25
+    assert Judge.from_pretrained(REPO, revision="refs/pr/1").info.threshold == 0.75
+    changed.push_to_hub(REPO, revision="try")
+    assert Judge.from_pretrained(REPO, revision="try").info.threshold == 0.75
+    with pytest.raises(FileNotFoundError, match="has no revision 'none'"):
+        Judge.from_pretrained(REPO, revision="none")
+
+
+def test_who_may(hub, folder, monkeypatch):
+    push_judge(folder, REPO, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    assert same(Judge.from_pretrained(REPO), Judge.from_pretrained(folder))
+    before = hub.files(REPO)
+    with pytest.raises(HubError, match="me/tiny-judge could not be written") as refused:
+        push_judge(folder, REPO)
+    assert "hf_read" not in str(refused.value)
+    assert hub.files(REPO) == before
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a repo on the Hub that you may see"):
+        Judge.from_pretrained("me/other")
+    assert same(Judge.from_pretrained(REPO, token="hf_read"), Judge.from_pretrained(folder))
+    with pytest.raises(ValueError, match="neither a folder nor a name on the Hub"):
+        Judge.from_pretrained("a/b/c/d")
+
+
+def test_pull(hub, folder, tmp_path):
+    (folder / "curve.png").write_bytes(b"a picture")
+    push_judge(folder, REPO)
+    hub.write(REPO, {"../outside.png": b"-", "more/code.py": b"-", "weights.bin": pickle.dumps(1)})
+    names = pull_judge(REPO, tmp_path / "there")
+    assert names == [
+        "README.md", "config.json", "curve.png", "custom_generate/generate.py", "custom_generate/requirements.txt",
+        "model.safetensors",
+    ]  # fmt: skip
+    assert same(Judge.from_pretrained(tmp_path / "there"), Judge.from_pretrained(folder))
+    assert (tmp_path / "there/curve.png").read_bytes() == b"a picture"
+    assert not list(tmp_path.rglob("outside*"))
+    with pytest.raises(FileExistsError, match="is not empty"):
+        pull_judge(REPO, tmp_path / "there")
+
+
+def test_the_card_is_one_the_hub_takes(hub, folder):
+    push_judge(folder, REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    card.validate()
+    data = card.data.to_dict()
+    assert data["library_name"] == "hf_selfjudge"
+    assert data["base_model"] == ["tiny/llama"]
+    assert data["base_model_relation"] == "adapter"
+    assert {"hf_selfjudge", "custom_generate", "base_model:adapter:tiny/llama", "arxiv:2510.02329"} <= {*data["tags"]}
+    pattern = (
+        r"\n# me/tiny-judge\n\nA judge for speculative decoding with .*\n\nThe output is \*\*not\*\* that of the "
+        r'target alone.*\n## Use\n\n```python\n.*from_pretrained\(target, "me/tiny-judge"\).*\n```\n\nOr with nothing '
+        r'imported.*custom_generate="me/tiny-judge".*\n```\n\n`judged.threshold` is 0.500; 0 is lossless\.\n\n'
+        r"\| \| \|\n\|---\|---\|\n(\| .* \|\n){4}\s+## Limits\n\n(- .*\n)+\s+The judge is published under "
+        r"Apache-2\.0.*\n```bibtex\n.*\n```\n?"
+    )
+    assert re.fullmatch(pattern.replace(".*", "[^\0]*"), card.text)
+
+
+def test_labels_results_and_spaces(hub, tmp_path):
+    folders = [write_labels(tmp_path / "one", seed=0), write_labels(tmp_path / "two", seed=1)]
+    push_labels(folders, "me/labels")
+    read = folders_of(["me/labels"])
+    assert [folder.name for folder in read] == ["one", "two"]
+    for ours, theirs in zip(folders, read, strict=True):
+        assert load_labels(ours).to_dict() == load_labels(theirs).to_dict()
+    card = hub.files("me/labels", kind="datasets")["README.md"].decode()
+    assert "| one | prompts.jsonl | 40 | 240 |" in card
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset on the Hub"):
+        folders_of(["me/nothing"])
+    with pytest.raises(ValueError, match="two folders are named 'one'"):
+        push_labels([folders[0], folders[0]], "me/labels")
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    (bench / "quality-results.json").write_text(json.dumps({"quality": {"heading": "so it was measured"}}))
+    (bench / "quality-results.md").write_text("so it was measured\n\n| a table |\n")
+    (bench / "quality.jsonl").write_text('{"setting": "lossless"}\n')
+    push_results(bench, "me/results")
+    assert "| a table |" in hub.files("me/results", kind="datasets")["README.md"].decode()
+    push_space("judge-agreement", "me/judge-agreement")
+    files = hub.files("me/judge-agreement", kind="spaces")
+    assert files["app.py"] == (SPACES / "judge-agreement/app.py").read_bytes()
+    with pytest.raises(FileNotFoundError, match="there is no Space 'nothing'"):
+        push_space("nothing", "me/x")
+
+
+# -- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["preupload", "objects/batch", "PUT /lfs", "lfs/verify", "/commit/"])
+@pytest.mark.parametrize("kind", ["cut", "status"])
+def test_a_push_that_breaks_leaves_the_repo_as_it_was(hub, folder, stage, kind):
+    push_judge(folder, REPO)
+    before = hub.files(REPO)
+    judge = Judge.from_pretrained(folder)
+    judge.info = replace(judge.info, threshold=0.125)
+    with torch.no_grad():
+        judge.head.bias.add_(1)
+    judge.save_pretrained(folder)
+    hub.faults.append(Fault(stage, kind, times=100, status=500))
+    with pytest.raises(HubError, match="me/tiny-judge could not be written"):
+        push_judge(folder, REPO)
+    assert hub.files(REPO) == before
+    hub.faults.clear()
+    push_judge(folder, REPO)
+    assert Judge.from_pretrained(REPO).info.threshold == 0.125
+
+
+@pytest.mark.parametrize("stage", ["config.json", "model.safetensors"])
+def test_a_hub_that_recovers(hub, folder, stage):
+    push_judge(folder, REPO)
+    hub.faults.append(Fault(f"(HEAD|GET) .*{stage}", "status", times=1, status=503))
+    assert same(Judge.from_pretrained(REPO), Judge.from_pretrained(folder))
+    assert not hub.faults[0].times
+
+
+@pytest.mark.parametrize("stage", ["config.json", "model.safetensors"])
+def test_a_load_that_breaks_leaves_nothing_behind(hub, folder, tmp_path, stage):
+    push_judge(folder, REPO)
+    hub.faults.append(Fault(f"GET .*{stage}", "cut", times=100))
+    with pytest.raises(HubError, match=f"{stage} of me/tiny-judge could not be fetched"):
+        Judge.from_pretrained(REPO)
+    hub.faults.clear()
+    assert same(Judge.from_pretrained(REPO), Judge.from_pretrained(folder))
+    hub.faults.append(Fault("resolve", "status", times=1000, status=503))
+    assert same(Judge.from_pretrained(REPO), Judge.from_pretrained(folder))  # what was fetched before will do
+
+
+def test_a_full_disk(hub, folder, tmp_path, monkeypatch):
+    push_judge(folder, REPO)
+
+    def full(*arguments, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(HubError, match="No space left on device"):
+        Judge.from_pretrained(REPO)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))
+
+
+# -- repos that mean harm --------------------------------------------------------------------------------------------
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch harm-was-done",)
+
+
+def hostile():
+    """Name of each, and what it puts in the place of a judge's files."""
+    return {
+        "a pickle named as weights": ("model.safetensors", pickle.dumps(Harm()), "not a whole safetensors file"),
+        "a header of 10 GB": ("model.safetensors", struct.pack("<Q", 10 * 2**30) + b"{}", "not a whole safetensors"),
+        "a file that is too large": ("model.safetensors", bytes(2**21), "bytes; no such file has more than"),
+        "a config that is too large": ("config.json", b"[" * 2**25, "bytes; no such file has more than"),
+        "a config that is deep": ("config.json", b"[" * 2**20, "is not the config of a judge"),
+        "a config of a giant": ("config.json", {"hidden_size": 2**40}, "hidden_size is"),
+        "a config of another kind": ("config.json", {"hidden_size": "32"}, "hidden_size is a str"),
+        "components beyond all": ("config.json", {"components": 10**9}, "components is 1000000000"),
+        "a threshold beyond all": ("config.json", {"threshold": 7}, r"thresholds \[7\] are not all in"),
+        "a threshold that is none": ("config.json", {"threshold": float("nan")}, "are not all in"),
+        "an operating point without": ("config.json", {"operating_points": {"x": {}}}, "has no threshold"),
+        "unknown states": ("config.json", {"states": ["hidden_everywhere"]}, "names the states"),
+        "states twice": ("config.json", {"states": ["hidden_before"] * 2}, "no list of different values"),
+        "other sizes": ("config.json", {"components": 5}, "does not fit config.json"),
+        "an adapter that is not there": ("config.json", {"adapter": True}, "has no adapter_config.json"),
+    }
+
+
+@pytest.mark.parametrize("case", hostile())
+def test_a_hostile_repo_is_refused(hub, folder, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    push_judge(folder, REPO)
+    name, content, message = hostile()[case]
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / "config.json").read_text()) | content).encode()
+    hub.write(REPO, {name: content})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Judge.from_pretrained(REPO)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pull_judge(REPO, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+    assert not list(tmp_path.rglob("harm-was-done"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["head.weight"].fill_(float("nan")), r"holds numbers that are none \(head.weight\)"),
+        (lambda t: t.update({"head.bias": t["head.bias"].half()}), "holds numbers of type F16"),
+        (lambda t: t.update({"head.bias": t["head.bias"].long()}), "holds numbers of type .*I64"),
+        (lambda t: t.update({"head.weight": t["head.weight"][:, 1:].contiguous()}), r"head.weight: \(1, 15\) by"),
+        (lambda t: t.pop("projection"), r"projection: .* None there"),
+        (lambda t: t.update({"more": torch.zeros(1)}), r"more: None by the config, \(1,\) there"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(hub, folder, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        Judge.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):  # nor is it published
+        push_judge(folder, REPO)
+    assert not hub.store.repos
+
+
+def test_mutated_files_end_in_an_error_or_in_a_judge(llama, tmp_path):
+    """Bytes flipped, cut, doubled and inserted at random places: never anything but a judge or one clear error."""
+    target, rng = llama[0], random.Random(0)
+    whole = tmp_path / "whole"
+    adapted_judge(target, adapter(target)).save_pretrained(whole)
+    outcomes = []
+    for _ in range(240):
+        folder = tmp_path / "mutated"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        name = rng.choice(["config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"])
+        content = bytearray((folder / name).read_bytes())
+        for _ in range(rng.choice((1, 1, 3, 20))):
+            at = rng.randrange(min(len(content), 400) if rng.random() < 0.7 else len(content))
+            kind = rng.choice(["flip", "cut", "insert", "double"])
+            if kind == "flip":
+                content[at] ^= 1 << rng.randrange(8)
+            elif kind == "cut":
+                del content[at : at + rng.randrange(1, 40)]
+            elif kind == "insert":
+                content[at:at] = rng.randbytes(rng.randrange(1, 40))
+            else:
+                content[at:at] = content[at : at + 40]
+        (folder / name).write_bytes(content)
+        try:
+            judge = Judge.from_pretrained(folder)
+            if judge.adapter is not None:
+                JudgedModel(target, JudgeRule(judge, allow_other_weights=True))
+            outcomes.append("judge")
+        except (ValueError, FileNotFoundError):
+            outcomes.append("error")
+    assert outcomes.count("error") > 100
+    assert outcomes.count("judge") > 5
+
+
+# -- in processes of their own ---------------------------------------------------------------------------------------
+
+LOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+target, draft = (AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1].split(","))
+draft.generation_config.num_assistant_tokens = 5
+draft.generation_config.num_assistant_tokens_schedule = "constant"
+draft.generation_config.assistant_confidence_threshold = 0.0
+ids = torch.tensor([[5, 9, 23, 7, 40, 3]])
+how = dict(assistant_model=draft, max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
+found = {}
+for repo in sys.argv[2:]:
+    from hf_selfjudge import JudgedModel
+    judged = JudgedModel.from_pretrained(target, repo, allow_other_weights=True)
+    found[repo] = judged.generate(ids, **how).sequences.tolist()
+    assert judged.stats.judged, judged.stats
+    found[repo + ", custom_generate"] = target.generate(
+        ids, **how, custom_generate=repo, trust_remote_code=True, allow_other_weights=True
+    ).sequences.tolist()
+    found[repo + ", lossless"] = target.generate(
+        ids, **how, custom_generate=repo, trust_remote_code=True, allow_other_weights=True, threshold=0.0
+    ).sequences.tolist()
+    try:
+        target.generate(ids, **how, custom_generate=repo, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    else:
+        raise SystemExit("the code of a repo ran untrusted")
+found["stock"] = target.generate(ids, **how).sequences.tolist()
+print(json.dumps(found))
+"""
+
+
+def process(hub, home, *command, **environment):
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HOME": str(home), "HF_TOKEN": "hf_write",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "200", **environment,
+    }  # fmt: skip
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_round_trip_through_new_processes(hub, llama, pair_folders, tmp_path):
+    """Head and adapter, by name only, online and then offline, with the package and with the repo's own code."""
+    target, _ = llama
+    judges = {"me/head": random_judge(target), "me/adapter": adapted_judge(target, adapter(target))}
+    for repo, judge in judges.items():
+        judge.push_to_hub(repo)
+    command = (sys.executable, "-c", LOAD, pair_folders, *judges)
+    online = process(hub, tmp_path / "home", *command)
+    assert online.returncode == 0, online.stderr
+    found = json.loads(online.stdout.splitlines()[-1])
+    for repo in judges:
+        assert found[f"{repo}, custom_generate"] == found[repo] != found["stock"]
+        assert found[f"{repo}, lossless"] == found["stock"]
+    assert "hf_write" not in online.stdout + online.stderr
+    hub.requests.clear()
+    offline = process(hub, tmp_path / "home", *command, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout.splitlines()[-1]) == found
+    assert not hub.requests
+
+
+def test_the_command_line_and_the_extension(hub, folder, tmp_path):
+    """`hf-selfjudge push` and `pull`, and the same as `hf selfjudge`."""
+    home = tmp_path / "home"
+    ours = (sys.executable, "-m", "hf_selfjudge.cli")
+    pushed = process(hub, home, *ours, "push", folder, REPO, "--private", "--tag", "v1")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith(f"Pushed: {hub.url}/{REPO}/commit/")
+    extension = home / ".local/share/hf/extensions/hf-selfjudge"
+    extension.mkdir(parents=True)
+    script = extension / "hf-selfjudge"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m hf_selfjudge.cli "$@"\n')
+    script.chmod(0o755)
+    ExtensionManifest(
+        owner="someone",
+        repo="hf-selfjudge",
+        repo_id="someone/hf-selfjudge",
+        short_name="selfjudge",
+        executable_path=str(script),
+        type="binary",
+        installed_at=datetime.now(),
+    ).save(extension)
+    hf = os.path.join(os.path.dirname(sys.executable), "hf")
+    pulled = process(hub, home, hf, "selfjudge", "pull", REPO, tmp_path / "there", "--revision", "v1")
+    assert pulled.returncode == 0, pulled.stderr
+    assert same(Judge.from_pretrained(tmp_path / "there"), Judge.from_pretrained(folder))
+    refused = process(hub, home, *ours, "push", folder, REPO, HF_TOKEN="hf_read")
+    assert refused.returncode == 1
+    assert "could not be written" in refused.stderr
+    assert "hf_read" not in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_small_hub_keeps_what_it_was_given(hub, folder, tmp_path):
+    push_judge(folder, REPO)
+    with Hub(tmp_path / "hub") as again:
+        assert again.files(REPO) == hub.files(REPO)
+        assert HfApi(endpoint=again.url).list_repo_files(REPO) == HfApi(endpoint=hub.url).list_repo_files(REPO)
+    assert asdict(hub.store.repos["models", REPO])["name"] == REPO
