@@ -559,6 +559,32 @@ def push_space_command(
     console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def demo(
+    pair: Pair = "qwen2.5-coder",
+    dtype: Dtype = None,
+    judge: Annotated[
+        str | None, typer.Option(help="A judge: folder or Hub id. By default the one shipped for the pair.")
+    ] = None,
+    int8_draft: Annotated[bool, typer.Option("--int8-draft", help="Draft with int8 weights (CPU).")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, help="Port to listen on.")] = 7860,
+) -> None:
+    """Open the playground: judged text in colours, beside lossless text, in a browser."""
+    try:
+        from .playground import build  # needs gradio, which is an extra
+    except ModuleNotFoundError as error:
+        raise ValueError("The demo needs gradio. Install it: pip install 'hf-selfjudge[demo]'.") from error
+    source = judge if judge is not None else str(shipped_judge(pair))
+    found = Judge.from_pretrained(source)
+    target_id, draft_id = parse_pair(pair)
+    target, tokenizer = load_model(target_id, read_dtype(dtype))
+    found.check_target(target, allow_other_weights=True)
+    draft = load_draft(draft_id, 5, read_dtype(dtype), int8_draft)
+    page = build(target, draft, tokenizer, found, source, Path(source) if Path(source).is_dir() else None)
+    page.launch(server_name=host, server_port=port, ssr_mode=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -268,11 +268,14 @@ class JudgeRule(Rule):
                 f"{draft.config.name_or_path}. It works with any draft; how well was measured with the former only."
             )
 
-    def accept(self, rows: Rows) -> torch.BoolTensor:
+    def odds(self, rows: Rows) -> torch.Tensor:
+        """Log-odds that each candidate changes the meaning; of shape `(rows,)`."""
         scalars = candidate_scalars(rows.scores, rows.candidates, rows.logits_after, rows.positions)
         device = self.judge.head.weight.device
-        odds = self.judge(scalars.to(device), rows.hidden.to(device)).to(rows.candidates.device)
-        return odds < torch.logit(torch.tensor(self.threshold, dtype=torch.float64)).item()
+        return self.judge(scalars.to(device), rows.hidden.to(device)).to(rows.candidates.device)
+
+    def accept(self, rows: Rows) -> torch.BoolTensor:
+        return self.odds(rows) < torch.logit(torch.tensor(self.threshold, dtype=torch.float64)).item()
 
 
 def _check(name: str, value: float, valid: bool, expected: str) -> None:

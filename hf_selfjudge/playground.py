@@ -1,0 +1,431 @@
+"""The page: see the judge at work.
+
+In: a judged pair. Out: a Gradio page that streams judged text, each token coloured by who decided it; that puts
+lossless and judged decoding side by side; and that shows the judge's measured curve.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gradio as gr
+import torch
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .cards import RESULTS
+from .generation import JudgedModel
+from .judge import Judge
+from .mismatches import eos_tokens
+from .prompts import TooLong, context_of, encode
+from .rules import JudgeRule, KLGate, Lossless, Margin, Rows, Rule
+
+
+LONGEST_PROMPT, LONGEST_ANSWER = 4000, 256  # characters, tokens
+COLOURS = {"draft, matched": "#2f9e44", "draft, judged": "#e8590c", "target": "#868e96"}
+NAMES = {"matched": "draft, matched", "judged": "draft, judged", "target": "target"}
+RULES = ("judge", "lossless", "margin", "KL gate")
+EXAMPLES = (
+    "Why is the sky blue?",
+    "Write a short email to my neighbours about the street party on Saturday.",
+    "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls is that in all?",
+    "Translate to German: The library is closed on Mondays, but the garden is open.",
+    "Write a Python function that returns the longest word of a sentence.",
+    "Summarise in one sentence: Bees carry pollen from flower to flower. Without them most plants bear no fruit.",
+)
+
+
+@dataclass(frozen=True)
+class Token:
+    """
+    A token of an answer.
+
+    Args:
+        id (`int`): In the vocabulary.
+        source (`str`): `"matched"`, `"judged"` or `"target"`.
+        instead (`int`, *optional*): Of a judged token: what the target would have said.
+        cost (`float`, *optional*): Of a judged token: the judge's probability that it changes the meaning; for a rule
+            without a judge how much less likely the target finds it, nats.
+    """
+
+    id: int
+    source: str
+    instead: int | None = None
+    cost: float | None = None
+
+
+@dataclass
+class Progress:
+    """An answer as far as it has come: its tokens, how many each round kept, and seconds since it began."""
+
+    tokens: list[Token] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def judged(self) -> list[Token]:
+        return [token for token in self.tokens if token.source == "judged"]
+
+
+class Noting(Rule):
+    """A rule, and what it accepted: for each position the token, what the target would have said, and the cost."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self.noted = rule, {}
+        self.special_tokens, self.needs_draft_logits = rule.special_tokens, rule.needs_draft_logits
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        self.rule.check_target(target)
+
+    def replay_on(self, target: PreTrainedModel):
+        return self.rule.replay_on(target)
+
+    def accept(self, rows: Rows) -> torch.BoolTensor:
+        accepted = self.rule.accept(rows)
+        cost = self.rule.odds(rows).sigmoid() if isinstance(self.rule, JudgeRule) else rows.margin
+        if accepted.item():
+            choice = rows.final_scores.argmax(-1).item()
+            self.noted[rows.positions.item()] = rows.candidates.item(), choice, cost.item()
+        return accepted
+
+
+class _Rounds(BaseStreamer):
+    """Hands what each round kept to another thread."""
+
+    def __init__(self):
+        self.queue: queue.Queue[list[int] | BaseException | None] = queue.Queue()
+        self.prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:
+            self.prompt = False
+        else:
+            self.queue.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        pass
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def answer(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    rule: Rule,
+    special_tokens: Sequence[int],
+    ids: torch.LongTensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """
+    Decode an answer in a thread of its own, and tell after each round how far it is. Whoever stops listening stops it.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(1, prompt_length)`): The prompt.
+        temperature (`float`): 0 is greedy.
+    """
+    noting, streamer, stop, progress = Noting(rule), _Rounds(), threading.Event(), Progress()
+    judged = JudgedModel(target, noting, special_tokens=special_tokens)
+    how = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
+    if temperature > 0:
+        how |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+
+    def decode() -> None:
+        try:
+            if temperature > 0:
+                torch.manual_seed(seed)
+            judged.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                assistant_model=draft,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=[_Stop(stop)],
+                **how,
+            )
+            streamer.queue.put(None)
+        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+            streamer.queue.put(error)
+
+    since = time.perf_counter()
+    worker = threading.Thread(target=decode, daemon=True)
+    worker.start()
+    try:
+        while (kept := streamer.queue.get()) is not None:
+            if isinstance(kept, BaseException):
+                raise kept
+            for place, token in enumerate(kept):
+                told = noting.noted.get(len(progress.tokens))
+                if told is not None and told[0] == token and told[1] != token:
+                    progress.tokens.append(Token(token, "judged", *told[1:]))
+                else:
+                    progress.tokens.append(Token(token, "target" if place == len(kept) - 1 else "matched"))
+            progress.rounds.append(len(kept))
+            progress.seconds = time.perf_counter() - since
+            yield progress
+    finally:
+        stop.set()
+        worker.join()
+
+
+def coloured(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token]) -> list[tuple[str, str]]:
+    """Text and who decided it; neighbours of one source are decoded together, since a character may be spread over
+    several tokens."""
+    parts: list[tuple[str, list[int]]] = []
+    for token in tokens:
+        if not parts or parts[-1][0] != token.source:
+            parts.append((token.source, []))
+        parts[-1][1].append(token.id)
+    texts = [(tokenizer.decode(ids, skip_special_tokens=True), NAMES[source]) for source, ids in parts]
+    return [(text, name) for text, name in texts if text]
+
+
+def figures(progress: Progress) -> str:
+    """What has been measured so far, in a line."""
+    tokens, rounds, judged = len(progress.tokens), len(progress.rounds), progress.judged
+    if not rounds:
+        return ""
+    cost = sum(token.cost for token in judged)
+    return (
+        f"{tokens} tokens in {progress.seconds:.1f} s: **{tokens / progress.seconds:.1f} tokens/s**, "
+        f"**{tokens / rounds:.2f} tokens a round**, {len(judged) / tokens:.0%} judged, cost so far {cost:.2f}"
+    )
+
+
+def rows_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token]) -> list[list[str]]:
+    """Judged tokens as rows of a table: place, token, what the target would have said, cost."""
+    return [
+        [place, repr(tokenizer.decode([token.id])), repr(tokenizer.decode([token.instead])), round(token.cost, 3)]
+        for place, token in enumerate(tokens, start=1)
+        if token.source == "judged"
+    ]
+
+
+def differences(first: str, second: str) -> tuple[list[tuple[str, str | None]], list[tuple[str, str | None]]]:
+    """Two texts, word by word, with what only one of them has marked."""
+    a, b = first.split(" "), second.split(" ")
+    left, right = [], []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        mark = None if kind == "equal" else "differs"
+        left += [(" ".join(a[i:j]) + " ", mark)] if i < j else []
+        right += [(" ".join(b[k:m]) + " ", mark)] if k < m else []
+    return left, right
+
+
+def picture(rounds: dict[str, Sequence[int]]) -> Figure:
+    """One bar for each round: how many tokens it kept."""
+    figure = Figure(figsize=(8, 1.3 * len(rounds) + 0.6))
+    axes = figure.subplots(len(rounds), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, (name, kept) in zip(axes, rounds.items(), strict=True):
+        axis.bar(range(1, len(kept) + 1), kept, width=0.8)
+        axis.set_ylabel(name)
+    axes[-1].set_xlabel("round (height: tokens kept)")
+    figure.tight_layout()
+    return figure
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+UNITS = {
+    "judge": "Threshold: accepted below this probability of another meaning (0 is lossless)",
+    "lossless": "Threshold: none, nothing is accepted",
+    "margin": "Threshold: nats that a token may be less likely than the target's",
+    "KL gate": "Threshold: nats between the target's distribution and the draft's",
+}
+INTRODUCTION = """
+# Judge decoding
+
+A small **draft** model proposes tokens, the **target** checks them all at once. Stock decoding throws a draft token
+away whenever the target would have chosen another. A **judge** keeps those that would not change what the answer says,
+so that each check of the target yields more tokens. Orange is what it kept; the table lists what the target would have
+said instead, and what the judge makes of it.
+"""
+
+
+def rule_of(name: str, threshold: float, judge: Judge) -> Rule:
+    """
+    Raises:
+        ValueError: If the rule is unknown or cannot have this threshold.
+    """
+    if name not in RULES:
+        raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {name!r}.")
+    if name == "judge":
+        return JudgeRule(judge, threshold, allow_other_weights=True)
+    return {"lossless": Lossless(), "margin": Margin(threshold), "KL gate": KLGate(threshold)}[name]
+
+
+def build(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    name: str,
+    folder: Path | None = None,
+) -> gr.Blocks:
+    """
+    The page.
+
+    Args:
+        name (`str`): What the judge is loaded by.
+        folder (`Path`, *optional*): The judge's, for its curve.
+    """
+    context, special = context_of(target), sorted({*tokenizer.all_special_ids, *eos_tokens(target)})
+
+    def prepared(
+        prompt: str, rule: str, threshold: float, temperature: float, length: int
+    ) -> tuple[Rule, torch.LongTensor]:
+        """What to decode with, or an error in words."""
+        if not prompt.strip():
+            raise gr.Error("Write a prompt first, or choose one of the examples.", duration=8)
+        if len(prompt) > LONGEST_PROMPT:
+            raise gr.Error(f"The prompt has {len(prompt)} characters, more than {LONGEST_PROMPT}. Shorten it.")
+        if not 0 <= temperature <= 2 or not 1 <= length <= LONGEST_ANSWER:
+            raise gr.Error(f"The temperature must be in [0, 2], the length in [1, {LONGEST_ANSWER}] tokens.")
+        try:
+            ids = encode(tokenizer, prompt, context, int(length)).to(target.device)
+            return rule_of(rule, threshold, judge), ids
+        except TooLong as error:
+            raise gr.Error(f"The prompt is longer than the model can read. {error}") from error
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+
+    def generate(prompt: str, rule: str, threshold: float, temperature: float, length: int):
+        """Judged text as it comes: coloured parts, figures, and the judged tokens."""
+        made, ids = prepared(prompt, rule, threshold, temperature, length)
+        for progress in answer(target, draft, made, special, ids, int(length), temperature):
+            tokens = progress.tokens
+            yield coloured(tokenizer, tokens), figures(progress), rows_of(tokenizer, tokens)
+
+    def compare(prompt: str, rule: str, threshold: float, length: int):
+        """Lossless and judged, one after the other: both texts with the differences marked, and their rounds."""
+        made, ids = prepared(prompt, rule, threshold, 0.0, length)
+        done: dict[str, Progress] = {}
+        texts = {"lossless": "", rule: ""}
+        for label, decoding in (("lossless", Lossless()), (rule, made)):
+            for progress in answer(target, draft, decoding, special, ids, int(length)):
+                done[label] = progress
+                texts[label] = tokenizer.decode([token.id for token in progress.tokens], skip_special_tokens=True)
+                yield *differences(*texts.values()), gr.skip(), gr.skip()
+        lines = [f"**{label}**: {figures(progress)}" for label, progress in done.items()]
+        bars = picture({label: progress.rounds for label, progress in done.items()})
+        yield *differences(*texts.values()), bars, "\n\n".join(lines)
+
+    def code(rule: str, threshold: float, temperature: float, length: int) -> str:
+        """What to copy for these settings."""
+        sampling = f", do_sample=True, temperature={temperature:g}" if temperature else ", do_sample=False"
+        loaded = {
+            "judge": f'JudgedModel.from_pretrained(target, "{name}", threshold={threshold:g})',
+            "lossless": "JudgedModel(target, Lossless(), special_tokens=tokenizer.all_special_ids)",
+            "margin": f"JudgedModel(target, Margin({threshold:g}), special_tokens=tokenizer.all_special_ids)",
+            "KL gate": f"JudgedModel(target, KLGate({threshold:g}), special_tokens=tokenizer.all_special_ids)",
+        }[rule]
+        rules = "" if rule == "judge" else "from hf_selfjudge.rules import KLGate, Lossless, Margin\n"
+        return (
+            f"from hf_selfjudge import JudgedModel, load_model\n{rules}\n"
+            f'target, tokenizer = load_model("{target.config.name_or_path}")\n'
+            f'draft, _ = load_model("{draft.config.name_or_path}")\njudged = {loaded}\n'
+            'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
+            f"output = judged.generate(**inputs, assistant_model=draft, max_new_tokens={int(length)}{sampling})\n"
+            "print(tokenizer.decode(output[0]), judged.stats)\n"
+        )
+
+    def scaled(rule: str):
+        """The slider for a rule."""
+        begins = {"judge": (1, judge.info.threshold), "lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
+        most, value = begins[rule]
+        return gr.Slider(0, most, value, step=0.01, label=UNITS[rule], interactive=rule != "lossless")
+
+    points = judge.info.operating_points
+    with gr.Blocks(title="Judge decoding") as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                prompt = gr.Textbox(label="Prompt", lines=4, max_length=LONGEST_PROMPT, value=EXAMPLES[0])
+                gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
+                rule = gr.Dropdown(list(RULES), value="judge", label="Rule")
+                point = gr.Radio([*points], label="Operating point", visible=bool(points))
+                threshold = gr.Slider(0, 5, judge.info.threshold, step=0.01, label=UNITS["judge"])
+                temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
+                length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
+            with gr.Column(scale=2, min_width=320), gr.Tabs():
+                with gr.Tab("Generate"):
+                    with gr.Row():
+                        go, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                    text = gr.HighlightedText(
+                        label="Answer", color_map=COLOURS, combine_adjacent=True, show_legend=True, elem_id="answer"
+                    )
+                    line = gr.Markdown(elem_id="figures")
+                    table = gr.Dataframe(
+                        headers=["place", "judged token", "the target's choice", "estimated cost"],
+                        label="Judged tokens", interactive=False, elem_id="judged",
+                    )  # fmt: skip
+                with gr.Tab("Compare"):
+                    with gr.Row():
+                        both, halt = gr.Button("Compare", variant="primary"), gr.Button("Stop")
+                    with gr.Row():
+                        marks = {"differs": "#e8590c"}
+                        first = gr.HighlightedText(label="Lossless", color_map=marks, elem_id="lossless")
+                        second = gr.HighlightedText(label="With the rule", color_map=marks, elem_id="ruled")
+                    bars = gr.Plot(label="Rounds")
+                    told = gr.Markdown(elem_id="told")
+                with gr.Tab("Curve"):
+                    _curve(folder)
+                with gr.Tab("Use it"):
+                    settings = [rule, threshold, temperature, length]
+                    shown = gr.Code(language="python", value="", label="Copy this", interactive=False)
+        rule.change(scaled, rule, threshold, api_visibility="private")
+        point.change(
+            lambda name: ("judge", points[name]["threshold"]), point, [rule, threshold], api_visibility="private"
+        )
+        for setting in settings:
+            setting.change(code, settings, shown, api_visibility="private")
+        page.load(scaled, rule, threshold, api_visibility="private")
+        page.load(code, settings, shown, api_visibility="private")
+        running = go.click(generate, [prompt, *settings], [text, line, table], api_name="generate")
+        stop.click(None, cancels=[running], api_visibility="private")
+        comparing = both.click(
+            compare, [prompt, rule, threshold, length], [first, second, bars, told], api_name="compare"
+        )
+        halt.click(None, cancels=[comparing], api_visibility="private")
+    # One at a time: the machine is shared. Who comes when eight are waiting is told so.
+    return page.queue(max_size=8, default_concurrency_limit=1)
+
+
+def _curve(folder: Path | None) -> None:
+    """What was measured of the judge."""
+    results = {} if folder is None or not (folder / RESULTS).is_file() else json.loads((folder / RESULTS).read_text())
+    benches = results.get("bench", {})
+    if not benches:
+        gr.Markdown("Nothing was measured of this judge yet. `hf-selfjudge bench` and `hf-selfjudge card` do that.")
+    for name, bench in benches.items():
+        gr.Markdown(f"### {name}\n\n{bench['heading']}")
+        if (picture_file := folder / f"curve-{name}.png").is_file():
+            gr.Image(str(picture_file), show_label=False, interactive=False)
+        rows = [
+            [row["setting"], *(_rounded(row[key]) for key in ("tokens_per_round", "speed", "retention"))]
+            for row in bench["settings"]
+        ]
+        headers = ["decoding", "tokens a round", "× lossless", "retention"]
+        gr.Dataframe(rows, headers=headers, interactive=False)
+
+
+def _rounded(value: list[float] | None) -> str:
+    return "–" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value)

@@ -1,0 +1,17 @@
+"""The page as a Space: the shipped pair and its judge."""
+
+import os
+
+from hf_selfjudge import Judge, load_model
+from hf_selfjudge.cards import shipped_judge
+from hf_selfjudge.playground import build
+
+
+JUDGE = os.environ.get("JUDGE") or str(shipped_judge("qwen2.5-coder"))
+judge = Judge.from_pretrained(JUDGE)
+target, tokenizer = load_model(judge.info.target)
+draft, _ = load_model(judge.info.draft)
+page = build(target, draft, tokenizer, judge, JUDGE)
+
+if __name__ == "__main__":
+    page.launch()

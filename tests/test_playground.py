@@ -1,0 +1,171 @@
+"""The page, on the tiny pair: it streams what `generate` gives, and visitors do not get in each other's way."""
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from gradio_client import Client
+
+from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge.playground import (
+    RULES,
+    Noting,
+    answer,
+    build,
+    coloured,
+    differences,
+    figures,
+    picture,
+    rows_of,
+    rule_of,
+)
+from hf_selfjudge.rules import KLGate, Lossless, Margin
+
+from .conftest import random_judge
+
+
+@pytest.fixture
+def parts(llama, tokenizer):
+    target, draft = llama
+    return target, draft, tokenizer, random_judge(target)
+
+
+def test_streamed_text_is_what_generate_gives(parts, prompt):
+    target, draft, tokenizer, judge = parts
+    for rule in (JudgeRule(judge, 0.5), Margin(1.0), Lossless()):
+        judged = JudgedModel(target, rule, special_tokens=tokenizer.all_special_ids)
+        expected = judged.generate(prompt, assistant_model=draft, max_new_tokens=40, do_sample=False)
+        seen = [
+            (len(progress.tokens), sum(progress.rounds))
+            for progress in answer(target, draft, rule, tokenizer.all_special_ids, prompt, 40)
+        ]
+        *_, last = answer(target, draft, rule, tokenizer.all_special_ids, prompt, 40)
+        assert len(seen) == judged.stats.rounds == len(last.rounds)
+        assert all(tokens == rounds for tokens, rounds in seen)
+        assert [token.id for token in last.tokens] == expected[0, prompt.shape[1] :].tolist()
+        assert [token.source for token in last.tokens] == judged.stats.sources
+        for token in last.judged:
+            assert token.instead != token.id
+            assert 0 <= token.cost <= (0.5 if isinstance(rule, JudgeRule) else 1.0)
+
+
+def test_whoever_stops_listening_stops_it(parts, prompt):
+    target, draft, tokenizer, judge = parts
+    before = threading.active_count()
+    going = answer(target, draft, JudgeRule(judge, 0.5), [], prompt, 200)
+    assert len(next(going).tokens) < 20
+    going.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_in_decoding_arrives(parts, prompt):
+    target, draft, *_ = parts
+
+    class Broken(Lossless):
+        def accept(self, rows):
+            raise RuntimeError("broken on purpose")
+
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        list(answer(target, draft, Broken(), [], prompt, 40))
+
+
+def test_sampling_follows_its_seed(parts, prompt):
+    target, draft, tokenizer, judge = parts
+    runs = [list(answer(target, draft, JudgeRule(judge, 0.5), [], prompt, 30, 1.0, seed)) for seed in (1, 1, 2)]
+    texts = [[token.id for token in run[-1].tokens] for run in runs]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_is_shown(parts, prompt):
+    target, draft, tokenizer, judge = parts
+    *_, last = answer(target, draft, JudgeRule(judge, 0.6), tokenizer.all_special_ids, prompt, 40)
+    shown = coloured(tokenizer, last.tokens)
+    whole = tokenizer.decode([token.id for token in last.tokens], skip_special_tokens=True)
+    assert "".join(text for text, _ in shown) == whole
+    assert {name for _, name in shown} <= {"draft, matched", "draft, judged", "target"}
+    assert len(rows_of(tokenizer, last.tokens)) == len(last.judged) > 0
+    assert f"**{40 / len(last.rounds):.2f} tokens a round**" in figures(last)
+    left, right = differences("the sky is blue now", "the sky looks blue")
+    assert left == [("the sky ", None), ("is ", "differs"), ("blue ", None), ("now ", "differs")]
+    assert right == [("the sky ", None), ("looks ", "differs"), ("blue ", None)]
+    assert len(picture({"lossless": [3, 4], "judge": [5]}).axes) == 2
+    made = {type(rule_of(name, 0.5, judge)) for name in RULES}
+    assert made == {JudgeRule, KLGate, Lossless, Margin}
+    with pytest.raises(ValueError, match="`rule` must be one of judge, lossless"):
+        rule_of("luck", 0.5, judge)
+    assert Noting(JudgeRule(judge)).special_tokens == judge.info.special_tokens
+
+
+@pytest.fixture
+def page(parts, monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    target, draft, tokenizer, judge = parts
+    made = build(target, draft, tokenizer, judge, "me/tiny-judge")
+    made.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)
+    yield made
+    made.close()
+
+
+def test_eight_clients_at_once(parts, page):
+    target, draft, tokenizer, judge = parts
+    prompts = [f"why is {i} not {i + 1}?" for i in range(8)]
+
+    def ask(prompt):
+        client = Client(page.local_url, verbose=False)
+        job = client.submit(prompt, "judge", 0.5, 0, 24, api_name="/generate")
+        shown, line, _ = job.result(timeout=120)
+        assert "tokens a round" in line
+        assert len(job.outputs()) > 1
+        return "".join(part["token"] for part in shown)
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, prompts))
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        judged = JudgedModel(target, JudgeRule(judge, 0.5), special_tokens=tokenizer.all_special_ids)
+        output = judged.generate(ids, assistant_model=draft, max_new_tokens=24, do_sample=False)
+        assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", "judge", 0.5, 0, 24), "Write a prompt first"),
+        (("x" * 5000, "judge", 0.5, 0, 24), "Shorten it"),
+        (("x" * 300, "judge", 0.5, 0, 24), "longer than the model can read"),
+        (("x", "margin", -1, 0, 24), "less than minimum"),
+        (("x", "judge", 0.5, 0, 100000), "greater than maximum"),
+        (("x", "judge", 3, 0, 24), r"`threshold` must be in \[0, 1\]"),
+        (("x", "luck", 0.5, 0, 24), "luck"),
+    ],
+)
+def test_mistakes_are_told_in_words(page, arguments, message):
+    client = Client(page.local_url, verbose=False)
+    with pytest.raises(Exception, match=message):
+        client.predict(*arguments, api_name="/generate")
+
+
+def test_compare(page):
+    client = Client(page.local_url, verbose=False)
+    first, second, bars, told = client.predict("why is it so?", "judge", 0.6, 24, api_name="/compare")
+    assert "".join(part["token"] for part in first)
+    assert "".join(part["token"] for part in second)
+    assert bars["type"] == "matplotlib"
+    assert "**lossless**" in told
+    assert "**judge**" in told
+
+
+def test_memory_does_not_grow(parts, prompt):
+    target, draft, tokenizer, judge = parts
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    list(answer(target, draft, JudgeRule(judge, 0.5), [], prompt, 8))
+    before = tensors()
+    for _ in range(100):
+        list(answer(target, draft, JudgeRule(judge, 0.5), [], prompt, 8))
+    assert tensors() <= before + 5
