@@ -247,6 +247,10 @@ def decode(
     """
     _claim(folder, target, draft, tokenizer, config)
     lines = Lines(folder / f"{config.mode}.jsonl")
+    # One of each: what a judge has to try on its target is tried once, and before anything stands between them.
+    rules = {setting: setting.rule(judges) for setting in settings if setting.judge is not None}
+    for rule in rules.values():
+        rule.check_target(target)
     context, special = context_of(target), special_tokens(target, tokenizer)
     ids = [encode(tokenizer, prompt.said, context, config.max_new_tokens).to(target.device) for prompt in prompts]
     models = [target] if draft is None else [draft, target]
@@ -258,7 +262,7 @@ def decode(
         done: dict[tuple, dict] = {}
 
         def go(jobs: list[Job]) -> None:
-            made = {job.key: _made_with(job, judges) for job in jobs}
+            made = {job.key: _made_with(job, rules) for job in jobs}
             done.update(_found(lines, made))
             progress.update(bar, completed=len(done))
 
@@ -269,7 +273,7 @@ def decode(
                 progress.advance(bar)
 
             jobs = [job for job in jobs if job.key not in done]
-            (_side_by_side if config.mode == "quality" else _in_turns)(jobs, models, judges, special, config, keep)
+            (_side_by_side if config.mode == "quality" else _in_turns)(jobs, models, rules, special, config, keep)
 
         if config.mode == "timing":
             measured = _shares(Lines(folder / "quality.jsonl"), later, lines)
@@ -316,7 +320,7 @@ def _shares(lines: Iterable[dict], coins: Sequence[Setting], before: Iterable[di
     return shares
 
 
-def _side_by_side(jobs, models, judges, special, config, keep) -> None:
+def _side_by_side(jobs, models, rules, special, config, keep) -> None:
     """Many answers at a time. A prompt is read once, when its first answer begins, and forgotten with its last."""
     # The draft alone takes a forward for each token, and forwards of the draft go first: let nobody wait for a few.
     jobs = sorted(jobs, key=lambda job: job.setting.family != "draft")
@@ -330,18 +334,21 @@ def _side_by_side(jobs, models, judges, special, config, keep) -> None:
         left[job.prompt.id] -= 1
         if not left[job.prompt.id]:
             del read[job.prompt.id]
-        keep(answer(job, stand_ins, config, _rule(job, judges), special, keys))
+        rule = _rule(job, rules)
+        if rule is not None and rule.replay_on(models[-1]) is not None:
+            keys = [*keys[:-1], None]  # the adapter has to see the prompt too
+        keep(answer(job, stand_ins, config, rule, special, keys))
 
     together(models, [functools.partial(call, job) for job in jobs], at_once=config.at_once)
 
 
-def _in_turns(jobs, models, judges, special, config, keep) -> None:
+def _in_turns(jobs, models, rules, special, config, keep) -> None:
     """One answer at a time, behind a short one of each setting, so that none pays for first touches. Which setting
     comes first changes from prompt to prompt."""
     nothing = [None] * len(models)
 
     def one(job: Job, how: BenchConfig) -> dict:
-        return answer(job, [copy.copy(model) for model in models], how, _rule(job, judges), special, nothing)
+        return answer(job, [copy.copy(model) for model in models], how, _rule(job, rules), special, nothing)
 
     for job in {job.setting: job for job in reversed(jobs)}.values():
         one(job, replace(config, max_new_tokens=8))
@@ -352,8 +359,10 @@ def _in_turns(jobs, models, judges, special, config, keep) -> None:
             keep(one(job, config))
 
 
-def _rule(job: Job, judges: Mapping[str, Judge]) -> Rule | None:
-    return None if job.setting.family in WITHOUT_RULE else job.setting.rule(judges, job.share)
+def _rule(job: Job, rules: Mapping[Setting, Rule]) -> Rule | None:
+    if job.setting.family in WITHOUT_RULE:
+        return None
+    return rules[job.setting] if job.setting in rules else job.setting.rule({}, job.share)
 
 
 @torch.no_grad()
@@ -369,11 +378,11 @@ def _key(line: dict) -> tuple[str, str, int]:
     return line["setting"], line["prompt"], line["repeat"]
 
 
-def _made_with(job: Job, judges: Mapping[str, Judge]) -> str:
+def _made_with(job: Job, rules: Mapping[Setting, Rule]) -> str:
     """A digest of the prompt's tokens, the judge (its weights, and its threshold), and the share of a coin."""
     judge = None
-    if job.setting.judge is not None:
-        rule = job.setting.rule(judges)
+    if job.setting in rules:
+        rule = rules[job.setting]
         threshold = [rule.threshold] if job.setting.values else rule.threshold
         judge = [fingerprint(rule.judge), rule.special_tokens, threshold]
     return hashlib.sha256(json.dumps([job.ids.tolist(), judge, job.share]).encode()).hexdigest()[:16]

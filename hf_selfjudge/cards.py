@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from matplotlib.figure import Figure
 
 from .files import whole, write_json, write_text
+from .sources import fingerprint
 
 
 if TYPE_CHECKING:
-    from .judge import JudgeInfo
+    from .judge import Judge, JudgeInfo
 
 
 # In a wheel the cards lie inside the package, in a checkout beside it.
@@ -30,6 +32,7 @@ HUB_CARDS = next(
 SHIPPED = {"qwen2.5-coder": "qwen2.5-coder-1.5b-selfjudge"}
 RESULTS = "results.json"  # in a judge's folder: what the card tells of decoding
 LOOKUP = "prompt lookup"  # instead of a draft's name
+PARTS = ("mining", "fit", "held_out", "calibration")  # of what a judge tells of its training
 # Of a bench, what goes into a card.
 KEPT = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
 
@@ -77,7 +80,9 @@ def render_card(info: JudgeInfo, name: str, results: dict) -> str:
         template_path=str(HUB_CARDS / "judge_card.md"),
         name=name,
         info=info,
-        **info.training,
+        **{
+            part: info.training[part] for part in ("mining", "fit", "held_out", "calibration") if part in info.training
+        },
         lookup=info.draft == LOOKUP,
         label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
@@ -106,7 +111,7 @@ def _metrics(name: str, bench: dict) -> list[EvalResult]:
     ]
 
 
-def write_card(info: JudgeInfo, folder: str | os.PathLike) -> Path:
+def write_card(judge: Judge, folder: str | os.PathLike) -> Path:
     """
     Write the card beside the judge.
 
@@ -117,19 +122,20 @@ def write_card(info: JudgeInfo, folder: str | os.PathLike) -> Path:
         OSError: If the card cannot be written.
     """
     folder = Path(folder)
-    write_text(folder / "README.md", render_card(info, folder.resolve().name, read_results(folder)))
+    write_text(folder / "README.md", render_card(judge.info, folder.resolve().name, read_results(folder, judge)))
     return folder / "README.md"
 
 
-def read_results(folder: str | os.PathLike) -> dict:
-    """What was measured of the judge in `folder`; empty if nothing was."""
+def read_results(folder: str | os.PathLike, judge: Judge) -> dict:
+    """What was measured of the judge in `folder`; empty if nothing was, or of other weights."""
     path = Path(folder) / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("weights") == fingerprint(judge) else {}
 
 
 def add_results(
     folder: str | os.PathLike,
-    weights: str,
+    judge: Judge,
     quickstart: str | os.PathLike | None = None,
     benches: Sequence[str | os.PathLike] = (),
 ) -> None:
@@ -137,14 +143,14 @@ def add_results(
     Note results beside the judge in `folder`, with the curves of benches.
 
     Args:
-        weights (`str`): Its fingerprint.
         quickstart (`str`, *optional*): What `hf-selfjudge quickstart --json` wrote.
         benches (`Sequence[str]`): Folders of `hf-selfjudge bench`; their names are those of the results.
 
     Raises:
         ValueError: If a file is something else, or of another judge.
     """
-    folder, results = Path(folder), read_results(folder)
+    folder = Path(folder)
+    results = read_results(folder, judge) | {"weights": fingerprint(judge)}
     if quickstart is not None:
         found = json.loads(Path(quickstart).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not {"pair", "prompts", "runs"} <= found.keys():
@@ -152,18 +158,16 @@ def add_results(
         results["quickstart"] = found
     for bench in map(Path, benches):
         found = read_quality(bench)
-        family = family_in(found, weights, bench)
+        family, name = family_in(found, judge, bench), re.sub(r"[^\w-]", "-", bench.resolve().name)
         others = {*found["judges"]} - {family}
-        rows = [
-            row for row in found["settings"] if not {row["family"], row["family"].removeprefix("coin like ")} & others
-        ]
-        results.setdefault("bench", {})[bench.resolve().name] = {
-            **{key: found[key] for key in ("heading", "prompts", "categories")},
+        rows = [row for row in found["settings"] if row["family"].removeprefix("coin like ") not in others]
+        results.setdefault("bench", {})[name] = {
+            **{key: found[key] for key in ("heading", "prompts", "categories", "dataset")},
             "family": family,
-            "settings": [{key: row[key] for key in KEPT} for row in rows],
+            "settings": [{key: row[key] for key in KEPT} | {"task": row["measures"].get("task")} for row in rows],
             "comparisons": [row for row in found["comparisons"] if row["first"] == family],
         }
-        shutil.copyfile(bench / "curve.png", folder / f"curve-{bench.resolve().name}.png")
+        shutil.copyfile(bench / "curve.png", folder / f"curve-{name}.png")
     write_json(folder / RESULTS, results)
 
 
@@ -180,18 +184,15 @@ def read_quality(bench: str | os.PathLike) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["quality"]
 
 
-def family_in(quality: dict, weights: str, bench: str | os.PathLike) -> str:
+def family_in(quality: dict, judge: Judge, bench: str | os.PathLike) -> str:
     """
     Which curve of a bench is that of a judge.
-
-    Args:
-        weights (`str`): The judge's fingerprint.
 
     Raises:
         ValueError: If none is.
     """
-    for family, fingerprint in quality["judges"].items():
-        if fingerprint == weights:
+    for family, weights in quality["judges"].items():
+        if weights == fingerprint(judge):
             return family
     raise ValueError(f"`bench`: {bench} has no results of this judge. Run `hf-selfjudge bench --rule judge:FOLDER=…`.")
 
@@ -218,37 +219,35 @@ def plot_reliability(rows: list[dict], path: str | os.PathLike) -> None:
         figure.savefig(incomplete, metadata={"Software": None} if Path(path).suffix == ".png" else None)
 
 
-def published(folder: str | os.PathLike, info: JudgeInfo, repo_id: str) -> dict[str, Path | bytes]:
+def published(folder: str | os.PathLike, judge: Judge, repo_id: str) -> dict[str, Path | bytes]:
     """
     What belongs into the repo of a judge: its files, the card under its name there, plots and results, and the code
     that `generate(custom_generate=…)` loads.
     """
-    folder, results = Path(folder), read_results(folder)
-    names = [
-        "config.json",
-        "model.safetensors",
-        *(["adapter_config.json", "adapter_model.safetensors"] * info.adapter),
-    ]
-    files: dict[str, Path | bytes] = {name: folder / name for name in names}
-    files |= {path.name: path for path in sorted(folder.glob("*.png"))}
-    if results:
-        files[RESULTS] = folder / RESULTS
+    folder, info = Path(folder), judge.info
+    results = read_results(folder, judge)
+    names = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
+    files: dict[str, Path | bytes] = {name: folder / name for name in names[: 4 if info.adapter else 2]}
+    pictures = ["reliability.png"] if "held_out" in info.training else []
+    pictures += [f"curve-{name}.png" for name in results.get("bench", {})]
+    files |= {name: folder / name for name in [*pictures, *([RESULTS] if results else [])]}
     files["README.md"] = render_card(info, repo_id, results).encode()
     stub = (HUB_CARDS / "custom_generate" / "generate.py").read_text(encoding="utf-8")
     files["custom_generate/generate.py"] = stub.replace("{{ repo_id }}", repo_id).encode()
     files["custom_generate/requirements.txt"] = HUB_CARDS / "custom_generate" / "requirements.txt"
-    for name, bench in results.get("bench", {}).items():
+    for bench in results.get("bench", {}).values():
+        scored = [row for row in bench["settings"] if row["family"] == bench["family"] and row["task"]]
+        if bench["dataset"] is None or not scored:
+            continue  # such a file is about a benchmark of the Hub, and a score on it
         entries = [
             EvalResultEntry(
-                dataset_id=name,
-                task_id=row["setting"],
-                value=round(row["retention"][0], 4),
-                notes=f"retention; {row['tokens_per_round'][0]:.2f} tokens a round; {bench['heading']}",
+                dataset_id=bench["dataset"],
+                task_id="default",
+                value=round(row["task"][0], 4),
+                notes=f"{row['setting']}, {row['tokens_per_round'][0]:.2f} tokens a round; {bench['heading']}",
             )
-            for row in bench["settings"]
-            if row["family"] == bench["family"] and row["retention"]
+            for row in scored
         ]
-        files[f".eval_results/{name}.yaml"] = yaml.safe_dump(
-            eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
-        ).encode()
+        content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        files[f".eval_results/{bench['dataset'].replace('/', '--')}.yaml"] = content.encode()
     return files

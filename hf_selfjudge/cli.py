@@ -436,7 +436,10 @@ def bench_command(
     if mode == "quality":
         scorer = Scorer(tokenizer, output, allow_code, target if ask else None, embeddings)
         found = summarise_quality(grid_of(lines, questions, settings, scorer), lines)
-        found["judges"] = {family_of(s): fingerprint(judges[s.judge]) for s in settings if s.judge is not None}
+        judged = [setting for setting in settings if setting.judge is not None]
+        found["judges"] = {family_of(setting): fingerprint(judges[setting.judge]) for setting in judged}
+        found["thresholds"] = {setting.name: setting.rule(judges).threshold for setting in judged}
+        found["dataset"] = None if Path(prompts).exists() else prompts
         plot_curve(found, output / "curve.png")
     else:
         found = summarise_timing(lines, questions, settings)
@@ -458,14 +461,14 @@ def calibrate_command(
     """Give thresholds names: the fastest that keep 99, 97 and 90 % of the quality of a bench's lossless answers."""
     found = Judge.from_pretrained(judge)
     quality = read_quality(bench)
-    family = family_in(quality, fingerprint(found), bench)
+    family = family_in(quality, found, bench)
     points = operating_points(quality, family)
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
     made = {"prompts": quality["prompts"], "categories": quality["categories"], "heading": quality["heading"]}
     found.info = replace(found.info, operating_points=points, training=found.info.training | {"calibration": made})
     found.save_pretrained(judge)
-    write_card(found.info, judge)
+    write_card(found, judge)
     for name, point in points.items():
         console.print(
             f"{name}: threshold {point['threshold']:g}, {point['tokens_per_round'][0]:.2f} tokens a round, retention "
@@ -487,8 +490,8 @@ def card(
     """Write a judge's card anew, with results of decoding; they are kept beside it."""
     found = Judge.from_pretrained(judge)
     if results or bench:
-        add_results(judge, fingerprint(found), results, bench or [])
-    console.print(f"Card written to {write_card(found.info, judge)}", soft_wrap=True)
+        add_results(judge, found, results, bench or [])
+    console.print(f"Card written to {write_card(found, judge)}", soft_wrap=True)
 
 
 Repo = Annotated[str, typer.Argument(help="USER/NAME on the Hub.")]

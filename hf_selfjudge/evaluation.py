@@ -54,7 +54,7 @@ def held_out(
     args: JudgeConfig,
     folds: int | None,
     by: str = "prompt_id",
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """
     What a judge says of rows that it was not trained on.
 
@@ -66,7 +66,8 @@ def held_out(
         by (`str`): Column that makes the groups.
 
     Returns:
-        `np.ndarray` of shape `(rows,)`: log-odds; NaN where the label is not known.
+        Two `np.ndarray` of shape `(rows,)`: log-odds (NaN where the label is not known), and the part that the row is
+        of.
 
     Raises:
         ValueError: If there are too few groups.
@@ -79,17 +80,18 @@ def held_out(
             f"`labels`: {count} values of {by!r} are too few for {folds or count} folds. Mine at least "
             f"{2 * folds if folds else 2}."
         )
-    odds = np.full(len(known), np.nan)
+    odds, part = np.full(len(known), np.nan), np.zeros(len(known), int)
     splits = GroupKFold(folds) if folds else LeaveOneGroupOut()
-    for train, test in splits.split(rows, groups=groups[rows]):
+    for number, (train, test) in enumerate(splits.split(rows, groups=groups[rows])):
+        part[rows[test]] = number
         odds[rows[test]] = fit(labels.select(rows[train]), _quiet(args)).odds(labels.select(rows[test]))
-    return odds
+    return odds, part
 
 
 def _quiet(args: JudgeConfig) -> JudgeConfig:
     """The same training, of which nothing is said or written."""
     args = copy.copy(args)
-    args.disable_tqdm, args.resume_from_checkpoint = True, None
+    args.disable_tqdm, args.push_to_hub, args.resume_from_checkpoint, args.report_to = True, False, None, []
     args.logging_strategy = args.eval_strategy = IntervalStrategy.NO
     args.save_strategy = SaveStrategy.NO
     return args
@@ -129,7 +131,9 @@ def reliability(probability: np.ndarray, label: np.ndarray) -> list[dict]:
     ]
 
 
-def evaluate(labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, config: HeldOutConfig) -> dict:
+def evaluate(
+    labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, part: np.ndarray, config: HeldOutConfig
+) -> dict:
     """
     The judge beside the training-free scores on held-out rows.
 
@@ -137,6 +141,7 @@ def evaluate(labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, conf
         labels (`datasets.Dataset`): The rows.
         label (`np.ndarray` of shape `(rows,)`): Their label, in [0, 1].
         odds (`np.ndarray` of shape `(rows,)`): Held-out log-odds.
+        part (`np.ndarray` of shape `(rows,)`): See [`held_out`]. Probabilities of a part are calibrated on the others.
 
     Returns:
         `dict` with the number of rows and prompts; the mean label; the log loss, and that of the mean label; the
@@ -144,7 +149,11 @@ def evaluate(labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, conf
         elsewhere, each as `[value, low, high]` with a 95 % bootstrap interval over prompts; and the mean label, and
         the share of changed answers, among the 25, 50 and 75 % accepted.
     """
-    probability, prompt = expit(odds), np.array(labels["prompt_id"][:])
+    prompt, probability = np.array(labels["prompt_id"][:]), np.empty(len(odds))
+    for number in np.unique(part):
+        here = part == number
+        slope, intercept = calibrate(odds[~here], label[~here])
+        probability[here] = expit(slope * odds[here] + intercept)
     flipped = np.array(labels["flipped"][:], dtype=float)
     lost = 1 - np.array(labels["reconvergence"][:], dtype=float)
     scalars = np.stack(labels.with_format("numpy")["scalars"][:])
@@ -161,10 +170,10 @@ def evaluate(labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, conf
         "reliability": reliability(probability, label),
         "scores": {},
     }
-    for name, score in {"judge": probability, "margin": margin, "low log-probability": -logprob}.items():
+    for name, score in {"judge": odds, "margin": margin, "low log-probability": -logprob}.items():
         result["scores"][name] = {
             "auc_changed_answer": interval(flipped, score, prompt, known, auc, config),
-            "rank_correlation_text": interval(lost, score, prompt, ~known, rank_correlation, config),
+            "rank_correlation_text": interval(lost, score, prompt, ~known & ~np.isnan(lost), rank_correlation, config),
             "mean_label_among_accepted": _among_accepted(label, score),
             "changed_among_accepted": _among_accepted(flipped[known], score[known]),
         }

@@ -47,8 +47,8 @@ def upload(
     tag: str | None = None,
 ) -> CommitInfo:
     """
-    Publish files as one commit: contents first, then the commit that names them. Until that, and if it is refused, the
-    repo is as it was.
+    Publish files as one commit: contents first, then the commit that names them. Until that, and if it is refused,
+    what the repo holds is as it was.
 
     Args:
         repo_id (`str`): Made if it is not there.
@@ -60,11 +60,22 @@ def upload(
         tag (`str`, *optional*): To set on the commit.
 
     Raises:
+        FileNotFoundError: If one of `files` is not there.
+        ValueError: If there is such a tag already.
         HubError: If it was refused or interrupted.
     """
     api = HfApi(token=token)
+    if missing := [path for path in files.values() if isinstance(path, Path) and not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} is not there.")
     try:
-        if not (create_pr and api.repo_exists(repo_id, repo_type=repo_type)):
+        exists = api.repo_exists(repo_id, repo_type=repo_type)
+        tags = api.list_repo_refs(repo_id, repo_type=repo_type).tags if tag is not None and exists else []
+    except (HTTPError, OSError, ValueError) as error:
+        raise HubError(f"`repo_id`: {repo_id} could not be looked at ({said(error)}).") from error
+    if tag in {ref.name for ref in tags}:
+        raise ValueError(f"`tag`: {repo_id} has a tag {tag!r} already. Choose another one.")
+    try:
+        if not (create_pr and exists):
             api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
@@ -80,7 +91,7 @@ def upload(
             api.create_tag(repo_id, tag=tag, revision=made.oid, repo_type=repo_type)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of an upload outside of git
         raise HubError(
-            f"`repo_id`: {repo_id} could not be written ({_said(error)}). Log in with `hf auth login`, or pass a "
+            f"`repo_id`: {repo_id} could not be written ({said(error)}). Log in with `hf auth login`, or pass a "
             "token that may write there."
         ) from error
     return made
@@ -146,7 +157,7 @@ def download(
     except HFValidationError as error:
         raise ValueError(f"{reference} is neither a folder nor a name on the Hub ({error}).") from error
     except (HTTPError, OSError) as error:
-        raise HubError(f"{name} of {reference} could not be fetched ({_said(error)}). Try again.") from error
+        raise HubError(f"{name} of {reference} could not be fetched ({said(error)}). Try again.") from error
     _check_size(str(reference), name, path.stat().st_size, limit)
     return path
 
@@ -158,6 +169,6 @@ def _check_size(reference: str, name: str, size: int, limit: int) -> None:
         )
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """Its first line; the others repeat addresses."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -172,7 +172,7 @@ class Judge(torch.nn.Module):
             self.save_pretrained(folder)
             if measured := self.info.training.get("held_out"):
                 plot_reliability(measured["reliability"], Path(folder) / "reliability.png")
-            return upload(repo_id, published(folder, self.info, repo_id), "Upload judge", **how)
+            return upload(repo_id, published(folder, self, repo_id), "Upload judge", **how)
 
     @classmethod
     def from_pretrained(
@@ -210,10 +210,12 @@ class Judge(torch.nn.Module):
         config = fetch(CONFIG, CONFIG_LIMIT, revision)
         if not Path(reference).is_dir():
             revision = config.parent.name  # the commit: all files are of one
-        judge = cls(_read_info(config))
+        info = _read_info(config)
+        with torch.device("meta"):  # nothing is allocated before the weights are known to be there
+            judge = cls(info)
         expected = {name: tuple(tensor.shape) for name, tensor in judge.state_dict().items()}
         size = sum(4 * math.prod(shape) for shape in expected.values())
-        judge.load_state_dict(_read_tensors(fetch(WEIGHTS, size + HEADER_LIMIT, revision), expected))
+        judge.load_state_dict(_read_tensors(fetch(WEIGHTS, size + HEADER_LIMIT, revision), expected), assign=True)
         if judge.info.adapter:
             settings = _read_json(fetch(ADAPTER_CONFIG, CONFIG_LIMIT, revision))
             judge.adapter = Adapter(settings, _read_tensors(fetch(ADAPTER, ADAPTER_LIMIT, revision)))
@@ -242,7 +244,8 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None
                 raise ValueError(
                     f"`judge`: {path} holds numbers of type {', '.join(sorted(types))}; fp32 is expected."
                 )
-            tensors = {name: file.get_tensor(name) for name in found}
+            # Copies: where a file is mapped into memory, sums may be rounded otherwise.
+            tensors = {name: file.get_tensor(name).clone() for name in found}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"`judge`: {path} is not a whole safetensors file ({error}). It is truncated, or of another format (a "
@@ -302,6 +305,8 @@ def _check_info(info: JudgeInfo) -> None:
         values = getattr(info, name)
         if not all(isinstance(value, kind) for value in values) or len(set(values)) < len(values):
             raise ValueError(f"{name} is no list of different values of type {kind.__name__}")
+    if not all(0 <= token < 2**31 for token in info.special_tokens):
+        raise ValueError("special_tokens are not all tokens")
     thresholds = [info.threshold, *(point["threshold"] for point in _points(info))]
     if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds):
         raise ValueError(f"thresholds {thresholds} are not all in [0, 1]")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .features import SCALARS, candidate_scalars
+from .hub import said
 from .meaning import final_number, has_code, passes_tests, reconvergence, says_no
 from .mismatches import Answer, Substitution, eos_tokens, find_looked_up, find_substitutions, sample
 from .rewrites import Followed, follow
@@ -312,9 +313,12 @@ def folders_of(references: Sequence[str | os.PathLike], token: str | None = None
         except (HTTPError, OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"`labels`: {reference} is neither a folder nor a dataset on the Hub that could be fetched "
-                f"({str(error).strip().splitlines()[0]})."
+                f"({said(error)})."
             ) from error
-        folders += sorted(path.parent for path in Path(snapshot).glob("*/mining.json"))
+        found = sorted(path.parent for path in Path(snapshot).glob("*/mining.json"))
+        if not found:
+            raise FileNotFoundError(f"`labels`: {reference} is a dataset, but not of labels.")
+        folders += found
     return folders
 
 

@@ -264,13 +264,13 @@ def find_looked_up(answer: Answer, never: list[int], length: int) -> list[Substi
         met = start == next_round
         if met:
             next_round = start + 1 + (min(len(proposed), len(rest)) if same is None else same)
-        if same is None:
-            continue
-        position, token = start + same, proposed[same]
-        choice = choices[position]
-        if token != choice and not special & {token, choice} and (met or (position, token) not in found):
-            kind = "mismatch" if met else "alternative"
-            found[position, token] = Substitution(position, choice, token, kind, 0)
+        # Where it follows the answer, it differs from the target's choice if a judge accepted that.
+        followed = zip(range(start, len(text)), proposed if same is None else proposed[: same + 1], strict=False)
+        for position, token in followed:
+            choice = choices[position]
+            if token != choice and not special & {token, choice} and (met or (position, token) not in found):
+                kind = "mismatch" if met else "alternative"
+                found[position, token] = Substitution(position, choice, token, kind, 0)
     return sorted(found.values(), key=lambda substitution: substitution.position)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .cards import HUB_CARDS, published, read_quality
-from .hub import HubError, download, upload
+from .hub import HubError, download, said, upload
 from .judge import Judge
 from .labels import load_labels, mining_of
 
@@ -40,10 +40,10 @@ def push_judge(folder: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
 
     Raises:
         FileNotFoundError, ValueError: If the folder holds no judge, or a damaged one.
-        HubError: If it was refused or interrupted; the repo is as it was.
+        HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     judge = Judge.from_pretrained(folder)
-    return upload(repo_id, published(folder, judge.info, repo_id), "Upload judge", **how)
+    return upload(repo_id, published(folder, judge, repo_id), "Upload judge", **how)
 
 
 def pull_judge(
@@ -64,13 +64,15 @@ def pull_judge(
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"`output`: {folder} is not empty. Choose another folder.")
-    judge = Judge.from_pretrained(repo_id, revision=revision, token=token)
-    try:
-        api = HfApi(token=token)
+    api = HfApi(token=token)
+    try:  # the commit first, so that everything is of one
         commit = api.model_info(repo_id, revision=revision).sha
         names = [name for name in api.list_repo_files(repo_id, revision=commit) if BESIDE.fullmatch(name)]
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        commit, names = revision, []  # loading says what is wrong
     except (HTTPError, OSError) as error:
-        raise HubError(f"{repo_id} could not be listed ({error}). Try again.") from error
+        raise HubError(f"{repo_id} could not be listed ({said(error)}). Try again.") from error
+    judge = Judge.from_pretrained(repo_id, revision=commit, token=token)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         whole = Path(temporary) / "whole"
@@ -96,7 +98,7 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> Co
 
     Raises:
         FileNotFoundError, ValueError: If a folder has no labels, or they are of different pairs.
-        HubError: If it was refused or interrupted; the repo is as it was.
+        HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     mining, files, parts = mining_of(folders), {}, []
     for folder, made in zip(map(Path, folders), mining, strict=True):
@@ -129,7 +131,7 @@ def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
 
     Raises:
         FileNotFoundError: If the folder holds no results.
-        HubError: If it was refused or interrupted; the repo is as it was.
+        HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     bench = Path(bench)
     read_quality(bench)
@@ -152,7 +154,7 @@ def push_space(name: str, repo_id: str, **how) -> CommitInfo:
 
     Raises:
         FileNotFoundError: If there is none of this name.
-        HubError: If it was refused or interrupted; the repo is as it was.
+        HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     known = sorted(path.parent.name for path in SPACES.glob("*/README.md"))
     if name not in known:

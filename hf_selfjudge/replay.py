@@ -22,7 +22,11 @@ from .hidden import Entered, HiddenTap
 # As PEFT writes them: the last number in a module's path before its name in the layer.
 NAME = re.compile(r"base_model\.model\.(?P<layers>.+?)\.(?P<layer>\d+)\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # What an adapter may have switched on that changes more than an added product of two matrices.
-UNSUPPORTED = ("use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+UNSUPPORTED = (
+    *("use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"),
+    *("alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora"),
+    *("use_bdlora", "kasa_config", "velora_config", "monteclora_config", "arrow_config"),
+)
 
 
 @dataclass
@@ -43,13 +47,18 @@ class Adapter:
             raise ValueError(f"`adapter`: only LoRA can be replayed, got {self.config.get('peft_type')!r}.")
         if found := [name for name in UNSUPPORTED if self.config.get(name) not in (None, False, "none", {}, [])]:
             raise ValueError(f"`adapter`: {', '.join(found)} cannot be replayed. Use plain LoRA.")
+        if self.config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+            raise ValueError("`adapter`: `init_lora_weights` changes the target's own weights. Use plain LoRA.")
         for name in ("r", "lora_alpha"):
             value = self.config.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**16:
                 raise ValueError(f"`adapter`: {name} must be a number above 0, got {value!r}.")
-        if unknown := [name for name in self.tensors if not NAME.fullmatch(name)]:
-            raise ValueError(f"`adapter`: {unknown[0]!r} is no weight of a LoRA adapter in numbered layers.")
-        sides = [(part["layer"], part["module"], part["side"]) for part in map(NAME.fullmatch, self.tensors)]
+        if unknown := [name for name in self.tensors if len(name) > 300 or not NAME.fullmatch(name)]:
+            raise ValueError(f"`adapter`: {unknown[0][:300]!r} is no weight of a LoRA adapter in numbered layers.")
+        parts = [*map(NAME.fullmatch, self.tensors)]
+        if len({part["layers"] for part in parts}) > 1:
+            raise ValueError("`adapter` is in layers of several parts of a model, of which one can be replayed.")
+        sides = [(part["layer"], part["module"], part["side"]) for part in parts]
         if not sides or {place[:2] for place in sides if place[2] == "A"} != {p[:2] for p in sides if p[2] == "B"}:
             raise ValueError("`adapter` has not both matrices of each module.")
 
@@ -92,6 +101,11 @@ class Replay:
             raise ValueError(
                 f"`target` ({type(target).__name__}) has no layers that could be replayed with the judge's adapter. "
                 "Use a judge without one."
+            )
+        if len({parameter.device for parameter in target.parameters()}) > 1:
+            raise ValueError(
+                "`target` is spread over several devices: its last layers cannot be replayed with the judge's "
+                "adapter. Use a judge without one."
             )
         first, count = min(layer for layer, _ in products), len(layers)
         if max(layer for layer, _ in products) >= count:
@@ -198,7 +212,8 @@ def _add(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float
     """Add the product to what a linear layer gives."""
 
     def added(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return output + (inputs[0].to(a.dtype) @ a.T @ b.T * scale).to(output.dtype)
+        first, second = a.to(output.device), b.to(output.device)
+        return output + (inputs[0].to(a.dtype) @ first.T @ second.T * scale).to(output.dtype)
 
-    a, b = (part.to(module.weight.device, torch.float32) for part in (a, b))
+    a, b = a.to(module.weight.device, torch.float32), b.to(module.weight.device, torch.float32)
     module.register_forward_hook(added)

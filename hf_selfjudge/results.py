@@ -195,7 +195,7 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
     For each of `OPERATING_POINTS` the fastest of a judge's measured thresholds that keeps so much, if one does.
 
     Args:
-        quality (`dict`): Of [`summarise_quality`].
+        quality (`dict`): Of [`summarise_quality`], and in `thresholds` that of each setting of a judge.
         family (`str`): The judge's curve in it.
 
     Returns:
@@ -215,7 +215,7 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
         if able:
             best = max(able, key=lambda row: row["speed"][0])
             measured = {key: best[key] for key in ("retention", "speed", "tokens_per_round", "accepted_share")}
-            threshold = float(best["setting"].rpartition("=")[2])
+            threshold = quality["thresholds"][best["setting"]]
             points[name] = {"threshold": threshold, "for_retention": level, **measured}
     return points
 

@@ -8,7 +8,6 @@ trained with the judge.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
@@ -40,12 +40,13 @@ from .features import SCALARS, STATES
 from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
 from .mismatches import special_tokens
 from .replay import Adapter
-from .sources import fingerprint, load_model
+from .sources import HalfLinear, fingerprint, load_model, resolve_model
 
 
 LABELS = ("changed", "flipped", "lost", "says_no", "likelihood", "confidence")
 SCORES = ("likelihood", "confidence")  # in nats: what is above a threshold counts as changed
 IGNORED = -100.0  # label of what is padding
+NONE = ["none"]  # how a command line says that a list is empty
 
 
 @dataclass
@@ -71,11 +72,11 @@ class JudgeConfig(TrainingArguments):
         > Parameters that control the judge
 
         scalars (`list[str]`, *optional*, defaults to all):
-            Scalar features that it looks at.
+            Scalar features that it looks at; `"none"` for none.
         states (`list[str]`, *optional*, defaults to all):
-            Hidden states that it looks at.
+            Hidden states that it looks at; `"none"` for none.
         components (`int`, *optional*, defaults to `64`):
-            Principal components that are kept of each hidden state.
+            Principal components that are kept of each hidden state, at most its dimensions.
 
         > Parameters that control the training
 
@@ -83,6 +84,8 @@ class JudgeConfig(TrainingArguments):
             Initial learning rate of the AdamW optimizer.
         max_steps (`int`, *optional*, defaults to `500`):
             Steps of training.
+        num_train_epochs (`float`, *optional*, defaults to `0`):
+            Passes over the labels, instead of `max_steps` if it is not 0.
         per_device_train_batch_size (`int`, *optional*, defaults to `256`):
             Substitutions (through the model: answers) of a training batch on each device.
         per_device_eval_batch_size (`int`, *optional*, defaults to `256`):
@@ -118,14 +121,20 @@ class JudgeConfig(TrainingArguments):
         },
     )
     scalars: list[str] = field(
-        default_factory=lambda: list(SCALARS), metadata={"help": "Scalar features that it looks at."}
+        default_factory=lambda: list(SCALARS), metadata={"help": "Scalar features that it looks at; 'none' for none."}
     )
     states: list[str] = field(
-        default_factory=lambda: list(STATES), metadata={"help": "Hidden states that it looks at."}
+        default_factory=lambda: list(STATES), metadata={"help": "Hidden states that it looks at; 'none' for none."}
     )
-    components: int = field(default=64, metadata={"help": "Principal components that are kept of each hidden state."})
+    components: int = field(
+        default=64,
+        metadata={"help": "Principal components that are kept of each hidden state, at most its dimensions."},
+    )
     learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate of the AdamW optimizer."})
     max_steps: int = field(default=500, metadata={"help": "Steps of training."})
+    num_train_epochs: float = field(
+        default=0, metadata={"help": "Passes over the labels, instead of 'max_steps' if it is not 0."}
+    )
     per_device_train_batch_size: int = field(
         default=256,
         metadata={"help": "Substitutions (through the model: answers) of a training batch on each device."},
@@ -153,6 +162,11 @@ class JudgeConfig(TrainingArguments):
             raise ValueError(f"`label` must be one of {', '.join(LABELS)}, got {self.label!r}.")
         if self.label_threshold is not None and self.label not in SCORES:
             raise ValueError(f"`label_threshold` is for the labels {' and '.join(SCORES)}, not {self.label!r}.")
+        self.scalars, self.states = ([] if names == NONE else names for names in (self.scalars, self.states))
+        if self.num_train_epochs:
+            self.max_steps = -1
+        if self.push_to_hub:
+            self.hub_strategy = "end"  # what is published is the judge, not the folder with its checkpoints
         for name, known in (("scalars", SCALARS), ("states", STATES)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"`{name}` must be among {', '.join(known)}, got {', '.join(sorted(unknown))}.")
@@ -174,11 +188,15 @@ def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
         mining (`Mapping`): How its labels were mined, see [`mining_of`].
     """
     of = {name: mining[name] for name in ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft")}
-    return Judge(JudgeInfo(**of, special_tokens=mining["special_tokens"], threshold=0.5, **_looks_at(args)))
+    return Judge(
+        JudgeInfo(
+            **of, special_tokens=mining["special_tokens"], threshold=0.5, **_looks_at(args, mining["hidden_size"])
+        )
+    )
 
 
-def _looks_at(args: JudgeConfig) -> dict:
-    return {"components": args.components, "scalars": args.scalars, "states": args.states}
+def _looks_at(args: JudgeConfig, hidden_size: int) -> dict:
+    return {"components": min(args.components, hidden_size), "scalars": args.scalars, "states": args.states}
 
 
 def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
@@ -338,14 +356,21 @@ class TargetWithJudge(torch.nn.Module):
         judge ([`Judge`]): Made for it.
 
     Raises:
-        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or the judge is for
-            another one.
+        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), its weights are packed
+            so that nothing can be trained through them, or the judge is for another one.
     """
 
     def __init__(self, target: PreTrainedModel | PeftModel, judge: Judge):
         super().__init__()
         self.target, self.judge = target, judge
         base = target.get_base_model() if isinstance(target, PeftModel) else target
+        if any(isinstance(module, HalfLinear) for module in base.modules()):
+            raise ValueError(
+                "`model`: through packed half-precision weights no gradient comes. Load the target in another type: "
+                "`load_model(name, torch.bfloat16)`."
+            )
+        if base is target:  # PEFT gives the weights other names
+            judge.check_target(target)
         if not packs(base):
             raise ValueError(
                 f"`model`: the attention of {type(base).__name__} takes no mask in which substitutes stand side by "
@@ -394,7 +419,8 @@ class JudgeTrainer(Trainer):
     >>> from hf_selfjudge import JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge
 
     >>> args = JudgeConfig("my-judge")
-    >>> trainer = JudgeTrainer(new_judge(mining_of("labels"), args), args, train_dataset=load_labels("labels"))
+    >>> judge = new_judge(mining_of(["labels"])[0], args)
+    >>> trainer = JudgeTrainer(judge, args, train_dataset=load_labels("labels"))
     >>> trainer.train()
     >>> trainer.save_model()
     ```
@@ -409,7 +435,8 @@ class JudgeTrainer(Trainer):
 
             A judge that was not trained yet first takes its normalisation and its components from `train_dataset`.
         args ([`JudgeConfig`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used.
+            Configuration for this trainer. If `None`, a default configuration is used: that of [`JudgeConfig`], or
+            through the model one pass over the answers, 4 at a time, with a learning rate of 5e-4.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Function to form a batch. Will default to [`DataCollatorForSubstitutions`], or through the model to
             [`DataCollatorForJudge`].
@@ -433,14 +460,6 @@ class JudgeTrainer(Trainer):
             Adapter to train in the target. If `None`, the head alone is trained.
     """
 
-    _tag_names = ["hf_selfjudge", "judge-trainer"]
-    _name = "Judge"
-    _paper = {
-        "title": "SelfJudge: Faster Speculative Decoding via Self-Supervised Judge Verification",
-        "id": "2510.02329",
-    }
-    _template_file = "judge_card.md"
-
     def __init__(
         self,
         model: Judge | TargetWithJudge | PreTrainedModel | str,
@@ -457,20 +476,23 @@ class JudgeTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else _judge_of(model).info.target
-            args = JudgeConfig(f"{name.split('/')[-1]}-Judge")
+            through = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 5e-4}
+            args = JudgeConfig(f"{_name_of(model)}-Judge", **({} if isinstance(model, Judge) else through))
         if not isinstance(train_dataset, datasets.Dataset):
             raise TypeError(f"`train_dataset` must be a `Dataset` of labels, got `{type(train_dataset).__name__}`.")
         set_seed(args.seed)
         if isinstance(model, str):
-            model, tokenizer = load_model(model)
+            model, tokenizer = load_model(model, torch.bfloat16)
             processing_class = processing_class or tokenizer
         if isinstance(model, PreTrainedModel):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model.config.name_or_path)
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(resolve_model(model.config.name_or_path))
             model = TargetWithJudge(model, _judge_for(model, processing_class, args))
         if peft_config is not None:
             model = self._with_adapter(model, peft_config)
         self.through_model, self.judge = isinstance(model, TargetWithJudge), _judge_of(model)
+        if self.judge.adapter is not None:
+            raise ValueError("`model`: the judge has an adapter already. Train a new one.")
         if data_collator is None and self.through_model:
             tokens = (processing_class.pad_token_id, processing_class.eos_token_id) if processing_class else ()
             data_collator = DataCollatorForJudge(next((t for t in tokens if t is not None), 0))
@@ -524,6 +546,11 @@ class JudgeTrainer(Trainer):
         known = soft_labels(dataset, args)
         return answers_of(dataset, known) if self.through_model else Substitutions(dataset, known)
 
+    def train(self, *args, **kwargs):
+        """What was measured of the judge before, and the thresholds chosen there, are forgotten."""
+        self.judge.info = replace(self.judge.info, training={}, operating_points={})
+        return super().train(*args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "places", "substitutes", "scalars", "hidden", "labels"]
 
@@ -572,12 +599,38 @@ class JudgeTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
-        self.create_model_card(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        self._write_card(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
 
-    def create_model_card(self, output_dir: str | os.PathLike | None = None, checkpoint: str = "") -> None:
-        """Write the judge's card beside it."""
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the judge's card into `args.output_dir`. What it says comes from the judge; the arguments are those of
+        [`~transformers.Trainer`], and are not looked at.
+        """
+        self._write_card(Path(self.args.output_dir))
+
+    def _write_card(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            write_card(self.judge.info, Path(output_dir or self.args.output_dir) / checkpoint)
+            write_card(self.judge, folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Publish the judge with its card as `args.hub_model_id`, by default under the name of the output folder."""
+        if not self.is_world_process_zero():
+            return None
+        repo = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        how = {"token": token or self.args.hub_token, "private": self.args.hub_private_repo, "revision": revision}
+        return self.judge.push_to_hub(repo, **how)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -587,6 +640,13 @@ class JudgeTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _name_of(model: Judge | TargetWithJudge | PreTrainedModel | str) -> str:
+    """The last part of the target's name."""
+    if isinstance(model, PreTrainedModel):
+        model = model.config.name_or_path
+    return (model if isinstance(model, str) else _judge_of(model).info.target).split("/")[-1]
 
 
 def _judge_of(model: Judge | TargetWithJudge) -> Judge:
@@ -609,7 +669,7 @@ def _judge_for(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
             draft="",
             special_tokens=special_tokens(target, tokenizer),
             threshold=0.5,
-            **_looks_at(args),
+            **_looks_at(args, config.hidden_size),
         )
     )
 
@@ -623,7 +683,7 @@ def adapter_of(model: PeftModel) -> Adapter:
     """
     config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
     config |= {"inference_mode": True, "base_model_name_or_path": model.get_base_model().config.name_or_path}
-    tensors = get_peft_model_state_dict(model).items()
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False).items()
     return Adapter(config, {name: value.detach().cpu().contiguous() for name, value in tensors})
 
 
@@ -651,7 +711,9 @@ def fit_projection(judge: Judge, rows: Substitutions, seed: int) -> None:
             pca = PCA(components, whiten=True, svd_solver="randomized", random_state=seed)
             pca.fit(normal.transform(states))
             # The normalised states have mean 0, so the components' own centre is 0 as well.
-            matrix = pca.components_.T / np.sqrt(pca.explained_variance_) / normal.scale_[:, None]
+            # Rows of the same place share a state: some components may have next to no variance.
+            variance = np.maximum(pca.explained_variance_, 1e-4 * max(1, pca.explained_variance_[0]))
+            matrix = pca.components_.T / np.sqrt(variance) / normal.scale_[:, None]
             judge.hidden_mean[side] = torch.from_numpy(normal.mean_)
             judge.projection[side] = torch.from_numpy(matrix)
 

@@ -11,10 +11,11 @@ named with `--config`; `accelerate launch -m hf_selfjudge.cli train …` shares 
 
 from __future__ import annotations
 
-import argparse
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,7 @@ from peft import LoraConfig
 from scipy.special import expit
 from transformers import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
 from trl import TrlParser
 
 from .cards import plot_reliability, write_card
@@ -32,7 +34,27 @@ from .judge import Judge
 from .labels import folders_of, load_labels, mining_of
 from .replay import apart
 from .sources import load_model
-from .trainer import SCORES, JudgeConfig, JudgeTrainer, TargetWithJudge, new_judge, soft_labels
+from .trainer import NONE, SCORES, JudgeConfig, JudgeTrainer, TargetWithJudge, new_judge, soft_labels
+
+
+logger = logging.get_logger(__name__)
+
+# Options about what is told and where it is written.
+NO_PART = (
+    *(
+        "output_dir",
+        "logging",
+        "log_",
+        "save",
+        "eval_",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "hub_",
+        "push_to_hub",
+    ),
+    *("dataloader", "label_names", "use_cpu", "resume", "per_device_eval", "do_", "prediction_loss", "restore"),
+)
 
 
 @dataclass
@@ -88,6 +110,8 @@ class ScriptArguments:
             raise ValueError(f"`accept_share` must be in [0, 1], got {self.accept_share}.")
         if self.folds < 2:
             raise ValueError(f"`folds` must be 2 or more, got {self.folds}.")
+        if self.resamples < 1:
+            raise ValueError(f"`resamples` must be 1 or more, got {self.resamples}.")
         if self.lora_layers < 0:
             raise ValueError(f"`lora_layers` must be 0 or more, got {self.lora_layers}.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
@@ -111,15 +135,21 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         training_args.label_threshold = float(np.nanmedian(np.array(labels[training_args.label][:], dtype=float)))
     label = soft_labels(labels, training_args)
     fit = _how(script_args, mining[0])
-    odds = held_out(labels, fit, training_args, config.folds)
+    odds, part = held_out(labels, fit, training_args, config.folds)
     trainer = fit(labels, training_args)
 
     known = np.flatnonzero(~np.isnan(odds))
     slope, intercept = calibrate(odds[known], label[known])
-    judge, odds = calibrated(trainer.judge, slope, intercept), slope * odds + intercept
+    if slope <= 0:
+        logger.warning(
+            "On held-out prompts the judge tells nothing, or the wrong way round: it is left as it was trained. Mine "
+            "more labels."
+        )
+        slope, intercept = 1.0, 0.0
+    judge = calibrated(trainer.judge, slope, intercept)
     met = odds[(np.array(labels["kind"][:]) == "mismatch") & ~np.isnan(odds)]
-    threshold = np.quantile(met if len(met) else odds[known], config.accept_share)
-    measured = evaluate(labels.select(known), label[known], odds[known], config)
+    threshold = slope * np.quantile(met if len(met) else odds[known], config.accept_share) + intercept
+    measured = evaluate(labels.select(known), label[known], odds[known], part[known], config)
     judge.info = replace(
         judge.info,
         threshold=float(expit(threshold)),
@@ -137,7 +167,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         trainer.save_model()
         folder = Path(training_args.output_dir)
         plot_reliability(measured["reliability"], folder / "reliability.png")
-        write_card(judge.info, folder)
+        write_card(judge, folder)
     return judge
 
 
@@ -187,22 +217,20 @@ def _lora(args: ScriptArguments) -> dict:
 
 def _chosen(args: JudgeConfig) -> dict:
     """Options that are not left at their default, and have a part in what comes out."""
-    names = {f.name for f in fields(JudgeConfig)} & {
-        *JudgeConfig.__annotations__,
-        *("seed", "data_seed", "max_steps", "warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim"),
-    }
-    default = JudgeConfig()
-    return {name: getattr(args, name) for name in sorted(names) if getattr(args, name) != getattr(default, name)}
+    default, chosen = JudgeConfig(), {}
+    for name in sorted(f.name for f in fields(JudgeConfig) if f.init and not f.name.startswith(NO_PART)):
+        value = getattr(args, name)
+        value = value.value if isinstance(value, Enum) else value
+        if value == getattr(default, name) or not isinstance(value, bool | int | float | str | list):
+            continue
+        # JSON has no infinity, and the command line no empty list.
+        chosen[name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value or NONE
+    return chosen
 
 
-def make_parser(
-    subparsers: argparse._SubParsersAction | None = None, prog: str | None = None
-) -> argparse.ArgumentParser:
-    """The parser of the script, alone or as one of `subparsers`."""
-    types = (ScriptArguments, JudgeConfig)
-    if subparsers is not None:
-        return subparsers.add_parser("judge", help="Train a judge", dataclass_types=types)
-    return TrlParser(types, prog=prog)
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The parser of the script."""
+    return TrlParser((ScriptArguments, JudgeConfig), prog=prog)
 
 
 if __name__ == "__main__":

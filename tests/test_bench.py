@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel
+from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.bench import BenchConfig, accepted_share, decode
 from hf_selfjudge.prompts import Prompt, encode
 from hf_selfjudge.report import answer_logprob
@@ -15,6 +15,7 @@ from hf_selfjudge.rules import Coin
 from hf_selfjudge.settings import parse_settings
 
 from .conftest import build, perturbed, random_judge
+from .test_replay import adapted_judge, adapter
 
 
 PROMPTS = [Prompt(f"p{i}", text, "some") for i, text in enumerate(["abc", "what is this", "a", "to be or not"])]
@@ -46,6 +47,22 @@ def bench(models, tokenizer, folder, rules=RULES, config=CONFIG, prompts=PROMPTS
     judges = {"j": random_judge(target)}
     draft = None if config.lookup else draft
     return settings, judges, decode(target, draft, tokenizer, prompts, settings, judges, config, folder)
+
+
+@pytest.mark.parametrize("mode", ["quality", "timing"])
+def test_a_judge_with_an_adapter(models, tokenizer, tmp_path, mode):
+    """Its adapter sees the prompt too, whatever else is shared."""
+    target, draft = models
+    judge = adapted_judge(target, adapter(target))
+    settings, config = parse_settings(["judge:j=0.5"]), BenchConfig(mode, max_new_tokens=24, at_once=3)
+    lines = decode(target, draft, tokenizer, PROMPTS, settings, {"j": judge}, config, tmp_path)
+    judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, tokenizer.all_special_ids)
+    for prompt in PROMPTS:
+        ids = encode(tokenizer, prompt.said, 256, 24)
+        alone = judged.generate(ids, assistant_model=draft, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        (line,) = (x for x in lines if (x["setting"], x["prompt"]) == ("judge:j=0.5", prompt.id))
+        assert line["tokens"] == alone[: len(line["tokens"])].tolist()
+        assert line["judged"] == judged.stats.judged
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])

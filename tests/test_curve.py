@@ -130,6 +130,7 @@ def row(setting, speed, retention):
 def test_operating_points_are_the_fastest_that_keep_enough():
     slow, lucky, fast = row("judge:j=0.1", 1.1, 0.975), row("judge:j=0.2", 1.2, 0.985), row("judge:j=0.3", 1.5, 0.9)
     found = {"settings": [row("lossless", 1, 1), fast, slow, lucky, row("judge:k=0.4", 2, 1), row("margin=1", 2, 1)]}
+    found["thresholds"] = {"judge:j=0.1": 0.1, "judge:j=0.2": 0.2, "judge:j=0.3": 0.3, "judge:k=0.4": 0.4}
     points = operating_points(found, "judge:j")
     # 0.98 is what both of two keep, the faster of which looks better.
     assert {name: point["threshold"] for name, point in points.items()} == {"balanced": 0.2, "fast": 0.3}

@@ -14,14 +14,26 @@ from datetime import datetime
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.cli.extensions import ExtensionManifest
 from safetensors.torch import load_file, save_file
 
-from hf_selfjudge import Judge, JudgedModel, JudgeRule, load_labels
+from hf_selfjudge import (
+    Judge,
+    JudgeConfig,
+    JudgedModel,
+    JudgeRule,
+    JudgeTrainer,
+    load_labels,
+    mining_of,
+    new_judge,
+)
+from hf_selfjudge.cards import add_results, read_results
 from hf_selfjudge.hub import HubError
 from hf_selfjudge.labels import folders_of
 from hf_selfjudge.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
+from hf_selfjudge.sources import fingerprint
 
 from .conftest import random_judge
 from .hub_server import Fault, Hub
@@ -86,6 +98,63 @@ def test_push_and_load(hub, folder):
     assert Judge.from_pretrained(REPO, revision="try").info.threshold == 0.75
     with pytest.raises(FileNotFoundError, match="has no revision 'none'"):
         Judge.from_pretrained(REPO, revision="none")
+    before = hub.files(REPO)
+    with pytest.raises(ValueError, match="has a tag 'v1' already"):
+        push_judge(folder, REPO, tag="v1")
+    assert hub.files(REPO) == before
+
+
+def test_the_trainer_publishes(hub, tmp_path):
+    labels = write_labels(tmp_path / "labels")
+    args = JudgeConfig(
+        str(tmp_path / "judge"), components=4, max_steps=5, push_to_hub=True, hub_model_id=REPO, disable_tqdm=True
+    )
+    judging = JudgeTrainer(new_judge(mining_of([labels])[0], args), args, train_dataset=load_labels(labels))
+    judging.train()
+    judging.push_to_hub()
+    assert same(Judge.from_pretrained(REPO), judging.judge)
+    assert "training_args.bin" not in hub.files(REPO)
+
+
+def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
+    judge, bench = Judge.from_pretrained(folder), tmp_path / "gsm8k"
+    bench.mkdir()
+    row = {
+        **dict.fromkeys(("tokens_per_round", "speed", "retention"), [1.5, 1.4, 1.6]), "judged_share": 0.1,
+        "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
+    }  # fmt: skip
+    quality = {
+        **{"heading": "so it was measured", "prompts": 3, "dataset": "openai/gsm8k", "categories": {}},
+        "judges": {"judge:j": fingerprint(judge), "judge:other": "-"},
+        "settings": [
+            {"setting": f"{name}=0.5", "family": name, **row}
+            for name in ("margin", "judge:j", "judge:other", "coin like judge:other")
+        ],
+        "comparisons": [{"first": "judge:j", "second": "margin", "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}],
+    }
+    (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
+    (bench / "curve.png").write_bytes(b"a picture")
+    add_results(folder, judge, benches=[bench])
+    push_judge(folder, REPO)
+    files = hub.files(REPO)
+    card = ModelCard(files["README.md"].decode())
+    card.validate()
+    assert "| judge:j=0.5 | 1.50 [1.40, 1.60] |" in card.text
+    assert "judge:other" not in card.text
+    assert "| margin | 1.10 [1.00, 1.20] |" in card.text
+    assert "![curve](curve-gsm8k.png)" in card.text
+    assert files["curve-gsm8k.png"] == b"a picture"
+    assert {result.metric_type for result in card.data.eval_results} == {"tokens_per_round", "retention"}
+    (entry,) = yaml.safe_load(files[".eval_results/openai--gsm8k.yaml"])
+    assert (entry["dataset"]["id"], entry["value"]) == ("openai/gsm8k", 0.5)
+    with torch.no_grad():
+        judge.head.bias.add_(1)
+    judge.save_pretrained(folder)  # other weights: nothing was measured of these
+    assert read_results(folder, judge) == {}
+    push_judge(folder, "me/other")
+    assert not {"curve-gsm8k.png", "results.json"} & hub.files("me/other").keys()
+    with pytest.raises(ValueError, match="has no results of this judge"):
+        add_results(folder, judge, benches=[bench])
 
 
 def test_who_may(hub, folder, monkeypatch):
@@ -106,16 +175,15 @@ def test_who_may(hub, folder, monkeypatch):
 
 
 def test_pull(hub, folder, tmp_path):
-    (folder / "curve.png").write_bytes(b"a picture")
+    (folder / "holiday.png").write_bytes(b"a picture that does not belong here")
     push_judge(folder, REPO)
     hub.write(REPO, {"../outside.png": b"-", "more/code.py": b"-", "weights.bin": pickle.dumps(1)})
     names = pull_judge(REPO, tmp_path / "there")
     assert names == [
-        "README.md", "config.json", "curve.png", "custom_generate/generate.py", "custom_generate/requirements.txt",
+        "README.md", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt",
         "model.safetensors",
     ]  # fmt: skip
     assert same(Judge.from_pretrained(tmp_path / "there"), Judge.from_pretrained(folder))
-    assert (tmp_path / "there/curve.png").read_bytes() == b"a picture"
     assert not list(tmp_path.rglob("outside*"))
     with pytest.raises(FileExistsError, match="is not empty"):
         pull_judge(REPO, tmp_path / "there")

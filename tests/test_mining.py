@@ -20,6 +20,7 @@ from hf_selfjudge.evaluation import HeldOutConfig
 from hf_selfjudge.inspection import Labels, predictors
 from hf_selfjudge.labels import features_of
 from hf_selfjudge.mining import counts_of
+from hf_selfjudge.mismatches import find_looked_up, read_answers
 from hf_selfjudge.prompts import encode
 from hf_selfjudge.rules import Rule
 
@@ -70,6 +71,10 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
             met.append((rows.positions.item(), rows.candidates.item()))
             return torch.zeros(1, dtype=torch.bool)
 
+    class Always(Rule):
+        def accept(self, rows):
+            return torch.ones(1, dtype=torch.bool)
+
     config = replace(CONFIG, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
     rows = mine(target, None, tokenizer, PROMPTS, config, tmp_path)
     judged = JudgedModel(target, Noting(), special_tokens=tokenizer.all_special_ids)
@@ -82,6 +87,15 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
         assert found
         assert any(row["kind"] == "alternative" for row in mine_rows)
         met.clear()
+    # Along a text that has other tokens than the target's choices, what proposes these is a mismatch too.
+    ids = encode(tokenizer, PROMPTS[0].said, 256, 48)
+    all_judged = JudgedModel(target, Always(), special_tokens=tokenizer.all_special_ids)
+    text = all_judged.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
+    (read,) = read_answers(target, PROMPTS[:1], [ids], [text])
+    decided = enumerate(zip(text.tolist(), all_judged.stats.sources, strict=True))
+    accepted = {(place, token) for place, (token, source) in decided if source == "judged"}
+    assert accepted
+    assert accepted <= {(s.position, s.token) for s in find_looked_up(read, tokenizer.all_special_ids, 4)}
     assert {*rows["draft_logprob"], *rows["kl_target_draft"]} == {None}
     assert None not in rows["changed"]
     assert json.loads((tmp_path / "mining.json").read_text())["draft"] == "prompt lookup"

@@ -152,11 +152,24 @@ def test_what_cannot_be_replayed_is_refused(answers, tmp_path):  # noqa: F811
         ({"peft_type": "IA3"}, "only LoRA can be replayed, got 'IA3'"),
         ({"use_dora": True}, "use_dora cannot be replayed"),
         ({"bias": "all"}, "bias cannot be replayed"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication cannot be replayed"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights` changes the target's own weights"),
+        ({"r": None}, "r must be a number above 0, got None"),
     ):
         with pytest.raises(ValueError, match=message):
             Adapter(made.config | change, made.tensors)
     with pytest.raises(ValueError, match="'lm_head.weight' is no weight of a LoRA adapter"):
         Adapter(made.config, made.tensors | {"lm_head.weight": torch.zeros(1)})
+    name, tensor = next(iter(made.tensors.items()))
+    with pytest.raises(ValueError, match="not both matrices of each module"):
+        Adapter(made.config, {name: tensor})
+    with pytest.raises(ValueError, match="in layers of several parts of a model"):
+        Adapter(
+            made.config,
+            made.tensors | {n.replace("model.layers", "vision.layers"): t for n, t in made.tensors.items()},
+        )
+    with pytest.raises(ValueError, match="which fit no linear layer of `target` there"):
+        Replay(target, Adapter(made.config, {n: t[:, :3] if "lora_A" in n else t for n, t in made.tensors.items()}))
     with pytest.raises(ValueError, match="has layers beyond the 1 of `target`"):
         Replay(build("llama", num_hidden_layers=1), made)
     with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) has no layers that could be replayed"):

@@ -3,6 +3,7 @@
 import doctest
 import json
 import shlex
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.labels import features_of
+from hf_selfjudge.sources import HalfLinear, fingerprint
 from hf_selfjudge.trainer import DataCollatorForJudge, DataCollatorForSubstitutions, TargetWithJudge, soft_labels
 from hf_selfjudge.training import ScriptArguments, main, make_parser
 
@@ -170,8 +172,7 @@ def test_labels(fitted):
 
 def test_the_published_label_needs_no_rewrite(fitted, tmp_path):
     """SelfJudge's code: logistic regression on the hidden state after the token, `confidence` above a threshold."""
-    args = config(tmp_path / "judge", label="confidence", states=["hidden_after"])
-    args.scalars = []
+    args = config(tmp_path / "judge", label="confidence", states=["hidden_after"], scalars=["none"])
     judge = main(script(fitted[0]), args)
     assert judge.info.training["held_out"]["mean_label"] == 0.5
     assert "--label confidence --label_threshold" in (tmp_path / "judge/README.md").read_text()
@@ -187,8 +188,9 @@ def test_categories_left_out(fitted):
         judging.train()
         return judging
 
-    odds = held_out(half, fit, config("x"), None, by="half")
+    odds, part = held_out(half, fit, config("x"), None, by="half")
     assert np.isfinite(odds).all()
+    np.testing.assert_array_equal(part, half["half"][:])
     assert log_loss(soft_labels(labels, config("x")), 1 / (1 + np.exp(-odds))) < 0.6
 
 
@@ -325,7 +327,8 @@ def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
     folder.mkdir()
     answers.to_parquet(folder / "labels-00000-of-00001.parquet")
     made = json.loads((write_labels(tmp_path / "other") / "mining.json").read_text())
-    (folder / "mining.json").write_text(json.dumps(made | {"hidden_size": TINY}))
+    made |= {"hidden_size": TINY, "target_fingerprint": fingerprint(target)}
+    (folder / "mining.json").write_text(json.dumps(made))
     options = {"folds": 2, "lora_layers": 2, "lora_r": 2, "lora_epochs": 2.0, "lora_learning_rate": 0.01}
     judge = main(script(folder, **options), config(tmp_path / "judge", components=4))
     loaded = Judge.from_pretrained(tmp_path / "judge")
@@ -340,6 +343,56 @@ def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
         assert torch.equal(value, before[name]), name
 
 
+def test_what_the_card_says_remakes_the_judge(fitted, tmp_path):
+    """The options on the card, read by the parser, are those it was trained with."""
+    folder, _, _ = fitted
+    options = {
+        "scalars": ["none"],
+        "prior": float("inf"),
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.5,
+        "seed": 3,
+    }
+    judge = main(script(folder, resamples=2), config(tmp_path / "one", **options))
+    text = (tmp_path / "one/README.md").read_text()
+    (command,) = (line for line in text.splitlines() if line.startswith("hf-selfjudge train"))
+    arguments = shlex.split(command)[2:]
+    arguments[arguments.index("labels/1")] = str(folder)
+    arguments[-1] = str(tmp_path / "two")
+    again = main(*make_parser().parse_args_and_config([*arguments, "--resamples", "2", "--disable_tqdm", "true"]))
+    assert again.info == judge.info
+    assert all(map(torch.equal, again.state_dict().values(), judge.state_dict().values()))
+
+
+def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, monkeypatch):
+    """A negative slope would turn it upside down."""
+    folder, judge, _ = fitted
+    monkeypatch.setattr(training, "calibrate", lambda odds, label: (-0.5, 0.1))
+    other = main(script(folder, resamples=2), config(tmp_path))
+    fit = other.info.training["fit"]
+    assert (fit["slope"], fit["intercept"]) == (1, 0)
+    slope = judge.info.training["fit"]["slope"]
+    torch.testing.assert_close(judge.head.weight, slope * other.head.weight)
+
+
+def test_training_anew_forgets_what_was_measured(fitted):
+    folder, _, saved = fitted
+    judge = Judge.from_pretrained(saved)
+    judge.info = replace(judge.info, operating_points={"fast": {"threshold": 0.5}})
+    again = JudgeTrainer(judge, config("x", max_steps=1), train_dataset=load_labels(folder))
+    assert again.judge.info.training
+    again.train()
+    assert not again.judge.info.training
+    assert not again.judge.info.operating_points
+
+
+def test_a_target_needs_no_arguments(target, answers, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    judging = JudgeTrainer(target, train_dataset=answers, processing_class=Tokens())
+    assert judging.args.output_dir == "llama-Judge"
+    assert judging.args.per_device_train_batch_size == 4
+
+
 def test_metrics_are_logged(fitted, tmp_path):
     labels = load_labels(fitted[0])
     args = config(tmp_path, logging_steps=5, eval_strategy="steps", max_steps=10)
@@ -351,7 +404,7 @@ def test_metrics_are_logged(fitted, tmp_path):
     assert all(name in judging.state.log_history[0] for name in names)
     last = [entry for entry in judging.state.log_history if "eval_loss" in entry][-1]
     assert last["eval_auroc"] > 0.8
-    assert 0 <= last["eval_false_accept_rate"] <= last["eval_accept_rate"] <= 1
+    assert 0 < last["eval_false_accept_rate"] < 0.5 < last["eval_accept_rate"] < 1
 
 
 def test_the_script_reads_yaml_and_the_command_line(tmp_path):
@@ -380,8 +433,8 @@ def test_errors(fitted, target, answers, tmp_path):
         main(script(folder, other), config(tmp_path / "x"))
     with pytest.raises(FileNotFoundError, match=r"has no mining.json"):
         main(script(tmp_path), config(tmp_path / "x"))
-    with pytest.raises(ValueError, match="`components` is 500, but there are 192 labels only"):
-        main(script(folder), config(tmp_path / "x", components=500))
+    with pytest.raises(ValueError, match="`components` is 24, but there are 12 labels only"):
+        main(script(write_labels(tmp_path / "rare", prompts=4), folds=2), config(tmp_path / "x", components=24))
     assert not (tmp_path / "x").exists()
     for options, message in (
         ({"label": "margin"}, "`label` must be one of changed,"),
@@ -391,7 +444,17 @@ def test_errors(fitted, target, answers, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             config(tmp_path, **options)
+    with pytest.raises(ValueError, match="`resamples` must be 1 or more"):
+        script(folder, resamples=0)
+    with pytest.raises(ValueError, match="`prior` must be a variance above 0"):
+        config(tmp_path, prior=0.0)
     judge = new_judge(mining_of([folder])[0], config("x"))
+    with pytest.raises(ValueError, match="`judge` was made for another target"):
+        TargetWithJudge(target, judge)
+    target.lm_head = HalfLinear(TINY, 64)
+    with pytest.raises(ValueError, match="through packed half-precision weights no gradient comes"):
+        through(target, answers, tmp_path)
+    target.lm_head = torch.nn.Linear(TINY, 64)
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` of labels, got `NoneType`"):
         JudgeTrainer(judge, config("x"))
     with pytest.raises(TypeError, match="`model` must be a `Judge`"):
@@ -420,7 +483,7 @@ RESULTS = {
 def test_card(fitted, tmp_path):
     _, judge, _ = fitted
     judge.save_pretrained(tmp_path / "my-judge")
-    text = write_card(Judge.from_pretrained(tmp_path / "my-judge").info, tmp_path / "my-judge").read_text()
+    text = write_card(Judge.from_pretrained(tmp_path / "my-judge"), tmp_path / "my-judge").read_text()
     assert text.startswith("---\nlibrary_name: hf_selfjudge\n") or "library_name: hf_selfjudge" in text.split("---")[1]
     assert "base_model:\n- tiny/llama" in text
     assert "# my-judge\n" in text
@@ -430,15 +493,15 @@ def test_card(fitted, tmp_path):
     options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0"
     assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output_dir my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    add_results(tmp_path / "my-judge", "-", tmp_path / "results.json")
-    text = write_card(judge.info, tmp_path / "my-judge").read_text()
+    add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
+    text = write_card(judge, tmp_path / "my-judge").read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
     judge.info.training["mining"][0]["prompts_options"] = {"system": "Don't ramble.", "limit": 40, "shuffle": 0}
-    text = write_card(judge.info, tmp_path / "my-judge").read_text()
+    text = write_card(judge, tmp_path / "my-judge").read_text()
     (command,) = (line for line in text.splitlines() if line.startswith("hf-selfjudge mine"))
     arguments = shlex.split(command)
     assert arguments[arguments.index("--system") + 1] == "Don't ramble."
     assert arguments.count("--limit") == arguments.count("--shuffle") == 1
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of `hf-selfjudge quickstart --json`"):
-        add_results(tmp_path / "my-judge", "-", tmp_path / "results.json")
+        add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
