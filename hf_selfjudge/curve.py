@@ -211,6 +211,7 @@ def separation(grid: Grid, coin: str | None) -> list[dict]:
             gap = np.where(known, scores[grid.base] - scores[grid.settings.index(other)], 0.0)
             mean = (grid.weights @ gap) / (grid.weights @ known) if known.any() else np.full(len(grid.weights), np.nan)
             row[other] = interval(mean)
-            row[f"{other}, standardised"] = float(mean[0] / spread) if spread > 0 else None
+            # Scores against the answer itself are all 1, to rounding.
+            row[f"{other}, standardised"] = float(mean[0] / spread) if spread > 1e-6 else None
         rows.append(row)
     return rows

@@ -3,6 +3,7 @@
 import doctest
 import json
 import shlex
+import shutil
 from dataclasses import replace
 
 import datasets
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer, training
-from hf_selfjudge.cards import add_results, write_card
+from hf_selfjudge.cards import HUB_CARDS, add_results, write_card
 from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
 from hf_selfjudge.hidden import HiddenTap
@@ -466,6 +467,14 @@ def test_errors(fitted, target, answers, tmp_path):
     adapted = through(target, answers, tmp_path, lora()).model
     with pytest.raises(ValueError, match="You passed a `PeftModel` instance together with a `peft_config`"):
         through(adapted, answers, tmp_path, lora())
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in HUB_CARDS.glob("*/config.json")), ids=lambda path: path.name
+)
+def test_shipped_cards_are_what_the_command_writes(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    assert write_card(Judge.from_pretrained(copy), copy).read_text() == (folder / "README.md").read_text()
 
 
 RESULTS = {
