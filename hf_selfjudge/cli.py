@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from huggingface_hub import CommitInfo
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers import AutoTokenizer, PreTrainedModel
@@ -511,8 +512,7 @@ def push(
     tag: Tag = None,
 ) -> None:
     """Publish a judge on the Hub: weights, card, plots, results, and the code for `custom_generate`."""
-    made = push_judge(judge, repo, private=private, revision=revision, create_pr=create_pr, tag=tag)
-    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+    say_pushed(push_judge(judge, repo, private=private, revision=revision, create_pr=create_pr, tag=tag))
 
 
 @app.command()
@@ -534,8 +534,7 @@ def push_labels_command(
     create_pr: CreatePR = False,
 ) -> None:
     """Publish labels as a dataset."""
-    made = push_labels(labels, repo, private=private, create_pr=create_pr)
-    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+    say_pushed(push_labels(labels, repo, private=private, create_pr=create_pr))
 
 
 @app.command("push-results")
@@ -546,8 +545,7 @@ def push_results_command(
     create_pr: CreatePR = False,
 ) -> None:
     """Publish what a bench measured as a dataset: answers, tables, curve."""
-    made = push_results(bench, repo, private=private, create_pr=create_pr)
-    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+    say_pushed(push_results(bench, repo, private=private, create_pr=create_pr))
 
 
 @app.command("push-space")
@@ -558,8 +556,7 @@ def push_space_command(
     create_pr: CreatePR = False,
 ) -> None:
     """Publish one of the Spaces of this repository."""
-    made = push_space(name, repo, private=private, create_pr=create_pr)
-    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
+    say_pushed(push_space(name, repo, private=private, create_pr=create_pr))
 
 
 @app.command()
@@ -679,6 +676,11 @@ def train_judge(script_args: training.ScriptArguments, training_args: JudgeConfi
             soft_wrap=True,
             highlight=False,
         )
+
+
+def say_pushed(made: CommitInfo) -> None:
+    """Where it can be seen."""
+    console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
 
 
 def check_writable(folder: Path) -> None:
