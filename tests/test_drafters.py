@@ -94,14 +94,15 @@ def test_every_drafter(llama, tokenizer, drafter, do_sample, monkeypatch):
         )
         stats.append(None if rule is None else model.stats)
     stock, never, always = outputs
-    # (Sampling from a draft with another tokenizer, transformers does not repeat itself under one seed.)
+    # (Sampling from a draft with another tokenizer, transformers does not repeat itself under one seed: these are then
+    # three texts, and what one of them has more of is chance.)
     if not (drafter is other_tokenizer and do_sample):
         assert torch.equal(stock, never)
+        assert stats[2].judged > 0
+        assert stats[2].tokens_per_round >= stats[1].tokens_per_round
     assert stats[1].judged == 0
     assert stats[1].drafted > 0
     assert stats[1].tokens == never.shape[1] - ids.shape[1]
-    assert stats[2].judged > 0
-    assert stats[2].tokens_per_round >= stats[1].tokens_per_round
     assert stats[2].tokens == always.shape[1] - ids.shape[1]
 
 
