@@ -11,13 +11,14 @@ prompts -> mismatches   where the draft disagrees with the target's own answer
 
 from .generation import JudgedModel
 from .judge import Judge, JudgeInfo
+from .judge_config import JudgeConfig
 from .labels import MiningConfig, load_labels, mining_of
 from .mining import mine
 from .prompts import Prompt, Prompts, read_prompts
 from .rules import JudgeRule
 from .sources import SourceError, load_model
 from .stats import Stats
-from .trainer import JudgeConfig, JudgeTrainer, new_judge
+from .trainer import JudgeTrainer, new_judge
 
 
 __all__ = [

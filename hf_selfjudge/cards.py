@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from matplotlib.figure import Figure
 
 from .files import whole, write_json, write_text
-from .sources import fingerprint
+from .sources import LOOKUP, fingerprint
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ HUB_CARDS = next(
 # Shipped judges: one folder each in `hub_cards/`, for the known pairs.
 SHIPPED = {"qwen2.5-coder": "qwen2.5-coder-1.5b-selfjudge"}
 RESULTS = "results.json"  # in a judge's folder: what the card tells of decoding
-LOOKUP = "prompt lookup"  # instead of a draft's name
 PARTS = ("mining", "fit", "held_out", "calibration")  # of what a judge tells of its training
 # Of a bench, what goes into a card.
 KEPT = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")

@@ -42,6 +42,7 @@ from .inspection import (
 )
 from .inspection import plot as draw
 from .judge import Judge
+from .judge_config import JudgeConfig
 from .labels import MiningConfig, folders_of, mining_of
 from .measures import check_tasks, task_of
 from .mining import Writer, counts_of, mine, this_process
@@ -65,7 +66,6 @@ from .results import (
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
 from .sources import SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
-from .trainer import JudgeConfig
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

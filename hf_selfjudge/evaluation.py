@@ -19,9 +19,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .collators import soft_labels
 from .features import SCALARS
 from .judge import Judge
-from .trainer import JudgeConfig, JudgeTrainer, auc, soft_labels
+from .judge_config import JudgeConfig
+from .trainer import JudgeTrainer, auc
 
 
 ACCEPT_SHARES = (0.25, 0.5, 0.75)

@@ -25,12 +25,11 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import packs
-from .cards import LOOKUP
 from .files import claim, whole, write_json
 from .labels import MiningConfig, features_of, label_answer, load_labels
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
 from .prompts import Prompt, Prompts, TooLong, context_of, encode, fingerprint_of
-from .sources import fingerprint, precision
+from .sources import LOOKUP, fingerprint, precision
 from .together import Tally, together
 
 

@@ -7,7 +7,6 @@ lossless and judged decoding side by side; and that shows the judge's measured c
 from __future__ import annotations
 
 import difflib
-import json
 import queue
 import threading
 import time
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .cards import RESULTS
+from .cards import read_results
 from .generation import JudgedModel
 from .judge import Judge
 from .mismatches import eos_tokens
@@ -387,7 +386,7 @@ def build(
                     bars = gr.Plot(label="Rounds")
                     told = gr.Markdown(elem_id="told")
                 with gr.Tab("Curve"):
-                    _curve(folder)
+                    _curve(judge, folder)
                 with gr.Tab("Use it"):
                     settings = [rule, threshold, temperature, length]
                     shown = gr.Code(language="python", value="", label="Copy this", interactive=False)
@@ -409,10 +408,9 @@ def build(
     return page.queue(max_size=8, default_concurrency_limit=1)
 
 
-def _curve(folder: Path | None) -> None:
+def _curve(judge: Judge, folder: Path | None) -> None:
     """What was measured of the judge."""
-    results = {} if folder is None or not (folder / RESULTS).is_file() else json.loads((folder / RESULTS).read_text())
-    benches = results.get("bench", {})
+    benches = {} if folder is None else read_results(folder, judge).get("bench", {})
     if not benches:
         gr.Markdown("Nothing was measured of this judge yet. `hf-selfjudge bench` and `hf-selfjudge card` do that.")
     for name, bench in benches.items():

@@ -104,6 +104,7 @@ PINNED = {
     ),
 }
 
+LOOKUP = "prompt lookup"  # instead of a draft's name
 PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,162 +22,32 @@ from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
-from torch.nn.functional import binary_cross_entropy_with_logits, pad
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import (
     AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import additive_masks, attention_windows, packs
 from .cards import write_card
-from .features import SCALARS, STATES
+from .collators import (
+    IGNORED,
+    DataCollatorForJudge,
+    DataCollatorForSubstitutions,
+    Substitutions,
+    answers_of,
+    soft_labels,
+)
 from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
+from .judge_config import JudgeConfig
 from .mismatches import special_tokens
 from .replay import Adapter
 from .sources import HalfLinear, fingerprint, load_model, resolve_model
-
-
-LABELS = ("changed", "flipped", "lost", "says_no", "likelihood", "confidence")
-SCORES = ("likelihood", "confidence")  # in nats: what is above a threshold counts as changed
-IGNORED = -100.0  # label of what is padding
-NONE = ["none"]  # how a command line says that a list is empty
-
-
-@dataclass
-class JudgeConfig(TrainingArguments):
-    r"""
-    Configuration class for the [`JudgeTrainer`].
-
-    This class includes only the parameters that are specific to judges, and those whose defaults differ from
-    [`~transformers.TrainingArguments`].
-
-    Parameters:
-        > Parameters that control the label
-
-        label (`str`, *optional*, defaults to `"changed"`):
-            What the judge predicts. `"changed"`: whether rewriting changed the final number or the passing of tests
-            where that is known, else how much of the wording it lost; `"flipped"`: the former alone; `"lost"`: the
-            latter alone; `"says_no"`: the target's own probability that both answers do not say the same;
-            `"likelihood"` and `"confidence"`: the suffix scores of SelfJudge and of its published code, which need no
-            rewrite.
-        label_threshold (`float`, *optional*):
-            For `"likelihood"` and `"confidence"`: what is above it counts as changed, nats. By default their median.
-
-        > Parameters that control the judge
-
-        scalars (`list[str]`, *optional*, defaults to all):
-            Scalar features that it looks at; `"none"` for none.
-        states (`list[str]`, *optional*, defaults to all):
-            Hidden states that it looks at; `"none"` for none.
-        components (`int`, *optional*, defaults to `64`):
-            Principal components that are kept of each hidden state, at most its dimensions.
-
-        > Parameters that control the training
-
-        learning_rate (`float`, *optional*, defaults to `1e-2`):
-            Initial learning rate of the AdamW optimizer.
-        max_steps (`int`, *optional*, defaults to `500`):
-            Steps of training.
-        num_train_epochs (`float`, *optional*, defaults to `0`):
-            Passes over the labels, instead of `max_steps` if it is not 0.
-        per_device_train_batch_size (`int`, *optional*, defaults to `256`):
-            Substitutions (through the model: answers) of a training batch on each device.
-        per_device_eval_batch_size (`int`, *optional*, defaults to `256`):
-            The same for evaluation.
-        prior (`float`, *optional*, defaults to `0.01`):
-            Variance of the Gaussian prior on the head's weights: few labels are trusted less than many. Infinity is
-            no prior.
-        lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`):
-            How the learning rate falls.
-        logging_steps (`float`, *optional*, defaults to `100`):
-            Steps between two logs.
-        save_strategy (`str`, *optional*, defaults to `"no"`):
-            When to write checkpoints. On mined features there is nothing to lose: training takes seconds.
-        report_to (`str`, *optional*, defaults to `"none"`):
-            Integrations to report to.
-    """
-
-    label: str = field(
-        default="changed",
-        metadata={
-            "help": "What the judge predicts. 'changed': whether rewriting changed the final number or the passing of "
-            "tests where that is known, else how much of the wording it lost; 'flipped': the former alone; 'lost': "
-            "the latter alone; 'says_no': the target's own probability that both answers do not say the same; "
-            "'likelihood' and 'confidence': the suffix scores of SelfJudge and of its published code, which need no "
-            "rewrite."
-        },
-    )
-    label_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "For 'likelihood' and 'confidence': what is above it counts as changed, nats. By default their "
-            "median."
-        },
-    )
-    scalars: list[str] = field(
-        default_factory=lambda: list(SCALARS), metadata={"help": "Scalar features that it looks at; 'none' for none."}
-    )
-    states: list[str] = field(
-        default_factory=lambda: list(STATES), metadata={"help": "Hidden states that it looks at; 'none' for none."}
-    )
-    components: int = field(
-        default=64,
-        metadata={"help": "Principal components that are kept of each hidden state, at most its dimensions."},
-    )
-    learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate of the AdamW optimizer."})
-    max_steps: int = field(default=500, metadata={"help": "Steps of training."})
-    num_train_epochs: float = field(
-        default=0, metadata={"help": "Passes over the labels, instead of 'max_steps' if it is not 0."}
-    )
-    per_device_train_batch_size: int = field(
-        default=256,
-        metadata={"help": "Substitutions (through the model: answers) of a training batch on each device."},
-    )
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "The same for evaluation."})
-    prior: float = field(
-        default=0.01,
-        metadata={
-            "help": "Variance of the Gaussian prior on the head's weights: few labels are trusted less than many. "
-            "Infinity is no prior."
-        },
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    logging_steps: float = field(default=100, metadata={"help": "Steps between two logs."})
-    save_strategy: str = field(
-        default="no",
-        metadata={
-            "help": "When to write checkpoints. On mined features there is nothing to lose: training takes seconds."
-        },
-    )
-    report_to: str = field(default="none", metadata={"help": "Integrations to report to."})
-
-    def __post_init__(self):
-        if self.label not in LABELS:
-            raise ValueError(f"`label` must be one of {', '.join(LABELS)}, got {self.label!r}.")
-        if self.label_threshold is not None and self.label not in SCORES:
-            raise ValueError(f"`label_threshold` is for the labels {' and '.join(SCORES)}, not {self.label!r}.")
-        self.scalars, self.states = ([] if names == NONE else names for names in (self.scalars, self.states))
-        if self.num_train_epochs:
-            self.max_steps = -1
-        if self.push_to_hub:
-            self.hub_strategy = "end"  # what is published is the judge, not the folder with its checkpoints
-        for name, known in (("scalars", SCALARS), ("states", STATES)):
-            if unknown := set(getattr(self, name)) - set(known):
-                raise ValueError(f"`{name}` must be among {', '.join(known)}, got {', '.join(sorted(unknown))}.")
-        if not self.scalars and not self.states:
-            raise ValueError("`scalars` and `states` are both empty. Give the judge something to look at.")
-        if not self.prior > 0:
-            raise ValueError(f"`prior` must be a variance above 0, got {self.prior}.")
-        self.label_names = ["labels"]
-        # Rows are small, and on a machine without a GPU there is nothing to pin them for.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        super().__post_init__()
 
 
 def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
@@ -197,154 +67,6 @@ def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
 
 def _looks_at(args: JudgeConfig, hidden_size: int) -> dict:
     return {"components": min(args.components, hidden_size), "scalars": args.scalars, "states": args.states}
-
-
-def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
-    """
-    The probability that the meaning changes, as `args.label` has it, in [0, 1]; NaN where it is not known. Shape
-    `(rows,)`.
-
-    Raises:
-        ValueError: If it is known of no row.
-    """
-    column = "reconvergence" if args.label == "lost" else args.label
-    values = np.array(labels[column][:], dtype=float)
-    if np.isnan(values).all():
-        raise ValueError(f"`labels`: {args.label!r} is known of no row. Mine with `rewrites` above 0.")
-    if args.label == "lost":
-        return 1 - values
-    if args.label in SCORES:
-        threshold = np.nanmedian(values) if args.label_threshold is None else args.label_threshold
-        return np.where(np.isnan(values), np.nan, values > threshold)
-    return values
-
-
-class Substitutions(torch.utils.data.Dataset):
-    """
-    Rows of labels in memory.
-
-    Args:
-        labels (`datasets.Dataset`): As [`load_labels`] gives them.
-        known (`np.ndarray`): The label of each row; rows with NaN are left out.
-    """
-
-    def __init__(self, labels: datasets.Dataset, known: np.ndarray):
-        keep = np.flatnonzero(~np.isnan(known))
-        rows = labels.select(keep).with_format("numpy")
-        self.labels = torch.from_numpy(known[keep]).float()
-        self.scalars = torch.from_numpy(np.stack(rows["scalars"][:]))
-        self.hidden = torch.from_numpy(np.stack([np.stack(rows[name][:]) for name in STATES], axis=1))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name)[index] for name in ("scalars", "hidden", "labels")}
-
-
-@dataclass
-class DataCollatorForSubstitutions:
-    """
-    Data collator for mined features: puts the rows of a batch one below the other.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from hf_selfjudge.trainer import DataCollatorForSubstitutions
-
-    >>> collator = DataCollatorForSubstitutions()
-    >>> examples = [
-    ...     {"scalars": torch.tensor([0.5, 1.0]), "hidden": torch.zeros(2, 1), "labels": torch.tensor(1.0)},
-    ...     {"scalars": torch.tensor([0.1, 2.0]), "hidden": torch.ones(2, 1), "labels": torch.tensor(0.0)},
-    ... ]
-    >>> collator(examples)
-    {'scalars': tensor([[0.5000, 1.0000],
-            [0.1000, 2.0000]]), 'hidden': tensor([[[0.],
-             [0.]],
-    <BLANKLINE>
-            [[1.],
-             [1.]]]), 'labels': tensor([1., 0.])}
-    ```
-    """
-
-    def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
-
-
-@dataclass
-class DataCollatorForJudge:
-    """
-    Data collator for training through the model: each row is a prompt with its answer, and behind it the substitutes,
-    each at the place of the token that it replaces. A substitute sees what is before that place, and itself.
-
-    Args:
-        pad_token_id (`int`): Token to pad with.
-
-    Examples:
-
-    ```python
-    >>> from hf_selfjudge.trainer import DataCollatorForJudge
-
-    >>> collator = DataCollatorForJudge(pad_token_id=0)
-    >>> two = {"input_ids": [5, 6, 7], "places": [1, 2], "substitutes": [8, 9], "scalars": [[0.5], [1]]}
-    >>> one = {"input_ids": [5, 6], "places": [1], "substitutes": [4], "scalars": [[0.2]]}
-    >>> batch = collator([two | {"labels": [1, 0]}, one | {"labels": [0.5]}])
-    >>> batch["input_ids"]
-    tensor([[5, 6, 7, 8, 9],
-            [5, 6, 0, 4, 0]])
-    >>> batch["position_ids"]
-    tensor([[0, 1, 2, 1, 2],
-            [0, 1, 2, 1, 0]])
-    >>> batch["sees"].int()
-    tensor([[[1, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0],
-             [1, 1, 1, 0, 0],
-             [1, 0, 0, 1, 0],
-             [1, 1, 0, 0, 1]],
-    <BLANKLINE>
-            [[1, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0],
-             [1, 1, 1, 0, 0],
-             [1, 0, 0, 1, 0],
-             [0, 0, 0, 0, 1]]], dtype=torch.int32)
-    >>> batch["places"]
-    tensor([[1, 2],
-            [1, 0]])
-    >>> batch["labels"]
-    tensor([[   1.0000,    0.0000],
-            [   0.5000, -100.0000]])
-    ```
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
-        most = max(len(example["places"]) for example in examples)
-
-        def padded(name: str, length: int, value: float = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            rows = [torch.tensor(example[name], dtype=dtype) for example in examples]
-            short = [length - len(row) for row in rows]
-            return torch.stack(
-                [pad(r, (0, 0) * (r.dim() - 1) + (0, n), value=value) for r, n in zip(rows, short, strict=True)]
-            )
-
-        places = padded("places", most)
-        text = torch.arange(longest).expand(len(examples), -1)
-        sees = torch.zeros(len(examples), longest + most, longest + most, dtype=torch.bool)
-        sees[:, :longest, :longest] = text[:, None] <= text[..., None]
-        sees[:, longest:, :longest] = text[:, None] < places[..., None]
-        sees[:, longest:, longest:] = torch.eye(most, dtype=torch.bool)
-        tokens = [padded("input_ids", longest, self.pad_token_id), padded("substitutes", most, self.pad_token_id)]
-        return {
-            "input_ids": torch.cat(tokens, 1),
-            "position_ids": torch.cat([text, places], 1),
-            "sees": sees,
-            "places": places,
-            "scalars": padded("scalars", most, dtype=torch.float),
-            "labels": padded("labels", most, IGNORED, torch.float),
-        }
 
 
 class TargetWithJudge(torch.nn.Module):
@@ -716,31 +438,6 @@ def fit_projection(judge: Judge, rows: Substitutions, seed: int) -> None:
             matrix = pca.components_.T / np.sqrt(variance) / normal.scale_[:, None]
             judge.hidden_mean[side] = torch.from_numpy(normal.mean_)
             judge.projection[side] = torch.from_numpy(matrix)
-
-
-def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
-    """
-    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes, and in `rows` which ones they are.
-
-    Args:
-        known (`np.ndarray`): The label of each row; rows with NaN are left out.
-    """
-    columns = ("prompt_ids", "answer_ids", "position", "substitute", "scalars")
-    rows = labels.select_columns(columns)
-    answers: dict[tuple, dict] = {}
-    for index in np.flatnonzero(~np.isnan(known)):
-        row = rows[int(index)]
-        ids = (*row["prompt_ids"], *row["answer_ids"])
-        answer = answers.setdefault(ids, {"rows": [], "places": [], "substitutes": [], "scalars": [], "labels": []})
-        answer["rows"].append(int(index))
-        answer["places"].append(len(row["prompt_ids"]) + row["position"])
-        answer["substitutes"].append(row["substitute"])
-        answer["scalars"].append(row["scalars"])
-        answer["labels"].append(float(known[index]))
-    # Nothing looks at what is behind the last substitution.
-    return datasets.Dataset.from_list([
-        {"input_ids": ids[: max(answer["places"])], **answer} for ids, answer in answers.items()
-    ])  # fmt: skip
 
 
 def _agreement(odds: torch.Tensor, label: torch.Tensor) -> dict[str, float]:

@@ -29,31 +29,38 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from .cards import plot_reliability, write_card
+from .collators import soft_labels
 from .evaluation import HeldOutConfig, calibrate, calibrated, evaluate, held_out
 from .judge import Judge
+from .judge_config import NONE, SCORES, JudgeConfig
 from .labels import folders_of, load_labels, mining_of
 from .replay import apart
 from .sources import load_model
-from .trainer import NONE, SCORES, JudgeConfig, JudgeTrainer, TargetWithJudge, new_judge, soft_labels
+from .trainer import JudgeTrainer, TargetWithJudge, new_judge
 
 
 logger = logging.get_logger(__name__)
 
-# Options about what is told and where it is written.
+# How the options begin that are about what is told and where it is written.
 NO_PART = (
-    *(
-        "output_dir",
-        "logging",
-        "log_",
-        "save",
-        "eval_",
-        "report_to",
-        "run_name",
-        "disable_tqdm",
-        "hub_",
-        "push_to_hub",
-    ),
-    *("dataloader", "label_names", "use_cpu", "resume", "per_device_eval", "do_", "prediction_loss", "restore"),
+    "output_dir",
+    "logging",
+    "log_",
+    "save",
+    "eval_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "hub_",
+    "push_to_hub",
+    "dataloader",
+    "label_names",
+    "use_cpu",
+    "resume",
+    "per_device_eval",
+    "do_",
+    "prediction_loss",
+    "restore",
 )
 
 
@@ -231,7 +238,3 @@ def _chosen(args: JudgeConfig) -> dict:
 def make_parser(prog: str | None = None) -> TrlParser:
     """The parser of the script."""
     return TrlParser((ScriptArguments, JudgeConfig), prog=prog)
-
-
-if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))

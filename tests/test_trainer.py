@@ -13,12 +13,13 @@ import torch
 
 from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer, training
 from hf_selfjudge.cards import HUB_CARDS, add_results, write_card
+from hf_selfjudge.collators import DataCollatorForJudge, DataCollatorForSubstitutions, answers_of, soft_labels
 from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.labels import features_of
 from hf_selfjudge.sources import HalfLinear, fingerprint
-from hf_selfjudge.trainer import DataCollatorForJudge, DataCollatorForSubstitutions, TargetWithJudge, soft_labels
+from hf_selfjudge.trainer import TargetWithJudge
 from hf_selfjudge.training import ScriptArguments, main, make_parser
 
 from .conftest import HIDDEN as TINY
@@ -297,7 +298,7 @@ def test_resumed_equals_uninterrupted(target, answers, tmp_path, adapter):
 def test_substitutes_see_what_they_would_see_alone(target, answers):
     """Packed behind each other, padded, beside other answers: each state is that of the text with the substitute."""
     judge = trainer._judge_for(target, Tokens(), config("x", components=4))
-    rows = trainer.answers_of(answers, np.array(answers["changed"][:]))
+    rows = answers_of(answers, np.array(answers["changed"][:]))
     batch = DataCollatorForJudge(0)([rows[i] for i in range(3)])
     seen = []
     judge.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
