@@ -30,6 +30,7 @@ from .rules import JudgeRule, KLGate, Lossless, Margin, Rows, Rule
 
 
 LONGEST_PROMPT, LONGEST_ANSWER = 4000, 256  # characters, tokens
+WAITING = 8  # visitors in the queue
 COLOURS = {"draft, matched": "#2f9e44", "draft, judged": "#e8590c", "target": "#868e96"}
 NAMES = {"matched": "draft, matched", "judged": "draft, judged", "target": "target"}
 RULES = ("judge", "lossless", "margin", "KL gate")
@@ -216,14 +217,17 @@ def rows_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token]) -> list
     ]
 
 
-def differences(first: str, second: str) -> tuple[list[tuple[str, str | None]], list[tuple[str, str | None]]]:
-    """Two texts, word by word, with what only one of them has marked."""
-    a, b = first.split(" "), second.split(" ")
+def differences(
+    tokenizer: PreTrainedTokenizerBase, first: Sequence[Token], second: Sequence[Token]
+) -> tuple[list[tuple[str, str | None]], list[tuple[str, str | None]]]:
+    """Two answers, with the tokens that only one of them has marked."""
+    a, b = ([token.id for token in tokens] for tokens in (first, second))
     left, right = [], []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         mark = None if kind == "equal" else "differs"
-        left += [(" ".join(a[i:j]) + " ", mark)] if i < j else []
-        right += [(" ".join(b[k:m]) + " ", mark)] if k < m else []
+        for parts, ids in ((left, a[i:j]), (right, b[k:m])):
+            if text := tokenizer.decode(ids, skip_special_tokens=True):
+                parts.append((text, mark))
     return left, right
 
 
@@ -311,19 +315,21 @@ def build(
             tokens = progress.tokens
             yield coloured(tokenizer, tokens), figures(progress), rows_of(tokenizer, tokens)
 
+    def marked(done: dict[str, Progress]):
+        return differences(tokenizer, *(progress.tokens for progress in done.values()))
+
     def compare(prompt: str, rule: str, threshold: float, length: int):
         """Lossless and judged, one after the other: both texts with the differences marked, and their rounds."""
         made, ids = prepared(prompt, rule, threshold, 0.0, length)
-        done: dict[str, Progress] = {}
-        texts = {"lossless": "", rule: ""}
-        for label, decoding in (("lossless", Lossless()), (rule, made)):
+        ways = {"lossless": Lossless(), f"with {rule}": made}
+        done = {label: Progress() for label in ways}
+        for label, decoding in ways.items():
             for progress in answer(target, draft, decoding, special, ids, int(length)):
                 done[label] = progress
-                texts[label] = tokenizer.decode([token.id for token in progress.tokens], skip_special_tokens=True)
-                yield *differences(*texts.values()), gr.skip(), gr.skip()
+                yield *marked(done), gr.skip(), gr.skip()
         lines = [f"**{label}**: {figures(progress)}" for label, progress in done.items()]
         bars = picture({label: progress.rounds for label, progress in done.items()})
-        yield *differences(*texts.values()), bars, "\n\n".join(lines)
+        yield *marked(done), bars, "\n\n".join(lines)
 
     def code(rule: str, threshold: float, temperature: float, length: int) -> str:
         """What to copy for these settings."""
@@ -357,17 +363,20 @@ def build(
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                prompt = gr.Textbox(label="Prompt", lines=4, max_length=LONGEST_PROMPT, value=EXAMPLES[0])
+                prompt = gr.Textbox(
+                    label="Prompt", lines=4, max_length=LONGEST_PROMPT, value=EXAMPLES[0], elem_id="prompt"
+                )
                 gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
                 rule = gr.Dropdown(list(RULES), value="judge", label="Rule")
                 point = gr.Radio([*points], label="Operating point", visible=bool(points))
-                threshold = gr.Slider(0, 5, judge.info.threshold, step=0.01, label=UNITS["judge"])
+                threshold = gr.Slider(0, 5, judge.info.threshold, step=0.01, label=UNITS["judge"], elem_id="threshold")
                 temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
                 length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
             with gr.Column(scale=2, min_width=320), gr.Tabs():
                 with gr.Tab("Generate"):
                     with gr.Row():
-                        go, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                        go = gr.Button("Generate", variant="primary", elem_id="generate")
+                        stop = gr.Button("Stop", elem_id="stop")
                     text = gr.HighlightedText(
                         label="Answer", color_map=COLOURS, combine_adjacent=True, show_legend=True, elem_id="answer"
                     )
@@ -378,34 +387,34 @@ def build(
                     )  # fmt: skip
                 with gr.Tab("Compare"):
                     with gr.Row():
-                        both, halt = gr.Button("Compare", variant="primary"), gr.Button("Stop")
+                        both = gr.Button("Compare", variant="primary", elem_id="compare")
+                        halt = gr.Button("Stop")
                     with gr.Row():
                         marks = {"differs": "#e8590c"}
                         first = gr.HighlightedText(label="Lossless", color_map=marks, elem_id="lossless")
                         second = gr.HighlightedText(label="With the rule", color_map=marks, elem_id="ruled")
-                    bars = gr.Plot(label="Rounds")
+                    bars = gr.Plot(label="Rounds", elem_id="rounds")
                     told = gr.Markdown(elem_id="told")
                 with gr.Tab("Curve"):
                     _curve(judge, folder)
                 with gr.Tab("Use it"):
                     settings = [rule, threshold, temperature, length]
                     shown = gr.Code(language="python", value="", label="Copy this", interactive=False)
-        rule.change(scaled, rule, threshold, api_visibility="private")
-        point.change(
-            lambda name: ("judge", points[name]["threshold"]), point, [rule, threshold], api_visibility="private"
-        )
+        aside = {"queue": False, "api_visibility": "private"}  # answered at once, however many are waiting
+        rule.change(scaled, rule, threshold, **aside)
+        point.change(lambda name: ("judge", points[name]["threshold"]), point, [rule, threshold], **aside)
         for setting in settings:
-            setting.change(code, settings, shown, api_visibility="private")
-        page.load(scaled, rule, threshold, api_visibility="private")
-        page.load(code, settings, shown, api_visibility="private")
-        running = go.click(generate, [prompt, *settings], [text, line, table], api_name="generate")
+            setting.change(code, settings, shown, **aside)
+        page.load(scaled, rule, threshold, **aside)
+        page.load(code, settings, shown, **aside)
+        alone = {"concurrency_id": "models", "concurrency_limit": 1}  # one at a time: the machine is shared
+        running = go.click(generate, [prompt, *settings], [text, line, table], api_name="generate", **alone)
         stop.click(None, cancels=[running], api_visibility="private")
         comparing = both.click(
-            compare, [prompt, rule, threshold, length], [first, second, bars, told], api_name="compare"
+            compare, [prompt, rule, threshold, length], [first, second, bars, told], api_name="compare", **alone
         )
         halt.click(None, cancels=[comparing], api_visibility="private")
-    # One at a time: the machine is shared. Who comes when eight are waiting is told so.
-    return page.queue(max_size=8, default_concurrency_limit=1)
+    return page.queue(max_size=WAITING)  # who comes when so many are waiting is told so
 
 
 def _curve(judge: Judge, folder: Path | None) -> None:

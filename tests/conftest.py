@@ -2,6 +2,8 @@
 
 import copy
 import string
+import threading
+import time
 
 import pytest
 import torch
@@ -104,6 +106,28 @@ class Collect:
 
     def end(self):
         self.ended = True
+
+
+class Pace:
+    """A target whose forwards wait at a gate from the `first` on, and are counted."""
+
+    def __init__(self, model):
+        self.model, self.calls, self.first, self.gate = copy.copy(model), 0, 1, threading.Event()
+        self.gate.set()
+        forward = model.forward
+
+        def paced(*args, **kwargs):
+            self.calls += 1
+            if self.calls >= self.first:
+                assert self.gate.wait(60)
+                time.sleep(0.02)
+            return forward(*args, **kwargs)
+
+        self.model.forward = paced
+
+    def hold_from(self, first: int) -> None:
+        self.calls, self.first = 0, first
+        self.gate.clear()
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen2", "gemma3", "gpt2"])

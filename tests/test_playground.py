@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,9 @@ from gradio_client import Client
 from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.playground import (
     RULES,
+    WAITING,
     Noting,
+    Token,
     answer,
     build,
     coloured,
@@ -23,7 +26,7 @@ from hf_selfjudge.playground import (
 )
 from hf_selfjudge.rules import KLGate, Lossless, Margin
 
-from .conftest import random_judge
+from .conftest import Pace, random_judge
 
 
 @pytest.fixture
@@ -87,9 +90,10 @@ def test_what_is_shown(parts, prompt):
     assert {name for _, name in shown} <= {"draft, matched", "draft, judged", "target"}
     assert len(rows_of(tokenizer, last.tokens)) == len(last.judged) > 0
     assert f"**{40 / len(last.rounds):.2f} tokens a round**" in figures(last)
-    left, right = differences("the sky is blue now", "the sky looks blue")
-    assert left == [("the sky ", None), ("is ", "differs"), ("blue ", None), ("now ", "differs")]
-    assert right == [("the sky ", None), ("looks ", "differs"), ("blue ", None)]
+    first, second = ([Token(i, "matched") for i in tokenizer(text)["input_ids"]] for text in ("sky is", "sky as on"))
+    left, right = differences(tokenizer, first, second)
+    assert left == [("sky ", None), ("i", "differs"), ("s", None)]
+    assert right == [("sky ", None), ("a", "differs"), ("s", None), (" on", "differs")]
     assert len(picture({"lossless": [3, 4], "judge": [5]}).axes) == 2
     made = {type(rule_of(name, 0.5, judge)) for name in RULES}
     assert made == {JudgeRule, KLGate, Lossless, Margin}
@@ -129,6 +133,35 @@ def test_eight_clients_at_once(parts, page):
         assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_who_comes_when_the_queue_is_full_is_told(parts, monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    target, draft, tokenizer, judge = parts
+    pace = Pace(target)
+    made = build(pace.model, draft, tokenizer, judge, "me/tiny-judge")
+    made.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)
+    pace.hold_from(1)
+    ask = {
+        "prompt": "why?",
+        "rule": "judge",
+        "threshold": 0.5,
+        "temperature": 0,
+        "length": 24,
+        "api_name": "/generate",
+    }
+    client = Client(made.local_url, verbose=False)
+    jobs = [client.submit(**ask)]
+    while not pace.calls:  # decoding has begun, and waits
+        time.sleep(0.05)
+    jobs += [client.submit(**ask) for _ in range(WAITING)]
+    while len(made._queue) < WAITING:
+        time.sleep(0.05)
+    with pytest.raises(Exception, match="Queue is full"):
+        client.predict(**ask)
+    pace.gate.set()
+    assert len({str(job.result(timeout=120)[0]) for job in jobs}) == 1
+    made.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,7 +187,7 @@ def test_compare(page):
     assert "".join(part["token"] for part in second)
     assert bars["type"] == "matplotlib"
     assert "**lossless**" in told
-    assert "**judge**" in told
+    assert "**with judge**" in told
 
 
 def test_memory_does_not_grow(parts, prompt):
