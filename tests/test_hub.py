@@ -395,7 +395,7 @@ def test_mutated_files_end_in_an_error_or_in_a_judge(llama, tmp_path):
 # -- in processes of their own ---------------------------------------------------------------------------------------
 
 LOAD = """
-import json, sys, torch
+import json, os, sys, torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 target, draft = (AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1].split(","))
@@ -407,14 +407,16 @@ how = dict(assistant_model=draft, max_new_tokens=40, do_sample=False, return_dic
 found = {}
 for repo in sys.argv[2:]:
     from hf_selfjudge import JudgedModel
-    judged = JudgedModel.from_pretrained(target, repo, allow_other_weights=True)
+    judged = JudgedModel.from_pretrained(target, repo)
     found[repo] = judged.generate(ids, **how).sequences.tolist()
     assert judged.stats.judged, judged.stats
+    if os.path.isdir(repo):
+        continue
     found[repo + ", custom_generate"] = target.generate(
-        ids, **how, custom_generate=repo, trust_remote_code=True, allow_other_weights=True
+        ids, **how, custom_generate=repo, trust_remote_code=True
     ).sequences.tolist()
     found[repo + ", lossless"] = target.generate(
-        ids, **how, custom_generate=repo, trust_remote_code=True, allow_other_weights=True, threshold=0.0
+        ids, **how, custom_generate=repo, trust_remote_code=True, threshold=0.0
     ).sequences.tolist()
     try:
         target.generate(ids, **how, custom_generate=repo, trust_remote_code=False)
@@ -436,34 +438,11 @@ def process(hub, home, *command, **environment):
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_round_trip_through_new_processes(hub, llama, pair_folders, tmp_path):
-    """Head and adapter, by name only, online and then offline, with the package and with the repo's own code."""
-    target, _ = llama
-    judges = {"me/head": random_judge(target), "me/adapter": adapted_judge(target, adapter(target))}
-    for repo, judge in judges.items():
-        judge.push_to_hub(repo)
-    command = (sys.executable, "-c", LOAD, pair_folders, *judges)
-    online = process(hub, tmp_path / "home", *command)
-    assert online.returncode == 0, online.stderr
-    found = json.loads(online.stdout.splitlines()[-1])
-    for repo in judges:
-        assert found[f"{repo}, custom_generate"] == found[repo] != found["stock"]
-        assert found[f"{repo}, lossless"] == found["stock"]
-    assert "hf_write" not in online.stdout + online.stderr
-    hub.requests.clear()
-    offline = process(hub, tmp_path / "home", *command, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
-    assert json.loads(offline.stdout.splitlines()[-1]) == found
-    assert not hub.requests
+OURS = (sys.executable, "-m", "hf_selfjudge.cli")
 
 
-def test_the_command_line_and_the_extension(hub, folder, tmp_path):
-    """`hf-selfjudge push` and `pull`, and the same as `hf selfjudge`."""
-    home = tmp_path / "home"
-    ours = (sys.executable, "-m", "hf_selfjudge.cli")
-    pushed = process(hub, home, *ours, "push", folder, REPO, "--private", "--tag", "v1")
-    assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.startswith(f"Pushed: {hub.url}/{REPO}/commit/")
+def extension(home):
+    """The `hf` command, of which ours is an extension in this home."""
     extension = home / ".local/share/hf/extensions/hf-selfjudge"
     extension.mkdir(parents=True)
     script = extension / "hf-selfjudge"
@@ -478,11 +457,53 @@ def test_the_command_line_and_the_extension(hub, folder, tmp_path):
         type="binary",
         installed_at=datetime.now(),
     ).save(extension)
-    hf = os.path.join(os.path.dirname(sys.executable), "hf")
-    pulled = process(hub, home, hf, "selfjudge", "pull", REPO, tmp_path / "there", "--revision", "v1")
+    return os.path.join(os.path.dirname(sys.executable), "hf"), "selfjudge"
+
+
+def test_from_prompts_to_a_judge_that_is_loaded_by_its_name(hub, pair_folders, prompts_file, tmp_path):
+    """Mined, trained and pushed on the command line, as head and as adapter; then everything local is deleted. By name
+    only, online and then offline, with the package and with the repo's own code, the text is the same."""
+    home, work = tmp_path / "home", tmp_path / "work"
+
+    def call(*command, **environment):
+        done = process(hub, home, *command, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "hf_write" not in done.stdout + done.stderr
+        return done.stdout
+
+    mining = ("--max-new-tokens", 40, "--per-answer", 12, "--rewrites", 12, "--dtype", "float32")
+    call(*OURS, "mine", "--pair", pair_folders, "--prompts", prompts_file, "--output", work / "labels", *mining)
+    training = ("--labels", work / "labels", "--components", 4, "--folds", 2, "--max_steps", 50, "--dtype", "float32")
+    call(*OURS, "train", *training, "--output_dir", work / "head")
+    call(*OURS, "train", *training, "--lora_layers", 1, "--output_dir", work / "adapter")
+    folders = (work / "head", work / "adapter")
+    before = json.loads(call(sys.executable, "-c", LOAD, pair_folders, *folders).splitlines()[-1])
+    call(*OURS, "push", work / "head", "me/head")
+    call(*extension(home), "push", work / "adapter", "me/adapter")
+    shutil.rmtree(work)
+    shutil.rmtree(home)
+
+    command = (sys.executable, "-c", LOAD, pair_folders, "me/head", "me/adapter")
+    found = json.loads(call(*command).splitlines()[-1])
+    assert found["stock"] == before["stock"]
+    for repo, folder in zip(("me/head", "me/adapter"), folders, strict=True):
+        assert found[f"{repo}, custom_generate"] == found[repo] == before[str(folder)] != found["stock"]
+        assert found[f"{repo}, lossless"] == found["stock"]
+    hub.requests.clear()
+    assert json.loads(call(*command, HF_HUB_OFFLINE="1").splitlines()[-1]) == found
+    assert not hub.requests
+
+
+def test_the_command_line_and_the_extension(hub, folder, tmp_path):
+    """`hf-selfjudge push` and `pull`, and the same as `hf selfjudge`."""
+    home = tmp_path / "home"
+    pushed = process(hub, home, *OURS, "push", folder, REPO, "--private", "--tag", "v1")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith(f"Pushed: {hub.url}/{REPO}/commit/")
+    pulled = process(hub, home, *extension(home), "pull", REPO, tmp_path / "there", "--revision", "v1")
     assert pulled.returncode == 0, pulled.stderr
     assert same(Judge.from_pretrained(tmp_path / "there"), Judge.from_pretrained(folder))
-    refused = process(hub, home, *ours, "push", folder, REPO, HF_TOKEN="hf_read")
+    refused = process(hub, home, *OURS, "push", folder, REPO, HF_TOKEN="hf_read")
     assert refused.returncode == 1
     assert "could not be written" in refused.stderr
     assert "hf_read" not in refused.stdout + refused.stderr
