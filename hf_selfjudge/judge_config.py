@@ -65,6 +65,8 @@ class JudgeConfig(TrainingArguments):
             Steps between two logs.
         save_strategy (`str`, *optional*, defaults to `"no"`):
             When to write checkpoints. On mined features there is nothing to lose: training takes seconds.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`):
+            Whether several processes look for parameters without a gradient: a judge has none.
         report_to (`str`, *optional*, defaults to `"none"`):
             Integrations to report to.
     """
@@ -120,6 +122,10 @@ class JudgeConfig(TrainingArguments):
         metadata={
             "help": "When to write checkpoints. On mined features there is nothing to lose: training takes seconds."
         },
+    )
+    ddp_find_unused_parameters: bool = field(
+        default=False,
+        metadata={"help": "Whether several processes look for parameters without a gradient: a judge has none."},
     )
     report_to: str = field(default="none", metadata={"help": "Integrations to report to."})
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -56,6 +56,8 @@ NO_PART = (
     "dataloader",
     "label_names",
     "use_cpu",
+    "local_rank",
+    "ddp_",
     "resume",
     "per_device_eval",
     "do_",
@@ -224,14 +226,21 @@ def _lora(args: ScriptArguments) -> dict:
 
 def _chosen(args: JudgeConfig) -> dict:
     """Options that are not left at their default, and have a part in what comes out."""
-    default, chosen = JudgeConfig(), {}
-    for name in sorted(f.name for f in fields(JudgeConfig) if f.init and not f.name.startswith(NO_PART)):
-        value = getattr(args, name)
-        value = value.value if isinstance(value, Enum) else value
-        if value == getattr(default, name) or not isinstance(value, bool | int | float | str | list):
+    chosen = {}
+    for option in sorted(fields(JudgeConfig), key=lambda option: option.name):
+        if not option.init or option.name.startswith(NO_PART):
+            continue
+        # Not those of a new `JudgeConfig()`: making one ends what this process knows of the others.
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        value, default = (
+            each.value if isinstance(each, Enum) else each for each in (getattr(args, option.name), default)
+        )
+        if value == default or not isinstance(value, bool | int | float | str | list):
+            continue
+        if not default and (value is False or value == []):  # what transformers makes of `None` and ""
             continue
         # JSON has no infinity, and the command line no empty list.
-        chosen[name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value or NONE
+        chosen[option.name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value or NONE
     return chosen
 
 

@@ -4,6 +4,8 @@ import doctest
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import datasets
@@ -343,6 +345,24 @@ def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
     assert judge.info.training["held_out"]["rows"] == len(answers)
     for name, value in target.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+def test_two_processes_train_what_one_trains(fitted, tmp_path):
+    """A launcher shares the batches: a step on twice half of the rows is a step on all."""
+    folder, _, _ = fitted
+    options, rows = {"components": 4, "max_steps": 30}, 240
+    one = main(script(folder, resamples=2), config(tmp_path / "one", per_device_train_batch_size=rows, **options))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    arguments = {"labels": folder, "resamples": 2, "per_device_train_batch_size": rows // 2}
+    arguments = OPTIONS | options | arguments | {"output_dir": tmp_path / "two"}
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    command = [*launcher, "-m", "hf_selfjudge.cli", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = Judge.from_pretrained(tmp_path / "two")
+    assert two.info.training["held_out"]["rows"] == one.info.training["held_out"]["rows"] == rows
+    first, second = (judge.head.weight / judge.info.training["fit"]["slope"] for judge in (one, two))
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
 
 
 def test_what_the_card_says_remakes_the_judge(fitted, tmp_path):
