@@ -324,7 +324,8 @@ def folders_of(references: Sequence[str | os.PathLike], token: str | None = None
 
 def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
     """
-    How labels were mined, for each folder.
+    How labels were mined, for each folder; and as `shards`, how many there are, and would have been if nothing had
+    stopped it.
 
     Raises:
         FileNotFoundError: If one of them is not one of labels.
@@ -335,7 +336,9 @@ def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
         path = Path(folder) / "mining.json"
         if not path.is_file():
             raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
-        mining.append(json.loads(path.read_text(encoding="utf-8")))
+        shards = list(Path(folder).glob("labels-*.parquet"))
+        total = int(shards[0].stem.split("-")[-1]) if shards else 0
+        mining.append(json.loads(path.read_text(encoding="utf-8")) | {"shards": [len(shards), total]})
         for name in ("target", "target_fingerprint", "draft"):
             if mining[-1][name] != mining[0][name]:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Training a judge on labels with a planted signal, on features and through the model."""
 
+import copy
 import doctest
 import json
 import shlex
@@ -384,6 +385,19 @@ def test_what_the_card_says_remakes_the_judge(fitted, tmp_path):
     again = main(*make_parser().parse_args_and_config([*arguments, "--resamples", "2", "--disable_tqdm", "true"]))
     assert again.info == judge.info
     assert all(map(torch.equal, again.state_dict().values(), judge.state_dict().values()))
+
+
+def test_the_card_says_that_mining_was_stopped(fitted, tmp_path):
+    folder, judge, _ = fitted
+    stopped = shutil.copytree(folder, tmp_path / "labels", ignore=shutil.ignore_patterns("cache"))
+    (stopped / "labels-00000-of-00001.parquet").rename(stopped / "labels-00000-of-00007.parquet")
+    mining = mining_of([stopped])
+    assert (judge.info.training["mining"][0]["shards"], mining[0]["shards"]) == ([1, 1], [1, 7])
+    other = copy.deepcopy(judge)
+    other.info = replace(judge.info, training=judge.info.training | {"mining": mining})
+    for each, told in ((judge, 0), (other, 2)):
+        write_card(each, tmp_path)
+        assert (tmp_path / "README.md").read_text().count("stopped after 1 of 7 shards") == told
 
 
 def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, monkeypatch):
