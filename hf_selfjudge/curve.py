@@ -77,9 +77,10 @@ class Grid:
         enough to lose something: in 99 % of the bootstrap's samples one of them scores above 0."""
         here = self.among(category)
         for name in preference:
-            known = np.isfinite(self.scores[name][:, here]).all()
-            if known and (self.mean(name, category)[:, self.base] > 0).mean() >= 0.99:
-                return name
+            if np.isfinite(self.scores[name][:, here]).all():
+                means = self.mean(name, category)[:, self.base]
+                if (means[np.isfinite(means)] > 0).mean() >= 0.99:
+                    return name
         return None
 
     def retention(self, preference: Sequence[str], category: str | None = None) -> np.ndarray:
@@ -91,16 +92,17 @@ class Grid:
                 none are left out.
             category (`str`, *optional*): One instead of the mean of all.
         """
-        kept = []
+        total, count = np.zeros((2, len(self.weights), len(self.settings)))
         for name in [category] if category is not None else sorted(set(self.categories)):
             measure = self.measure_of(name, preference)
             if measure is not None:
-                mean = self.mean(measure, name)
+                mean, here = self.mean(measure, name), self.among(name)
+                drawn = self.weights[:, here].sum(1, keepdims=True) / here.sum()  # 1, but for a prompt that is alone
                 with np.errstate(divide="ignore", invalid="ignore"):
-                    kept.append(mean / mean[:, [self.base]])
-        if not kept:
-            return np.full((len(self.weights), len(self.settings)), np.nan)
-        return np.mean(kept, axis=0)
+                    total += np.where(drawn > 0, drawn * mean / mean[:, [self.base]], 0)
+                count += drawn
+        with np.errstate(invalid="ignore"):
+            return total / count
 
     def curve(self, family: str) -> list[int]:
         """The settings of a rule, and lossless decoding: where every curve begins."""
@@ -109,10 +111,13 @@ class Grid:
 
 def draws(categories: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """How often each prompt is drawn, of shape `(1 + resamples, P)`: first each once, then bootstrap samples, drawn
-    within categories."""
+    within categories. Prompts that are alone in theirs are drawn among each other: within it they would tell of no
+    spread at all."""
     rng, weights = np.random.default_rng(seed), np.ones((1 + resamples, len(categories)))
-    for category in np.unique(categories):
-        (here,) = np.nonzero(categories == category)
+    names, index, counts = np.unique(categories, return_inverse=True, return_counts=True)
+    strata = np.where(counts[index] > 1, index, len(names))
+    for stratum in np.unique(strata):
+        (here,) = np.nonzero(strata == stratum)
         weights[1:, here] = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=resamples)
     return weights
 

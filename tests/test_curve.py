@@ -61,6 +61,20 @@ def test_the_bootstrap_draws_prompts_within_categories():
     assert 0.2 < (weights[1:, 0] == 2).mean() < 0.3
 
 
+def test_prompts_that_are_alone_in_their_category_have_a_spread():
+    weights = draws(np.array(["a", "b", "c", "d", "d"]), 4000, 0)
+    assert (weights[:, :3].sum(1) == 3).all()
+    assert (weights[:, 3:].sum(1) == 2).all()
+    assert weights[1:, :3].std(0) == pytest.approx((2 / 3) ** 0.5, rel=0.05)  # multinomial: n p (1 − p)
+    scores = np.array([[1.0, 1, 1], [0.9, 0.6, 0.3]])
+    shape = np.ones((2, 3))
+    alone = Grid(["lossless", "margin=1"], ["lossless", "margin"], np.array(list("abc")), shape, shape, {"s": scores})
+    kept = alone.retention(["s"])[:, 1]
+    low, high = interval(kept)[1:]
+    assert kept[0] == pytest.approx(0.6)
+    assert (low, high) == (pytest.approx(0.3), pytest.approx(0.9))  # the same prompt three times: 1 of 27 each
+
+
 def test_interval():
     # A mean of n values of spread 1 has a 95 % interval of about ±1.96 / √n.
     rng = np.random.default_rng(0)
