@@ -572,16 +572,17 @@ def demo(
 ) -> None:
     """Open the playground: judged text in colours, beside lossless text, in a browser."""
     try:
-        from .playground import build  # needs gradio, which is an extra
+        from .playground import build, folder_of  # needs gradio, which is an extra
     except ModuleNotFoundError as error:
         raise ValueError("The demo needs gradio. Install it: pip install 'hf-selfjudge[demo]'.") from error
     source = judge if judge is not None else str(shipped_judge(pair))
-    found = Judge.from_pretrained(source)
+    folder = folder_of(source)
+    found = Judge.from_pretrained(folder)
     target_id, draft_id = parse_pair(pair)
     target, tokenizer = load_model(target_id, read_dtype(dtype))
     found.check_target(target, allow_other_weights=True)
     draft = load_draft(draft_id, 5, read_dtype(dtype), int8_draft)
-    page = build(target, draft, tokenizer, found, source, Path(source) if Path(source).is_dir() else None)
+    page = build(target, draft, tokenizer, found, source, folder)
     page.launch(server_name=host, server_port=port, ssr_mode=False)
 
 

@@ -6,8 +6,10 @@ lossless and judged decoding side by side; and that shows the judge's measured c
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -26,6 +29,7 @@ from .generation import JudgedModel
 from .judge import Judge
 from .mismatches import eos_tokens
 from .prompts import TooLong, context_of, encode
+from .publish import pull_judge
 from .rules import JudgeRule, KLGate, Lossless, Margin, Rows, Rule
 
 
@@ -238,9 +242,28 @@ def picture(rounds: dict[str, Sequence[int]]) -> Figure:
     for axis, (name, kept) in zip(axes, rounds.items(), strict=True):
         axis.bar(range(1, len(kept) + 1), kept, width=0.8)
         axis.set_ylabel(name)
-    axes[-1].set_xlabel("round (height: tokens kept)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_title("A bar for each round: how many tokens it kept", fontsize="medium")
+    axes[-1].set_xlabel("round")
     figure.tight_layout()
     return figure
+
+
+def folder_of(judge: str) -> Path:
+    """
+    Where a judge is, with what was measured of it: its folder, or one that is fetched from the Hub and goes with this
+    process.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: See [`pull_judge`].
+    """
+    if Path(judge).is_dir():
+        return Path(judge)
+    temporary = tempfile.TemporaryDirectory()
+    atexit.register(temporary.cleanup)
+    folder = Path(temporary.name) / "judge"
+    pull_judge(judge, folder)
+    return folder
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
@@ -251,6 +274,8 @@ UNITS = {
     "margin": "Threshold: nats that a token may be less likely than the target's",
     "KL gate": "Threshold: nats between the target's distribution and the draft's",
 }
+# Gradio writes black on these colours in the dark too, where they are dark themselves.
+STYLE = "<style>.dark .token.highlighted, .dark .legend-item { color: white !important; }</style>"
 INTRODUCTION = """
 # Judge decoding
 
@@ -354,24 +379,17 @@ def build(
 
     def scaled(rule: str):
         """The slider for a rule."""
-        begins = {"judge": (1, judge.info.threshold), "lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
         most, value = begins[rule]
         return gr.Slider(0, most, value, step=0.01, label=UNITS[rule], interactive=rule != "lossless")
 
     points = judge.info.operating_points
+    begins = {"judge": (1, round(judge.info.threshold, 2)), "lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
     with gr.Blocks(title="Judge decoding") as page:
+        gr.HTML(STYLE, visible="hidden")
         gr.Markdown(INTRODUCTION)
+        prompt = gr.Textbox(label="Prompt", lines=2, max_length=LONGEST_PROMPT, value=EXAMPLES[0], elem_id="prompt")
+        gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
         with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                prompt = gr.Textbox(
-                    label="Prompt", lines=4, max_length=LONGEST_PROMPT, value=EXAMPLES[0], elem_id="prompt"
-                )
-                gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
-                rule = gr.Dropdown(list(RULES), value="judge", label="Rule")
-                point = gr.Radio([*points], label="Operating point", visible=bool(points))
-                threshold = gr.Slider(0, 5, judge.info.threshold, step=0.01, label=UNITS["judge"], elem_id="threshold")
-                temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
-                length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
             with gr.Column(scale=2, min_width=320), gr.Tabs():
                 with gr.Tab("Generate"):
                     with gr.Row():
@@ -393,13 +411,19 @@ def build(
                         marks = {"differs": "#e8590c"}
                         first = gr.HighlightedText(label="Lossless", color_map=marks, elem_id="lossless")
                         second = gr.HighlightedText(label="With the rule", color_map=marks, elem_id="ruled")
-                    bars = gr.Plot(label="Rounds", elem_id="rounds")
+                    bars = gr.Plot(show_label=False, elem_id="rounds")
                     told = gr.Markdown(elem_id="told")
                 with gr.Tab("Curve"):
                     _curve(judge, folder)
                 with gr.Tab("Use it"):
-                    settings = [rule, threshold, temperature, length]
                     shown = gr.Code(language="python", value="", label="Copy this", interactive=False)
+            with gr.Column(scale=1, min_width=280):
+                rule = gr.Dropdown(list(RULES), value="judge", label="Rule")
+                point = gr.Radio([*points], label="Operating point", visible=bool(points))
+                threshold = gr.Slider(0, 5, begins["judge"][1], step=0.01, label=UNITS["judge"], elem_id="threshold")
+                temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
+                length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
+                settings = [rule, threshold, temperature, length]
         aside = {"queue": False, "api_visibility": "private"}  # answered at once, however many are waiting
         rule.change(scaled, rule, threshold, **aside)
         point.change(lambda name: ("judge", points[name]["threshold"]), point, [rule, threshold], **aside)

@@ -4,14 +4,15 @@ import os
 
 from hf_selfjudge import Judge, load_model
 from hf_selfjudge.cards import shipped_judge
-from hf_selfjudge.playground import build
+from hf_selfjudge.playground import build, folder_of
 
 
 JUDGE = os.environ.get("JUDGE") or str(shipped_judge("qwen2.5-coder"))
-judge = Judge.from_pretrained(JUDGE)
+folder = folder_of(JUDGE)
+judge = Judge.from_pretrained(folder)
 target, tokenizer = load_model(judge.info.target)
 draft, _ = load_model(judge.info.draft)
-page = build(target, draft, tokenizer, judge, JUDGE)
+page = build(target, draft, tokenizer, judge, JUDGE, folder)
 
 if __name__ == "__main__":
     page.launch()
