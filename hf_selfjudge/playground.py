@@ -39,9 +39,9 @@ COLOURS = {"draft, matched": "#2f9e44", "draft, judged": "#e8590c", "target": "#
 NAMES = {"matched": "draft, matched", "judged": "draft, judged", "target": "target"}
 RULES = ("judge", "lossless", "margin", "KL gate")
 EXAMPLES = (
+    "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls is that in all?",
     "Why is the sky blue?",
     "Write a short email to my neighbours about the street party on Saturday.",
-    "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls is that in all?",
     "Translate to German: The library is closed on Mondays, but the garden is open.",
     "Write a Python function that returns the longest word of a sentence.",
     "Summarise in one sentence: Bees carry pollen from flower to flower. Without them most plants bear no fruit.",
@@ -243,6 +243,7 @@ def picture(rounds: dict[str, Sequence[int]]) -> Figure:
         axis.bar(range(1, len(kept) + 1), kept, width=0.8)
         axis.set_ylabel(name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes[0].set_title("A bar for each round: how many tokens it kept", fontsize="medium")
     axes[-1].set_xlabel("round")
     figure.tight_layout()
@@ -274,8 +275,11 @@ UNITS = {
     "margin": "Threshold: nats that a token may be less likely than the target's",
     "KL gate": "Threshold: nats between the target's distribution and the draft's",
 }
-# Gradio writes black on these colours in the dark too, where they are dark themselves.
-STYLE = "<style>.dark .token.highlighted, .dark .legend-item { color: white !important; }</style>"
+# Gradio writes black on these colours in the dark too, where they are dark themselves, and breaks lines within words.
+STYLE = """<style>
+.dark .token.highlighted, .dark .legend-item { color: white !important; }
+.textfield { word-break: normal !important; overflow-wrap: anywhere; }
+</style>"""
 INTRODUCTION = """
 # Judge decoding
 
@@ -408,9 +412,9 @@ def build(
                         both = gr.Button("Compare", variant="primary", elem_id="compare")
                         halt = gr.Button("Stop")
                     with gr.Row():
-                        marks = {"differs": "#e8590c"}
-                        first = gr.HighlightedText(label="Lossless", color_map=marks, elem_id="lossless")
-                        second = gr.HighlightedText(label="With the rule", color_map=marks, elem_id="ruled")
+                        marks = {"color_map": {"differs": "#e8590c"}, "show_inline_category": False}
+                        first = gr.HighlightedText(label="Lossless", elem_id="lossless", **marks)
+                        second = gr.HighlightedText(label="With the rule", elem_id="ruled", **marks)
                     bars = gr.Plot(show_label=False, elem_id="rounds")
                     told = gr.Markdown(elem_id="told")
                 with gr.Tab("Curve"):
