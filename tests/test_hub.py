@@ -32,6 +32,7 @@ from hf_selfjudge import (
 from hf_selfjudge.cards import add_results, read_results
 from hf_selfjudge.hub import HubError
 from hf_selfjudge.labels import folders_of
+from hf_selfjudge.playground import folder_of
 from hf_selfjudge.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
 from hf_selfjudge.sources import fingerprint
 
@@ -187,6 +188,16 @@ def test_pull(hub, folder, tmp_path):
     assert not list(tmp_path.rglob("outside*"))
     with pytest.raises(FileExistsError, match="is not empty"):
         pull_judge(REPO, tmp_path / "there")
+
+
+def test_the_page_shows_what_the_repo_tells(hub, folder):
+    judge = Judge.from_pretrained(folder)
+    (folder / "results.json").write_text(json.dumps({"weights": fingerprint(judge), "bench": {}}))
+    push_judge(folder, REPO)
+    assert folder_of(str(folder)) == folder
+    fetched = folder_of(REPO)
+    assert same(Judge.from_pretrained(fetched), judge)
+    assert read_results(fetched, judge)["bench"] == {}
 
 
 def test_the_card_is_one_the_hub_takes(hub, folder):
