@@ -134,7 +134,12 @@ def reliability(probability: np.ndarray, label: np.ndarray) -> list[dict]:
 
 
 def evaluate(
-    labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, part: np.ndarray, config: HeldOutConfig
+    labels: datasets.Dataset,
+    label: np.ndarray,
+    odds: np.ndarray,
+    part: np.ndarray,
+    source: np.ndarray,
+    config: HeldOutConfig,
 ) -> dict:
     """
     The judge beside the training-free scores on held-out rows.
@@ -144,12 +149,14 @@ def evaluate(
         label (`np.ndarray` of shape `(rows,)`): Their label, in [0, 1].
         odds (`np.ndarray` of shape `(rows,)`): Held-out log-odds.
         part (`np.ndarray` of shape `(rows,)`): See [`held_out`]. Probabilities of a part are calibrated on the others.
+        source (`np.ndarray` of shape `(rows,)`): Number of the folder that the row is from.
 
     Returns:
         `dict` with the number of rows and prompts; the mean label; the log loss, and that of the mean label; the
-        [`reliability`]; for each score the AUC for a changed answer and the rank correlation with 1 − re-convergence
-        elsewhere, each as `[value, low, high]` with a 95 % bootstrap interval over prompts; and the mean label, and
-        the share of changed answers, among the 25, 50 and 75 % accepted.
+        [`reliability`]; for each score the AUC for a changed answer, over all rows and within each folder (where
+        folders differ in how often answers change, telling them apart is half the battle), and the rank correlation
+        with 1 − re-convergence elsewhere, each as `[value, low, high]` with a 95 % bootstrap interval over prompts;
+        and the mean label, and the share of changed answers, among the 25, 50 and 75 % accepted.
     """
     prompt, probability = np.array(labels["prompt_id"][:]), np.empty(len(odds))
     for number in np.unique(part):
@@ -175,6 +182,10 @@ def evaluate(
     for name, score in {"judge": odds, "margin": margin, "low log-probability": -logprob}.items():
         result["scores"][name] = {
             "auc_changed_answer": interval(flipped, score, prompt, known, auc, config),
+            "auc_within": [
+                interval(flipped, score, prompt, known & (source == number), auc, config)
+                for number in range(int(source.max()) + 1)
+            ],
             "rank_correlation_text": interval(lost, score, prompt, ~known & ~np.isnan(lost), rank_correlation, config),
             "mean_label_among_accepted": _among_accepted(label, score),
             "changed_among_accepted": _among_accepted(flipped[known], score[known]),

@@ -26,6 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .cards import read_results
 from .generation import JudgedModel
+from .hub import HubError
 from .judge import Judge
 from .mismatches import eos_tokens
 from .prompts import TooLong, context_of, encode
@@ -168,7 +169,7 @@ def answer(
             streamer.queue.put(error)
 
     since = time.perf_counter()
-    worker = threading.Thread(target=decode, daemon=True)
+    worker = threading.Thread(target=decode, name="decode", daemon=True)
     worker.start()
     try:
         while (kept := streamer.queue.get()) is not None:
@@ -263,7 +264,10 @@ def folder_of(judge: str) -> Path:
     temporary = tempfile.TemporaryDirectory()
     atexit.register(temporary.cleanup)
     folder = Path(temporary.name) / "judge"
-    pull_judge(judge, folder)
+    try:
+        pull_judge(judge, folder)
+    except HubError:  # out of reach: the judge may be in the cache, what was measured of it is not
+        Judge.from_pretrained(judge).save_pretrained(folder)
     return folder
 
 
@@ -386,6 +390,10 @@ def build(
         most, value = begins[rule]
         return gr.Slider(0, most, value, step=0.01, label=UNITS[rule], interactive=rule != "lossless")
 
+    def at(point: str):
+        """The judge, and the slider at one of its operating points."""
+        return "judge", gr.Slider(0, 1, points[point]["threshold"], step=0.01, label=UNITS["judge"], interactive=True)
+
     points = judge.info.operating_points
     begins = {"judge": (1, round(judge.info.threshold, 2)), "lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
     with gr.Blocks(title="Judge decoding") as page:
@@ -429,8 +437,8 @@ def build(
                 length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
                 settings = [rule, threshold, temperature, length]
         aside = {"queue": False, "api_visibility": "private"}  # answered at once, however many are waiting
-        rule.change(scaled, rule, threshold, **aside)
-        point.change(lambda name: ("judge", points[name]["threshold"]), point, [rule, threshold], **aside)
+        rule.input(scaled, rule, threshold, **aside)
+        point.input(at, point, [rule, threshold], **aside)
         for setting in settings:
             setting.change(code, settings, shown, **aside)
         page.load(scaled, rule, threshold, **aside)

@@ -137,7 +137,8 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
     """
     folders = folders_of(script_args.labels)
     mining = mining_of(folders)
-    labels = datasets.concatenate_datasets([load_labels(folder) for folder in folders])
+    sets = [load_labels(folder) for folder in folders]
+    labels, source = datasets.concatenate_datasets(sets), np.repeat(np.arange(len(sets)), [len(rows) for rows in sets])
     config = HeldOutConfig(script_args.accept_share, script_args.folds, script_args.resamples, training_args.seed)
     if training_args.label in SCORES and training_args.label_threshold is None:
         # One for all folds.
@@ -158,7 +159,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
     judge = calibrated(trainer.judge, slope, intercept)
     met = odds[(np.array(labels["kind"][:]) == "mismatch") & ~np.isnan(odds)]
     threshold = slope * np.quantile(met if len(met) else odds[known], config.accept_share) + intercept
-    measured = evaluate(labels.select(known), label[known], odds[known], part[known], config)
+    measured = evaluate(labels.select(known), label[known], odds[known], part[known], source[known], config)
     judge.info = replace(
         judge.info,
         threshold=float(expit(threshold)),

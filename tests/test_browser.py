@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import threading
 import time
 
 import pytest
@@ -40,7 +41,7 @@ def launched(llama, monkeypatch):
         pace = Pace(target)
         pages.append(build(pace.model, draft, tokenizer, random_judge(target), "me/tiny-judge"))
         pages[-1].launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)
-        return pages[-1].local_url, pace
+        return pages[-1], pace
 
     yield launch
     for page in pages:
@@ -50,10 +51,14 @@ def launched(llama, monkeypatch):
 class Visitor:
     """What somebody does on the page, and sees."""
 
-    def __init__(self, browser, url):
-        self.browser = browser
-        browser.get(url)
-        self.until(lambda: self.find("#prompt textarea"))
+    def __init__(self, browser, page):
+        self.browser, self.page = browser, page
+        browser.get(page.local_url)
+        self.arrived()
+
+    def arrived(self):
+        """The page has set its slider for the rule: it comes with another range."""
+        self.until(lambda: [s for s in self.find("#threshold input[type=range]") if s.get_attribute("max") == "1"])
 
     def find(self, selector):
         return self.browser.find_elements("css selector", selector)
@@ -105,8 +110,8 @@ class Visitor:
 
 @pytest.fixture
 def visit(browser, launched, tokenizer):
-    url, pace = launched(tokenizer)
-    return Visitor(browser, url), pace
+    page, pace = launched(tokenizer)
+    return Visitor(browser, page), pace
 
 
 def test_the_first_round_is_seen_before_the_second_ends(visit):
@@ -116,7 +121,7 @@ def test_the_first_round_is_seen_before_the_second_ends(visit):
     pace.hold_from(2)
     visitor.press("generate")
     seen = visitor.until(visitor.tokens)
-    assert pace.calls == 2  # and it is held there
+    visitor.until(lambda: pace.calls == 2)  # and it is held there
     pace.gate.set()
     visitor.until(visitor.whole)
     shown = visitor.tokens()
@@ -142,10 +147,10 @@ def test_stop_and_go_on(visit):
     visitor.until(visitor.tokens)
     visitor.until(lambda: pace.calls == 3)
     visitor.press("stop")
-    time.sleep(0.5)  # the click has to arrive before the round ends
+    visitor.until(lambda: not any(visitor.page._queue.active_jobs))  # the click has arrived
     pace.gate.set()
-    time.sleep(1)
-    assert pace.calls <= 4  # of some forty
+    visitor.until(lambda: "decode" not in {thread.name for thread in threading.enumerate()})
+    assert pace.calls < 20  # of some sixty
     assert not visitor.whole()
     assert visitor.answer()
 
@@ -156,7 +161,7 @@ def test_a_reload_in_the_middle(visit):
     visitor.press("generate")
     visitor.until(visitor.tokens)
     visitor.browser.refresh()
-    visitor.until(lambda: visitor.find("#prompt textarea"))
+    visitor.arrived()
     assert not visitor.tokens()
     pace.gate.set()
     assert visitor.answer()
@@ -192,8 +197,8 @@ def test_mistakes_are_told_on_the_page(visit):
 def test_markup_of_the_model_stays_text(browser, launched, tokenizer):
     tricky = copy.copy(tokenizer)
     tricky.decode = lambda ids, **_: "<img class='evil' src='x'>" * len(ids)
-    url, _ = launched(tricky)
-    visitor = Visitor(browser, url)
+    page, _ = launched(tricky)
+    visitor = Visitor(browser, page)
     visitor.set_threshold(1)
     visitor.answer()
     assert "<img class='evil' src='x'>" in visitor.tokens()[0][0]

@@ -190,14 +190,21 @@ def test_pull(hub, folder, tmp_path):
         pull_judge(REPO, tmp_path / "there")
 
 
-def test_the_page_shows_what_the_repo_tells(hub, folder):
+def test_the_page_shows_what_the_repo_tells(hub, folder, monkeypatch):
     judge = Judge.from_pretrained(folder)
     (folder / "results.json").write_text(json.dumps({"weights": fingerprint(judge), "bench": {}}))
     push_judge(folder, REPO)
+    hub.write(REPO, {"curve-gsm8k.png": b"a picture"})
     assert folder_of(str(folder)) == folder
     fetched = folder_of(REPO)
     assert same(Judge.from_pretrained(fetched), judge)
     assert read_results(fetched, judge)["bench"] == {}
+    assert (fetched / "curve-gsm8k.png").read_bytes() == b"a picture"
+    Judge.from_pretrained(REPO)  # by its name, so that the cache knows it
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = folder_of(REPO)
+    assert same(Judge.from_pretrained(cached), judge)
+    assert not (cached / "curve-gsm8k.png").exists()
 
 
 def test_the_card_is_one_the_hub_takes(hub, folder):

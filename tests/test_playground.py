@@ -149,17 +149,25 @@ def test_who_comes_when_the_queue_is_full_is_told(parts, monkeypatch):
         "api_name": "/generate",
     }
     client = Client(made.local_url, verbose=False)
-    jobs = [client.submit(**ask)]
-    while not pace.calls:  # decoding has begun, and waits
-        time.sleep(0.05)
-    jobs += [client.submit(**ask) for _ in range(WAITING)]
-    while len(made._queue) < WAITING:
-        time.sleep(0.05)
-    with pytest.raises(Exception, match="Queue is full"):
-        client.predict(**ask)
-    pace.gate.set()
-    assert len({str(job.result(timeout=120)[0]) for job in jobs}) == 1
-    made.close()
+    end = time.monotonic() + 60
+
+    def until(condition):
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    try:
+        jobs = [client.submit(**ask)]
+        until(lambda: pace.calls)  # decoding has begun, and waits
+        jobs += [client.submit(**ask) for _ in range(WAITING)]
+        until(lambda: len(made._queue) == WAITING)
+        with pytest.raises(Exception, match="Queue is full"):
+            client.predict(**ask)
+        pace.gate.set()
+        assert len({str(job.result(timeout=120)[0]) for job in jobs}) == 1
+    finally:
+        pace.gate.set()
+        made.close()
 
 
 @pytest.mark.parametrize(
