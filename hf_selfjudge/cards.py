@@ -28,27 +28,34 @@ if TYPE_CHECKING:
 HUB_CARDS = next(
     folder / "hub_cards" for folder in Path(__file__).resolve().parents[:2] if (folder / "hub_cards").is_dir()
 )
-# Shipped judges: one folder each in `hub_cards/`, for the known pairs.
-SHIPPED = {"qwen2.5-coder": "qwen2.5-coder-1.5b-selfjudge"}
+# Shipped judges: folders in `hub_cards/`, for the known pairs and what drafts.
+SHIPPED = {
+    ("qwen2.5-coder", "model"): "qwen2.5-coder-1.5b-selfjudge",
+    ("qwen2.5-coder", LOOKUP): "qwen2.5-coder-1.5b-lookup-selfjudge",
+}
 RESULTS = "results.json"  # in a judge's folder: what the card tells of decoding
 PARTS = ("mining", "fit", "held_out", "calibration")  # of what a judge tells of its training
 # Of a bench, what goes into a card.
 KEPT = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
 
 
-def shipped_judge(pair: str) -> Path:
+def shipped_judge(pair: str, drafts: str = "model") -> Path:
     """
     The folder of the judge that is shipped for a known pair.
+
+    Args:
+        drafts (`str`, defaults to `"model"`): What drafts: the pair's draft `"model"`, or `"prompt lookup"`, for which
+            a judge of the pair's target is shipped.
 
     Raises:
         FileNotFoundError: If none is.
     """
-    if pair not in SHIPPED:
+    if (pair, drafts) not in SHIPPED:
         raise FileNotFoundError(
-            f"`pair`: no judge is shipped for {pair!r} (only for {sorted(SHIPPED)}). Name one with `--judge`, or make "
-            "one with `--train`."
+            f"`pair`: no judge is shipped for {pair!r} and drafts of the kind {drafts!r} (only for "
+            f"{sorted({name for name, _ in SHIPPED})}). Name one with `--judge`, or make one with `--train`."
         )
-    return HUB_CARDS / SHIPPED[pair]
+    return HUB_CARDS / SHIPPED[pair, drafts]
 
 
 def render_card(info: JudgeInfo, name: str, results: dict) -> str:

@@ -8,7 +8,7 @@ from hf_selfjudge.cards import shipped_judge
 from hf_selfjudge.measures import similarity
 from hf_selfjudge.mismatches import greedy
 from hf_selfjudge.prompts import encode
-from hf_selfjudge.sources import PAIRS
+from hf_selfjudge.sources import LOOKUP, PAIRS
 
 
 pytestmark = pytest.mark.slow
@@ -44,6 +44,22 @@ def test_the_shipped_judge_belongs_to_it_and_accepts(real):
     for threshold in (0.0, judged.rule.judge.info.threshold, 1.0):
         judged.threshold = threshold
         judged.generate(ids, attention_mask=mask, assistant_model=draft, generation_config=greedy(target, 48))
+        rounds[threshold] = judged.stats.rounds
+        assert (judged.stats.judged > 0) == (threshold > 0)
+    assert rounds[1.0] < rounds[0.0]
+
+
+def test_the_judge_for_prompt_lookup_belongs_to_it_and_accepts(real):
+    target, _, tokenizer = real
+    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder", LOOKUP), draft_length=10)
+    text = "The mill by the river closed in 1962, and the mill by the lake in 1974. Today both mills are museums."
+    ids = encode(tokenizer, f"Repeat this text and correct it where it is wrong: {text}", 1024, 48)
+    rounds = {}
+    for threshold in (0.0, 1.0):
+        judged.threshold = threshold
+        how = greedy(target, 48)
+        how.prompt_lookup_num_tokens = 10
+        judged.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
         rounds[threshold] = judged.stats.rounds
         assert (judged.stats.judged > 0) == (threshold > 0)
     assert rounds[1.0] < rounds[0.0]

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge, trainer, training
-from hf_selfjudge.cards import HUB_CARDS, add_results, write_card
+from hf_selfjudge.cards import HUB_CARDS, SHIPPED, add_results, shipped_judge, write_card
 from hf_selfjudge.collators import DataCollatorForJudge, DataCollatorForSubstitutions, answers_of, soft_labels
 from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.labels import features_of
-from hf_selfjudge.sources import HalfLinear, fingerprint
+from hf_selfjudge.sources import LOOKUP, HalfLinear, fingerprint, parse_pair
 from hf_selfjudge.trainer import TargetWithJudge
 from hf_selfjudge.training import ScriptArguments, main, make_parser
 
@@ -510,6 +510,15 @@ def test_errors(fitted, target, answers, tmp_path):
 def test_shipped_cards_are_what_the_command_writes(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / folder.name)
     assert write_card(Judge.from_pretrained(copy), copy).read_text() == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("pair", "drafts"), SHIPPED)
+def test_shipped_judges_are_of_their_pair_and_what_drafts(pair, drafts):
+    info = Judge.from_pretrained(shipped_judge(pair, drafts)).info
+    target, draft = parse_pair(pair)
+    assert (info.target, info.draft) == (target, draft if drafts == "model" else LOOKUP)
+    with pytest.raises(FileNotFoundError, match="no judge is shipped for 'a,b' and drafts of the kind"):
+        shipped_judge("a,b", drafts)
 
 
 RESULTS = {
