@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from matplotlib.figure import Figure
 
 from .files import whole, write_json, write_text
-from .sources import LOOKUP, fingerprint
+from .sources import DRAFT_MODEL, LOOKUP, fingerprint
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ HUB_CARDS = next(
 )
 # Shipped judges: folders in `hub_cards/`, for the known pairs and what drafts.
 SHIPPED = {
-    ("qwen2.5-coder", "model"): "qwen2.5-coder-1.5b-selfjudge",
+    ("qwen2.5-coder", DRAFT_MODEL): "qwen2.5-coder-1.5b-selfjudge",
     ("qwen2.5-coder", LOOKUP): "qwen2.5-coder-1.5b-lookup-selfjudge",
 }
 RESULTS = "results.json"  # in a judge's folder: what the card tells of decoding
@@ -39,21 +39,21 @@ PARTS = ("mining", "fit", "held_out", "calibration")  # of what a judge tells of
 KEPT = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
 
 
-def shipped_judge(pair: str, drafts: str = "model") -> Path:
+def shipped_judge(pair: str, drafts: str = DRAFT_MODEL) -> Path:
     """
     The folder of the judge that is shipped for a known pair.
 
     Args:
-        drafts (`str`, defaults to `"model"`): What drafts: the pair's draft `"model"`, or `"prompt lookup"`, for which
-            a judge of the pair's target is shipped.
+        drafts (`str`, defaults to `DRAFT_MODEL`): What drafts: the pair's draft model, or `LOOKUP`.
 
     Raises:
         FileNotFoundError: If none is.
     """
     if (pair, drafts) not in SHIPPED:
         raise FileNotFoundError(
-            f"`pair`: no judge is shipped for {pair!r} and drafts of the kind {drafts!r} (only for "
-            f"{sorted({name for name, _ in SHIPPED})}). Name one with `--judge`, or make one with `--train`."
+            f"`pair`: no judge is shipped for {pair!r} with {drafts} (only for "
+            f"{', '.join(f'{name!r} with {kind}' for name, kind in SHIPPED)}). Name one with `--judge`, or make one: "
+            "`hf-selfjudge mine`, then `train`."
         )
     return HUB_CARDS / SHIPPED[pair, drafts]
 
@@ -171,7 +171,11 @@ def add_results(
             **{key: found[key] for key in ("heading", "prompts", "categories", "dataset")},
             "family": family,
             "settings": [{key: row[key] for key in KEPT} | {"task": row["measures"].get("task")} for row in rows],
-            "comparisons": [row for row in found["comparisons"] if row["first"] == family],
+            "comparisons": [
+                row
+                for row in found["comparisons"]
+                if row["first"] == family and row["second"].removeprefix("coin like ") not in others
+            ],
         }
         shutil.copyfile(bench / "curve.png", folder / f"curve-{name}.png")
     write_json(folder / RESULTS, results)

@@ -65,7 +65,7 @@ from .results import (
 )
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
-from .sources import LOOKUP, SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
+from .sources import DRAFT_MODEL, LOOKUP, SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -387,7 +387,7 @@ def bench_command(
     ] = False,
 ) -> None:
     """What each rule buys, and what it costs: speed and quality of many decodings of the same prompts."""
-    drafts = LOOKUP if lookup else "model"
+    drafts = LOOKUP if lookup else DRAFT_MODEL
     shipped = str(shipped_judge(pair, drafts)) if (pair, drafts) in SHIPPED else None
     rules = rule or [*DEFAULT_RULES, *(["judge=0.2,0.35,0.5", COIN] if shipped else [])]
     settings = parse_settings([r for r in rules if rule or not (lookup and needs_draft(r))], shipped, lookup)

@@ -92,7 +92,9 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
         name, _, numbers = text.rpartition("=") if "=" in text else (text, "", "")
         family, _, folder = name.partition(":")
         if family == JUDGE and not folder and shipped is None:
-            raise ValueError(f"`rule` {text!r}: no judge is shipped for this pair. Name one: judge:FOLDER=0.3.")
+            raise ValueError(
+                f"`rule` {text!r}: no judge is shipped for this `pair` and what drafts. Name one: judge:FOLDER=0.3."
+            )
         if lookup and needs_draft(text):
             raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
         coins_like_judges |= text == COIN

@@ -105,6 +105,7 @@ PINNED = {
 }
 
 LOOKUP = "prompt lookup"  # instead of a draft's name
+DRAFT_MODEL = "a draft model"  # what else may draft
 PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
 
 

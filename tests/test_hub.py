@@ -131,7 +131,10 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
             {"setting": f"{name}=0.5", "family": name, **row}
             for name in ("margin", "judge:j", "judge:other", "coin like judge:other")
         ],
-        "comparisons": [{"first": "judge:j", "second": "margin", "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}],
+        "comparisons": [
+            {"first": "judge:j", "second": second, "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}
+            for second in ("margin", "coin like judge:other")
+        ],
     }
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     (bench / "curve.png").write_bytes(b"a picture")
