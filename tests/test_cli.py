@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -307,6 +308,24 @@ def test_bench_with_prompt_lookup(run, pair_folders, questions, tmp_path):
     families = {row["family"] for row in rows}
     assert families == {"lossless", "greedy", "stock", "top-k", "margin", "look-ahead", "coin"}
     assert {row["draft_forwards"] for row in rows} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "judge"),
+    [((), "qwen2.5-coder-1.5b-selfjudge"), (("--lookup",), "qwen2.5-coder-1.5b-lookup-selfjudge")],
+)
+def test_a_bench_takes_the_judge_that_is_shipped_for_what_drafts(
+    run, questions, tmp_path, monkeypatch, options, judge
+):
+    asked = []
+
+    def refuse(folder):
+        asked.append(Path(folder).name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli.Judge, "from_pretrained", refuse)
+    code, _, err = run("bench", "--prompts", questions, "--output", tmp_path / "b", "--rule", "judge=0.3", *options)
+    assert (code, asked) == (1, [judge]), err
 
 
 @pytest.mark.parametrize(

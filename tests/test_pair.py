@@ -55,13 +55,14 @@ def test_the_judge_for_prompt_lookup_belongs_to_it_and_accepts(real):
     text = "The mill by the river closed in 1962, and the mill by the lake in 1974. Today both mills are museums."
     ids = encode(tokenizer, f"Repeat this text and correct it where it is wrong: {text}", 1024, 48)
     rounds = {}
-    for threshold in (0.0, 1.0):
+    for threshold in (0.0, judged.rule.judge.info.threshold, 1.0):
         judged.threshold = threshold
         how = greedy(target, 48)
         how.prompt_lookup_num_tokens = 10
         judged.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
         rounds[threshold] = judged.stats.rounds
-        assert (judged.stats.judged > 0) == (threshold > 0)
+        assert judged.stats.judged > 0 or threshold < 1
+        assert judged.stats.judged == 0 or threshold > 0
     assert rounds[1.0] < rounds[0.0]
 
 

@@ -21,7 +21,7 @@ from hf_selfjudge.evaluation import calibrate, held_out, log_loss, reliability
 from hf_selfjudge.features import SCALARS, STATES
 from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.labels import features_of
-from hf_selfjudge.sources import LOOKUP, HalfLinear, fingerprint, parse_pair
+from hf_selfjudge.sources import DRAFT_MODEL, LOOKUP, HalfLinear, fingerprint, parse_pair
 from hf_selfjudge.trainer import TargetWithJudge
 from hf_selfjudge.training import ScriptArguments, main, make_parser
 
@@ -157,21 +157,25 @@ def test_a_judge_looks_at_what_it_is_told(fitted, tmp_path, looks_at):
     assert torch.equal(judge(scalars, hidden), before)
 
 
-def test_labels(fitted):
+def test_labels(fitted, tmp_path):
     labels = load_labels(fitted[0])
-    changed, flipped, lost = (soft_labels(labels, config("x", label=name)) for name in ("changed", "flipped", "lost"))
+    changed, flipped, lost = (
+        soft_labels(labels, config(tmp_path, label=name)) for name in ("changed", "flipped", "lost")
+    )
     known = ~np.isnan(flipped)
     assert known.sum() == 120
     np.testing.assert_array_equal(changed[known], flipped[known])
     np.testing.assert_allclose(changed[~known], lost[~known], rtol=1e-6)
     likelihood = np.array(labels["likelihood"][:])
     np.testing.assert_array_equal(
-        soft_labels(labels, config("x", label="likelihood", label_threshold=0.7)), likelihood > 0.7
+        soft_labels(labels, config(tmp_path, label="likelihood", label_threshold=0.7)), likelihood > 0.7
     )
-    assert soft_labels(labels, config("x", label="likelihood")).mean() == 0.5
+    assert soft_labels(labels, config(tmp_path, label="likelihood")).mean() == 0.5
     with pytest.raises(ValueError, match="'says_no' is known of no row"):
         JudgeTrainer(
-            new_judge(mining_of([fitted[0]])[0], config("x")), config("x", label="says_no"), train_dataset=labels
+            new_judge(mining_of([fitted[0]])[0], config(tmp_path)),
+            config(tmp_path, label="says_no"),
+            train_dataset=labels,
         )
 
 
@@ -183,7 +187,7 @@ def test_the_published_label_needs_no_rewrite(fitted, tmp_path):
     assert "--label confidence --label_threshold" in (tmp_path / "judge/README.md").read_text()
 
 
-def test_categories_left_out(fitted):
+def test_categories_left_out(fitted, tmp_path):
     folder, _, _ = fitted
     labels = load_labels(folder)
     half = labels.add_column("half", [int(name.split("-")[1]) % 2 for name in labels["prompt_id"]])
@@ -193,10 +197,10 @@ def test_categories_left_out(fitted):
         judging.train()
         return judging
 
-    odds, part = held_out(half, fit, config("x"), None, by="half")
+    odds, part = held_out(half, fit, config(tmp_path), None, by="half")
     assert np.isfinite(odds).all()
     np.testing.assert_array_equal(part, half["half"][:])
-    assert log_loss(soft_labels(labels, config("x")), 1 / (1 + np.exp(-odds))) < 0.6
+    assert log_loss(soft_labels(labels, config(tmp_path)), 1 / (1 + np.exp(-odds))) < 0.6
 
 
 def test_calibration_finds_slope_and_intercept():
@@ -298,9 +302,9 @@ def test_resumed_equals_uninterrupted(target, answers, tmp_path, adapter):
         assert torch.equal(a, b), name
 
 
-def test_substitutes_see_what_they_would_see_alone(target, answers):
+def test_substitutes_see_what_they_would_see_alone(target, answers, tmp_path):
     """Packed behind each other, padded, beside other answers: each state is that of the text with the substitute."""
-    judge = trainer._judge_for(target, Tokens(), config("x", components=4))
+    judge = trainer._judge_for(target, Tokens(), config(tmp_path, components=4))
     rows = answers_of(answers, np.array(answers["changed"][:]))
     batch = DataCollatorForJudge(0)([rows[i] for i in range(3)])
     seen = []
@@ -411,11 +415,11 @@ def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, 
     torch.testing.assert_close(judge.head.weight, slope * other.head.weight)
 
 
-def test_training_anew_forgets_what_was_measured(fitted):
+def test_training_anew_forgets_what_was_measured(fitted, tmp_path):
     folder, _, saved = fitted
     judge = Judge.from_pretrained(saved)
     judge.info = replace(judge.info, operating_points={"fast": {"threshold": 0.5}})
-    again = JudgeTrainer(judge, config("x", max_steps=1), train_dataset=load_labels(folder))
+    again = JudgeTrainer(judge, config(tmp_path, max_steps=1), train_dataset=load_labels(folder))
     assert again.judge.info.training
     again.train()
     assert not again.judge.info.training
@@ -484,7 +488,7 @@ def test_errors(fitted, target, answers, tmp_path):
         script(folder, resamples=0)
     with pytest.raises(ValueError, match="`prior` must be a variance above 0"):
         config(tmp_path, prior=0.0)
-    judge = new_judge(mining_of([folder])[0], config("x"))
+    judge = new_judge(mining_of([folder])[0], config(tmp_path))
     with pytest.raises(ValueError, match="`judge` was made for another target"):
         TargetWithJudge(target, judge)
     target.lm_head = HalfLinear(TINY, 64)
@@ -492,11 +496,11 @@ def test_errors(fitted, target, answers, tmp_path):
         through(target, answers, tmp_path)
     target.lm_head = torch.nn.Linear(TINY, 64)
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` of labels, got `NoneType`"):
-        JudgeTrainer(judge, config("x"))
+        JudgeTrainer(judge, config(tmp_path))
     with pytest.raises(TypeError, match="`model` must be a `Judge`"):
-        JudgeTrainer(torch.nn.Linear(1, 1), config("x"), train_dataset=answers)
+        JudgeTrainer(torch.nn.Linear(1, 1), config(tmp_path), train_dataset=answers)
     with pytest.raises(ValueError, match="You passed `peft_config` with a `Judge`"):
-        JudgeTrainer(judge, config("x"), train_dataset=load_labels(folder), peft_config=lora())
+        JudgeTrainer(judge, config(tmp_path), train_dataset=load_labels(folder), peft_config=lora())
     with pytest.raises(TypeError, match="`peft_config` must be a `peft.PeftConfig` instance"):
         through(target, answers, tmp_path, {"r": 4})
     adapted = through(target, answers, tmp_path, lora()).model
@@ -516,8 +520,8 @@ def test_shipped_cards_are_what_the_command_writes(folder, tmp_path):
 def test_shipped_judges_are_of_their_pair_and_what_drafts(pair, drafts):
     info = Judge.from_pretrained(shipped_judge(pair, drafts)).info
     target, draft = parse_pair(pair)
-    assert (info.target, info.draft) == (target, draft if drafts == "model" else LOOKUP)
-    with pytest.raises(FileNotFoundError, match="no judge is shipped for 'a,b' and drafts of the kind"):
+    assert (info.target, info.draft) == (target, draft if drafts == DRAFT_MODEL else LOOKUP)
+    with pytest.raises(FileNotFoundError, match="no judge is shipped for 'a,b' with"):
         shipped_judge("a,b", drafts)
 
 
