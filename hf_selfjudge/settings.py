@@ -93,7 +93,7 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
         family, _, folder = name.partition(":")
         if family == JUDGE and not folder and shipped is None:
             raise ValueError(
-                f"`rule` {text!r}: no judge is shipped for this `pair` and what drafts. Name one: judge:FOLDER=0.3."
+                f"`rule` {text!r}: no judge is shipped for this `pair` and kind of draft. Name one: judge:FOLDER=0.3."
             )
         if lookup and needs_draft(text):
             raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")

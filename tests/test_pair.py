@@ -8,7 +8,7 @@ from hf_selfjudge.cards import shipped_judge
 from hf_selfjudge.measures import similarity
 from hf_selfjudge.mismatches import greedy
 from hf_selfjudge.prompts import encode
-from hf_selfjudge.sources import LOOKUP, PAIRS
+from hf_selfjudge.sources import DRAFT_MODEL, LOOKUP, PAIRS
 
 
 pytestmark = pytest.mark.slow
@@ -35,34 +35,29 @@ def test_the_target_answers(real):
     assert tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == "84"
 
 
-def test_the_shipped_judge_belongs_to_it_and_accepts(real):
+@pytest.mark.parametrize(
+    ("drafts", "text"),
+    [
+        (DRAFT_MODEL, "Why is the sky blue?"),
+        (
+            LOOKUP,
+            "Repeat this and mend it where it is wrong: The mill by the river closed in 1962, that by the lake in 74.",
+        ),
+    ],
+)
+def test_the_shipped_judge_belongs_to_it_and_accepts(real, drafts, text):
     target, draft, tokenizer = real
-    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder"))  # checks the fingerprint
-    ids = encode(tokenizer, "Why is the sky blue?", 1024, 48)
-    mask = torch.ones_like(ids)
+    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder", drafts))  # checks the fingerprint
+    ids = encode(tokenizer, text, 1024, 48)
+    how = greedy(target, 48)
+    how.prompt_lookup_num_tokens = 10 if drafts == LOOKUP else None
+    given = {} if drafts == LOOKUP else {"assistant_model": draft}
     rounds = {}
     for threshold in (0.0, 0.5, 1.0):  # its own may accept nothing of one answer
         judged.threshold = threshold
-        judged.generate(ids, attention_mask=mask, assistant_model=draft, generation_config=greedy(target, 48))
+        judged.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, **given)
         rounds[threshold] = judged.stats.rounds
         assert (judged.stats.judged > 0) == (threshold > 0)
-    assert rounds[1.0] < rounds[0.0]
-
-
-def test_the_judge_for_prompt_lookup_belongs_to_it_and_accepts(real):
-    target, _, tokenizer = real
-    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder", LOOKUP), draft_length=10)
-    text = "The mill by the river closed in 1962, and the mill by the lake in 1974. Today both mills are museums."
-    ids = encode(tokenizer, f"Repeat this text and correct it where it is wrong: {text}", 1024, 48)
-    rounds = {}
-    for threshold in (0.0, judged.rule.judge.info.threshold, 1.0):
-        judged.threshold = threshold
-        how = greedy(target, 48)
-        how.prompt_lookup_num_tokens = 10
-        judged.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
-        rounds[threshold] = judged.stats.rounds
-        assert judged.stats.judged > 0 or threshold < 1
-        assert judged.stats.judged == 0 or threshold > 0
     assert rounds[1.0] < rounds[0.0]
 
 
