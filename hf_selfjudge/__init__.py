@@ -15,6 +15,7 @@ from .judge_config import JudgeConfig
 from .labels import MiningConfig, load_labels, mining_of
 from .mining import mine
 from .prompts import Prompt, Prompts, read_prompts
+from .rereading import reread
 from .rules import JudgeRule
 from .sources import SourceError, load_model
 from .stats import Stats
@@ -39,4 +40,5 @@ __all__ = [
     "mining_of",
     "new_judge",
     "read_prompts",
+    "reread",
 ]

@@ -32,6 +32,7 @@ from .generation import JudgedModel
 from .judge import Judge
 from .mismatches import eos_tokens, greedy, special_tokens, until_eos
 from .prompts import Prompt, context_of, encode
+from .replay import Replay
 from .rules import Rule
 from .settings import ENSEMBLE, Setting
 from .sources import fingerprint, precision
@@ -335,7 +336,7 @@ def _side_by_side(jobs, models, rules, special, config, keep) -> None:
         if not left[job.prompt.id]:
             del read[job.prompt.id]
         rule = _rule(job, rules)
-        if rule is not None and rule.replay_on(models[-1]) is not None:
+        if rule is not None and isinstance(rule.replay_on(models[-1]), Replay):
             keys = [*keys[:-1], None]  # the adapter has to see the prompt too
         keep(answer(job, stand_ins, config, rule, special, keys))
 

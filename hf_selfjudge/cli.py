@@ -1,4 +1,4 @@
-"""`hf-selfjudge quickstart | mine | labels | train | bench | calibrate | card | push | pull | push-…`."""
+"""`hf-selfjudge quickstart | mine | reread | labels | train | bench | calibrate | card | push | pull | push-…`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, read_prompts
 from .publish import pull_judge, push_judge, push_labels, push_results, push_space
 from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
+from .rereading import reread
 from .results import (
     OPERATING_POINTS,
     Scorer,
@@ -274,6 +275,21 @@ def mine_command(
         soft_wrap=True,
         highlight=False,
     )
+
+
+@app.command("reread")
+def reread_command(
+    labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")],
+    layer: Annotated[int, typer.Option(min=1, help="How many of the target's layers are below the states to read.")],
+    output: Annotated[Path, typer.Option(help="Folder for the labels with them; started again, it goes on.")],
+    dtype: Dtype = None,
+    batch: Annotated[int, typer.Option(min=1, help="Answers in a forward.")] = 4,
+) -> None:
+    """Write mined labels again with hidden states from midway in the target, for a judge that looks there."""
+    (mining,) = mining_of([labels])
+    target, _ = load_model(mining["target"], read_dtype(dtype))
+    found = reread(target, labels, layer, output, batch)
+    console.print(f"{len(found)} substitutions in {output}, with what enters layer {layer}.", highlight=False)
 
 
 @app.command("labels")

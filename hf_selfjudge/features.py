@@ -10,7 +10,7 @@ import torch
 
 
 SCALARS = ("margin", "candidate_logprob", "entropy", "log_rank", "entropy_after", "top_logprob_after", "log_position")
-STATES = ("hidden_before", "hidden_after")  # the target's last hidden state before the candidate, and after it
+STATES = ("hidden_before", "hidden_after")  # the target's hidden state before the candidate, and after it
 
 
 def candidate_scalars(

@@ -1,6 +1,6 @@
 """The judge: features of a substitution -> the probability that it changes the meaning.
 
-In: the scalars of [`candidate_scalars`] and the target's last hidden states before and after the candidate. Out: one
+In: the scalars of [`candidate_scalars`] and the target's hidden states before and after the candidate. Out: one
 number for each candidate. Knows nothing of generation. Saved as `config.json` and `model.safetensors`, nothing else.
 """
 
@@ -49,6 +49,8 @@ class JudgeInfo:
         threshold (`float`): A candidate is accepted if its probability of changing the meaning is below this.
         scalars (`list[str]`): Which of `SCALARS` it looks at.
         states (`list[str]`): Which of `STATES` it looks at.
+        layer (`int`, *optional*): How many of the target's layers are below these states. `None`: all, and its last
+            normalisation.
         operating_points (`dict[str, dict]`): Thresholds with a name, and what was measured at each.
         adapter (`bool`): Whether an adapter belongs to it: hidden states are then those of the target with it.
         training (`dict`): How it was made and what it measured: for the reader, not for the code.
@@ -64,6 +66,7 @@ class JudgeInfo:
     threshold: float
     scalars: list[str] = field(default_factory=lambda: list(SCALARS))
     states: list[str] = field(default_factory=lambda: list(STATES))
+    layer: int | None = None
     operating_points: dict[str, dict] = field(default_factory=dict)
     adapter: bool = False
     training: dict = field(default_factory=dict)
@@ -97,8 +100,8 @@ class Judge(torch.nn.Module):
         """
         Args:
             scalars (`torch.Tensor` of shape `(candidates, len(SCALARS))`): See [`candidate_scalars`].
-            hidden (`torch.Tensor` of shape `(candidates, len(STATES), hidden_size)`): The target's last hidden states
-                before and after each candidate.
+            hidden (`torch.Tensor` of shape `(candidates, len(STATES), hidden_size)`): The target's hidden states
+                before and after each candidate, above `info.layer` of its layers.
 
         Returns:
             `torch.FloatTensor` of shape `(candidates,)`: log-odds that accepting the candidate changes the meaning.
@@ -305,6 +308,10 @@ def _check_info(info: JudgeInfo) -> None:
         values = getattr(info, name)
         if not all(isinstance(value, kind) for value in values) or len(set(values)) < len(values):
             raise ValueError(f"{name} is no list of different values of type {kind.__name__}")
+    if info.layer is not None and (type(info.layer) is not int or not 0 < info.layer < 2**12):
+        raise ValueError(f"layer is {info.layer!r}, no number of layers")
+    if info.layer is not None and info.adapter:
+        raise ValueError(f"it has an adapter, which is for the last states, and looks at layer {info.layer}")
     if not all(0 <= token < 2**31 for token in info.special_tokens):
         raise ValueError("special_tokens are not all tokens")
     thresholds = [info.threshold, *(point["threshold"] for point in _points(info))]

@@ -275,6 +275,11 @@ def features_of(hidden_size: int) -> datasets.Features:
     )
 
 
+def shards_of(folder: str | os.PathLike) -> list[Path]:
+    """The files of labels in a folder; not one that a kill left half-written."""
+    return sorted(Path(folder).glob("labels-*-of-?????.parquet"))
+
+
 def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
     """
     Read the shards that [`mine`] wrote.
@@ -284,7 +289,7 @@ def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
         ValueError: If they are empty.
     """
     folder = Path(folder)
-    shards = sorted(folder.glob("labels-*.parquet"))
+    shards = shards_of(folder)
     if not shards:
         raise FileNotFoundError(f"`labels`: no labels-*.parquet in {folder}. Make them with `hf-selfjudge mine`.")
     if not any(read_metadata(shard).num_rows for shard in shards):
@@ -336,13 +341,14 @@ def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
         path = Path(folder) / "mining.json"
         if not path.is_file():
             raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
-        shards = list(Path(folder).glob("labels-*.parquet"))
+        shards = shards_of(folder)
         total = int(shards[0].stem.split("-")[-1]) if shards else 0
         mining.append(json.loads(path.read_text(encoding="utf-8")) | {"shards": [len(shards), total]})
-        for name in ("target", "target_fingerprint", "draft"):
-            if mining[-1][name] != mining[0][name]:
+        for name in ("target", "target_fingerprint", "draft", "layer"):
+            one, other = mining[0].get(name), mining[-1].get(name)
+            if one != other:
                 raise ValueError(
-                    f"`labels`: the folders are of different models ({name}: {mining[0][name]!r} and "
-                    f"{mining[-1][name]!r}). Take those of one pair."
+                    f"`labels`: the folders are of different models or layers ({name}: {one!r} and {other!r}). Take "
+                    "those of one pair, read at one layer."
                 )
     return mining

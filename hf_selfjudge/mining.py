@@ -26,7 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import packs
 from .files import claim, whole, write_json
-from .labels import MiningConfig, features_of, label_answer, load_labels
+from .labels import MiningConfig, features_of, label_answer, load_labels, shards_of
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
 from .prompts import Prompt, Prompts, TooLong, context_of, encode, fingerprint_of
 from .sources import LOOKUP, fingerprint, precision
@@ -206,7 +206,8 @@ def _answers(
 
 def counts_of(folder: str | os.PathLike) -> dict:
     """What was counted while mining, summed over the shards."""
-    shards = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("labels-*.json")]
+    counted = [shard.with_suffix(".json") for shard in shards_of(folder)]
+    shards = [json.loads(path.read_text(encoding="utf-8")) for path in counted]
     return {key: sum(shard[key] for shard in shards) for key in shards[0]} if shards else {}
 
 

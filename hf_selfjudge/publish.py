@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from .cards import HUB_CARDS, published, read_quality
 from .hub import HubError, download, said, upload
 from .judge import Judge
-from .labels import load_labels, mining_of
+from .labels import load_labels, mining_of, shards_of
 
 
 # In a checkout the Spaces lie beside the package.
@@ -105,7 +105,7 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> Co
         name = folder.resolve().name
         if name in {part for part, _, _ in parts}:
             raise ValueError(f"`labels`: two folders are named {name!r}. Rename one of them.")
-        files |= {f"{name}/{path.name}": path for path in sorted(folder.glob("labels-*.parquet"))}
+        files |= {f"{name}/{path.name}": path for path in shards_of(folder)}
         files[f"{name}/mining.json"] = folder / "mining.json"
         parts.append((name, made, len(load_labels(folder))))
     data = DatasetCardData(

@@ -1,8 +1,9 @@
-"""The target's last layers once more, with a judge's adapter in them.
+"""What a judge sees of a target beside its last hidden states: states midway, or an adapter's.
 
-In: what entered these layers in a forward of the target. Out: the last hidden states as the adapted target would have
-them. The target itself runs once and without the adapter, so that its own text stays what it is; what comes on top is
-these layers' share of a forward. Knows nothing of candidates.
+In: what entered a layer in a forward of the target. Out: that, or the last hidden states as the target would have them
+with the judge's adapter in the layers from there on. For these, the last layers run once more: the target itself runs
+once and without the adapter, so that its own text stays what it is, and what comes on top is these layers' share of a
+forward. Knows nothing of candidates.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +79,50 @@ class Adapter:
         return {place: (pair["A"], pair["B"]) for place, pair in pairs.items()}
 
 
+def layers_of(target: PreTrainedModel) -> torch.nn.ModuleList:
+    """
+    The layers of a decoder, first to last.
+
+    Raises:
+        ValueError: If the target has none that stand in a row.
+    """
+    layers = None if target.config.is_encoder_decoder else getattr(target.get_decoder(), "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"`target` ({type(target).__name__}) has no layers in a row, which the judge looks into. Use a judge that "
+            "looks at last hidden states and has no adapter."
+        )
+    return layers
+
+
+class Midway:
+    """
+    The target's states on their way through it: nothing is computed.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): A decoder.
+        layer (`int`): How many of its layers are below.
+
+    Attributes:
+        entering (`torch.nn.Module`): The next layer.
+
+    Raises:
+        ValueError: If the target is no decoder, or has no more layers than that.
+    """
+
+    def __init__(self, target: PreTrainedModel, layer: int):
+        layers = layers_of(target)
+        if not 0 < layer < len(layers):
+            raise ValueError(
+                f"`layer` must be above 0 and below {len(layers)}, the layers of {type(target).__name__}, got {layer}."
+            )
+        self.entering = layers[layer]
+
+    def start(self) -> Callable[[Entered, int], torch.Tensor]:
+        """Takes the same as [`Replaying`]."""
+        return lambda entered, start: entered.states
+
+
 class Replay:
     """
     The last layers of a target with an adapter in them; the target's own modules and weights are shared, not changed.
@@ -95,13 +141,7 @@ class Replay:
 
     def __init__(self, target: PreTrainedModel, adapter: Adapter):
         products = adapter.products()
-        decoder = target.get_decoder()
-        layers = None if target.config.is_encoder_decoder else getattr(decoder, "layers", None)
-        if layers is None:
-            raise ValueError(
-                f"`target` ({type(target).__name__}) has no layers that could be replayed with the judge's adapter. "
-                "Use a judge without one."
-            )
+        layers = layers_of(target)
         if len({parameter.device for parameter in target.parameters()}) > 1:
             raise ValueError(
                 "`target` is spread over several devices: its last layers cannot be replayed with the judge's "
@@ -111,16 +151,7 @@ class Replay:
         if max(layer for layer, _ in products) >= count:
             raise ValueError(f"`adapter` has layers beyond the {count} of `target`. It was made for another one.")
         self.entering = layers[first]
-        self.decoder = apart(decoder)
-        self.decoder.config = config = copy.deepcopy(decoder.config)
-        config.num_hidden_layers = count - first
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[first:]
-        self.decoder.layers = torch.nn.ModuleList(apart(layer) for layer in layers[first:])
-        for index, layer in enumerate(self.decoder.layers):
-            for module in layer.modules():
-                if "layer_idx" in vars(module):
-                    module.layer_idx = index
+        self.decoder = part_of(target, slice(first, count))
         self._try(target)
         for (layer, name), (a, b) in products.items():
             module = dict(self.decoder.layers[layer - first].named_modules()).get(name)
@@ -198,6 +229,22 @@ class Replaying:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
+
+
+def part_of(target: PreTrainedModel, which: slice) -> PreTrainedModel:
+    """A decoder with some of the target's layers, in a row, and all else that the target's has; weights are shared."""
+    decoder, layers = target.get_decoder(), layers_of(target)[which]
+    part = apart(decoder)
+    part.config = config = copy.deepcopy(decoder.config)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[which]
+    part.layers = torch.nn.ModuleList(apart(layer) for layer in layers)
+    for index, layer in enumerate(part.layers):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = index
+    return part
 
 
 def apart(module: torch.nn.Module) -> torch.nn.Module:

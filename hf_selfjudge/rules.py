@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .features import candidate_scalars, entropy
 from .judge import Judge
-from .replay import Replay
+from .replay import Midway, Replay
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +36,7 @@ class Rows:
         final_scores (`torch.FloatTensor` of shape `(rows, vocab_size)`): With temperature and filters too: what the
             target's token is taken from.
         logits_after (`torch.FloatTensor` of shape `(rows, vocab_size)`): The target's raw logits after the candidate.
-        hidden (`torch.Tensor` of shape `(rows, 2, hidden_size)`): Its last hidden states before and after it.
+        hidden (`torch.Tensor` of shape `(rows, 2, hidden_size)`): Its hidden states before and after it.
         positions (`torch.LongTensor` of shape `(rows,)`): Tokens of the answer before it.
         matches_after (`torch.LongTensor` of shape `(rows,)`): How many of the candidates that follow it directly are
             the most likely of the target's raw logits.
@@ -79,7 +79,7 @@ class Rule:
     def check_draft(self, draft: PreTrainedModel) -> None:
         """Warn if the rule may not do well with `draft`."""
 
-    def replay_on(self, target: PreTrainedModel) -> Replay | None:
+    def replay_on(self, target: PreTrainedModel) -> Midway | Replay | None:
         """What makes the hidden states that the rule looks at, if it is not `target` alone."""
         return None
 
@@ -246,19 +246,20 @@ class JudgeRule(Rule):
 
     def __post_init__(self):
         # By what the copies of a target share. It is kept alive, so that no other can have its number.
-        self._replays: dict[int, tuple[PreTrainedModel, Replay]] = {}
+        self._replays: dict[int, tuple[PreTrainedModel, Midway | Replay]] = {}
 
     def check_target(self, target: PreTrainedModel) -> None:
         self.judge.check_target(target, self.allow_other_weights)
         self.judge.eval().to(target.get_output_embeddings().weight.device)
         self.replay_on(target)
 
-    def replay_on(self, target: PreTrainedModel) -> Replay | None:
-        if self.judge.adapter is None:
+    def replay_on(self, target: PreTrainedModel) -> Midway | Replay | None:
+        layer, adapter = self.judge.info.layer, self.judge.adapter
+        if layer is None and adapter is None:
             return None
         decoder = target.get_decoder()
         if id(decoder) not in self._replays:
-            self._replays[id(decoder)] = decoder, Replay(target, self.judge.adapter)
+            self._replays[id(decoder)] = decoder, Midway(target, layer) if layer else Replay(target, adapter)
         return self._replays[id(decoder)][1]
 
     def check_draft(self, draft: PreTrainedModel) -> None:

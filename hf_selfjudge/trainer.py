@@ -33,7 +33,6 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .branches import additive_masks, attention_windows, packs
 from .cards import write_card
 from .collators import (
     IGNORED,
@@ -47,6 +46,7 @@ from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
 from .judge_config import JudgeConfig
 from .mismatches import special_tokens
 from .replay import Adapter
+from .rereading import StateReader
 from .sources import HalfLinear, fingerprint, load_model, resolve_model
 
 
@@ -60,7 +60,11 @@ def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
     of = {name: mining[name] for name in ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft")}
     return Judge(
         JudgeInfo(
-            **of, special_tokens=mining["special_tokens"], threshold=0.5, **_looks_at(args, mining["hidden_size"])
+            **of,
+            layer=mining.get("layer"),
+            special_tokens=mining["special_tokens"],
+            threshold=0.5,
+            **_looks_at(args, mining["hidden_size"]),
         )
     )
 
@@ -74,7 +78,7 @@ class TargetWithJudge(torch.nn.Module):
     A target with a judge on it, to train the judge through the target. The target's own weights stay as they are.
 
     Args:
-        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Its last hidden states are judged.
+        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Its hidden states are judged.
         judge ([`Judge`]): Made for it.
 
     Raises:
@@ -93,12 +97,7 @@ class TargetWithJudge(torch.nn.Module):
             )
         if base is target:  # PEFT gives the weights other names
             judge.check_target(target)
-        if not packs(base):
-            raise ValueError(
-                f"`model`: the attention of {type(base).__name__} takes no mask in which substitutes stand side by "
-                "side. Train on mined features instead: pass a `Judge`."
-            )
-        self.decoder, self.windows = base.get_decoder(), attention_windows(base.config.get_text_config())
+        self.reader = StateReader(base, judge.info.layer)
         if not isinstance(target, PeftModel):
             target.requires_grad_(False)
 
@@ -120,13 +119,8 @@ class TargetWithJudge(torch.nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(batch, substitutes)`: log-odds that the meaning changes.
         """
-        masks = additive_masks(sees, position_ids, position_ids, self.windows, self.decoder.dtype)
-        hidden = self.decoder(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=masks, use_cache=False
-        ).last_hidden_state
-        before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
-        both = torch.stack([before, hidden[:, -places.shape[1] :]], 2)
-        return self.judge(scalars.flatten(0, 1), both.flatten(0, 1)).view(places.shape)
+        states = self.reader(input_ids, position_ids, sees, places)
+        return self.judge(scalars.flatten(0, 1), states.flatten(0, 1)).view(places.shape)
 
 
 class JudgeTrainer(Trainer):
@@ -249,6 +243,11 @@ class JudgeTrainer(Trainer):
             raise TypeError(
                 "`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
                 f"{type(peft_config).__name__}."
+            )
+        if _judge_of(model).info.layer is not None:
+            raise ValueError(
+                "You passed `peft_config` for a judge that looks at states midway, but an adapter is replayed in the "
+                "last layers. Train it on labels as they were mined."
             )
         if isinstance(model, Judge):
             raise ValueError(

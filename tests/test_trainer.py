@@ -404,6 +404,21 @@ def test_the_card_says_that_mining_was_stopped(fitted, tmp_path):
         assert (tmp_path / "README.md").read_text().count("stopped after 1 of 7 shards") == told
 
 
+def test_the_card_says_which_layer(fitted, tmp_path):
+    _, judge, _ = fitted
+    write_card(judge, tmp_path)
+    assert "reread" not in (tmp_path / "README.md").read_text()
+    other = copy.deepcopy(judge)
+    other.info = replace(judge.info, layer=5)
+    write_card(other, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "hidden states hidden_before, hidden_after above its first 5 layers |" in text
+    mined, read, trained = (line for line in text.splitlines() if line.startswith("hf-selfjudge "))
+    assert mined.endswith(" --output mined/1")
+    assert read == "hf-selfjudge reread mined/1 --layer 5 --dtype float32 --output labels/1"
+    assert trained.startswith("hf-selfjudge train --labels labels/1 ")
+
+
 def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, monkeypatch):
     """A negative slope would turn it upside down."""
     folder, judge, _ = fitted
@@ -468,7 +483,7 @@ def test_errors(fitted, target, answers, tmp_path):
         main(script(write_labels(tmp_path / "few", prompts=4)), config(tmp_path / "x"))
     other = write_labels(tmp_path / "other", target="tiny/other", seed=1)
     with pytest.raises(
-        ValueError, match=r"`labels`: .* of different models \(target: 'tiny/llama' and 'tiny/other'\)"
+        ValueError, match=r"`labels`: .* of different models or layers \(target: 'tiny/llama' and 'tiny/other'\)"
     ):
         main(script(folder, other), config(tmp_path / "x"))
     with pytest.raises(FileNotFoundError, match=r"has no mining.json"):

@@ -1,0 +1,186 @@
+"""Judges that look at states midway in the target: labels read again there, and decoding that sees the same."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hf_selfjudge import (
+    Judge,
+    JudgeConfig,
+    JudgedModel,
+    JudgeRule,
+    JudgeTrainer,
+    load_labels,
+    mine,
+    mining_of,
+    new_judge,
+)
+from hf_selfjudge.features import STATES
+from hf_selfjudge.rereading import reread
+from hf_selfjudge.sources import fingerprint
+from hf_selfjudge.trainer import TargetWithJudge
+
+from .conftest import build, perturbed, random_judge
+from .test_mining import CONFIG, PROMPTS
+
+
+LAYER = 1
+
+
+def midway_judge(target):
+    judge = random_judge(target)
+    judge.info = replace(judge.info, layer=LAYER)
+    return judge
+
+
+def states(model, ids):
+    """What enters the layer, as transformers tells it."""
+    with torch.no_grad():
+        output = model(input_ids=torch.as_tensor(ids).view(1, -1), output_hidden_states=True)
+    return output.hidden_states[LAYER][0]
+
+
+def mined(target, folder, tokenizer):
+    return mine(target, perturbed(target, 0.05), tokenizer, PROMPTS, CONFIG, folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path):
+    target = build(architecture)
+    before = mined(target, tmp_path / "labels", tokenizer)
+    after = reread(target, tmp_path / "labels", LAYER, tmp_path / "midway")
+    assert before.features == after.features
+    assert before.remove_columns(STATES).to_dict() == after.remove_columns(STATES).to_dict()
+    for row in after:
+        text = [*row["prompt_ids"], *row["answer_ids"][: row["position"]], row["substitute"]]
+        expected = states(target, text)[-2:].half().numpy()
+        found = np.array([row[name] for name in STATES])
+        np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
+    assert not np.allclose(before["hidden_after"][:], after["hidden_after"][:], atol=1e-2)
+
+
+def test_a_run_that_was_cut_off_goes_on(llama, tokenizer, tmp_path):
+    target, folder, output = llama[0], tmp_path / "labels", tmp_path / "midway"
+    mined(target, folder, tokenizer)
+    whole = reread(target, folder, LAYER, output).to_dict()
+    first, second = sorted(output.glob("labels-*.parquet"))
+    shutil.rmtree(output / "cache")
+    second.unlink()
+    second.with_name(f"{second.stem}.incomplete.parquet").write_bytes(b"half")  # as a kill leaves it
+    assert len(load_labels(output)) == 16
+    kept = first.stat().st_mtime_ns
+    assert reread(target, folder, LAYER, output).to_dict() == whole
+    assert first.stat().st_mtime_ns == kept
+    assert {path.name for path in output.glob("labels-*.json")} == {path.name for path in folder.glob("labels-*.json")}
+
+
+def test_a_judge_of_these_labels_looks_there(llama, tokenizer, tmp_path):
+    """Trained on labels that were read again, in a file and back, and through the model on the same text."""
+    target, folder = llama[0], tmp_path / "midway"
+    mined(target, tmp_path / "labels", tokenizer)
+    labels = reread(target, tmp_path / "labels", LAYER, folder)
+    args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=3, use_cpu=True, disable_tqdm=True)
+    trainer = JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=labels)
+    trainer.train()
+    trainer.save_model()
+    judge = Judge.from_pretrained(tmp_path / "judge")
+    assert judge.info.layer == LAYER
+    through = JudgeTrainer(TargetWithJudge(target, judge), args, train_dataset=labels, processing_class=tokenizer)
+    np.testing.assert_allclose(through.odds(labels), trainer.odds(labels), atol=2e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_the_judge_sees_the_states_of_the_text(architecture, prompt):
+    """In every round, whatever was dropped before."""
+    target, seen = build(architecture), []
+
+    class Noting(JudgeRule):
+        def accept(self, rows):
+            seen.append((rows.positions.item(), rows.candidates.item(), rows.hidden[0]))
+            return super().accept(rows)
+
+    judged = JudgedModel(target, Noting(midway_judge(target), 0.5))
+    output = judged.generate(prompt, assistant_model=perturbed(target, 0.05), max_new_tokens=40, do_sample=False)
+    assert judged.stats.judged
+    assert len(seen) > 5
+    for position, candidate, hidden in seen:
+        text = torch.cat([output[0, : prompt.shape[1] + position], torch.tensor([candidate])])
+        torch.testing.assert_close(hidden, states(target, text)[-2:], atol=1e-4, rtol=1e-4)
+
+
+def test_batches_give_what_each_gives_alone(llama, prompt):
+    target, draft = llama
+    judged = JudgedModel(target, JudgeRule(midway_judge(target), 0.5))
+    ids = torch.cat([prompt, prompt.roll(3, 1), prompt.flip(1)])
+    how = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
+    together = judged.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    assert judged.stats.judged
+    for row, answer in zip(ids, together, strict=True):
+        assert torch.equal(judged.generate(row[None], **how)[0], answer)
+
+
+def test_a_shard_without_substitutions_is_kept(llama, tokenizer, tmp_path):
+    target, folder = llama[0], tmp_path / "labels"
+    rows = mined(target, folder, tokenizer)
+    first = min(folder.glob("labels-*.parquet"))
+    rows.select([]).to_parquet(first)
+    left = reread(target, folder, LAYER, tmp_path / "midway")
+    assert 0 < len(left) == len(load_labels(folder)) < len(rows)
+
+
+def test_states_too_large_for_the_file_are_refused(llama, tokenizer, tmp_path):
+    target = build("llama")
+    mined(target, tmp_path / "labels", tokenizer)
+    with torch.no_grad():
+        target.model.layers[LAYER - 1].mlp.down_proj.weight.mul_(1e6)
+    made = json.loads((tmp_path / "labels" / "mining.json").read_text())
+    (tmp_path / "labels" / "mining.json").write_text(json.dumps(made | {"target_fingerprint": fingerprint(target)}))
+    with pytest.raises(ValueError, match="`layer`: states above 1 layers are too large for fp16"):
+        reread(target, tmp_path / "labels", LAYER, tmp_path / "midway")
+    assert not [*(tmp_path / "midway").glob("*.parquet")]
+
+
+def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
+    target, gpt2, folder = llama[0], build("gpt2"), tmp_path / "labels"
+    mined(target, folder, tokenizer)
+    with pytest.raises(ValueError, match="`layer` must be above 0 and below 2, the layers of LlamaForCausalLM, got 2"):
+        reread(target, folder, 2, tmp_path / "midway")
+    with pytest.raises(ValueError, match="`output` is the folder of the labels"):
+        reread(target, folder, LAYER, folder)
+    with pytest.raises(ValueError, match="`folder`: the labels are of other weights than `target`"):
+        reread(build("qwen2"), folder, LAYER, tmp_path / "midway")
+    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) has no layers in a row"):
+        JudgedModel(gpt2, JudgeRule(midway_judge(gpt2), 0.5))
+    assert not (tmp_path / "midway").exists()
+    reread(target, folder, LAYER, tmp_path / "midway")
+    with pytest.raises(ValueError, match=r"different models or layers \(layer: None and 1\)"):
+        mining_of([folder, tmp_path / "midway"])
+    peft = pytest.importorskip("peft")
+    args = JudgeConfig(str(tmp_path / "judge"), components=2)
+    with pytest.raises(ValueError, match="a judge that looks at states midway"):
+        JudgeTrainer(
+            TargetWithJudge(target, midway_judge(target)),
+            args,
+            train_dataset=load_labels(folder),
+            peft_config=peft.LoraConfig(target_modules=["q_proj"]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 0}, "layer is 0, no number of layers"),
+        ({"layer": True}, "layer is True, no number of layers"),
+        ({"layer": 1, "adapter": True}, "it has an adapter, which is for the last states, and looks at layer 1"),
+    ],
+)
+def test_a_damaged_config_is_refused(change, message, tmp_path):
+    midway_judge(build("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        Judge.from_pretrained(tmp_path)
