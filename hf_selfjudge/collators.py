@@ -40,6 +40,11 @@ def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
     return values
 
 
+def layer_of(labels: datasets.Dataset) -> int | None:
+    """How many of the target's layers are below the hidden states of labels; `None`: all, as they were mined."""
+    return labels[0]["layer"] if "layer" in labels.column_names else None
+
+
 class Substitutions(torch.utils.data.Dataset):
     """
     Rows of labels in memory.

@@ -31,7 +31,7 @@ from .batches import generate_rows, merged
 from .drafting import AutoLength, FastDraft, set_draft_length
 from .hidden import Entered, HiddenTap
 from .judge import Judge
-from .replay import Replaying
+from .replay import Midway, Replaying
 from .rules import JudgeRule, Rows, Rule
 from .stats import Stats
 
@@ -44,7 +44,7 @@ WITH_LOGITS = UniversalSpeculativeDecodingGenerator
 class Round:
     """The state of one call: the candidates under verification, the verification forward, and the statistics."""
 
-    def __init__(self, rule: Rule, special_tokens: set[int], replaying: Replaying | None = None):
+    def __init__(self, rule: Rule, special_tokens: set[int], replaying: Midway | Replaying | None = None):
         self.rule, self.special_tokens, self.replaying = rule, special_tokens, replaying
         self.stats = Stats(calls=1)
         self.prompt_length: int | None = None

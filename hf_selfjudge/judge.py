@@ -272,8 +272,9 @@ def _read_json(path: Path) -> dict:
 def _read_info(path: Path) -> JudgeInfo:
     content = _read_json(path)
     try:
-        known = {f.name for f in fields(JudgeInfo)}
-        info = JudgeInfo(**{name: value for name, value in content.items() if name in known})
+        if unknown := content.keys() - {f.name for f in fields(JudgeInfo)}:
+            raise ValueError(f"this version of hf_selfjudge does not know {', '.join(sorted(unknown))}")
+        info = JudgeInfo(**content)
         _check_info(info)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error

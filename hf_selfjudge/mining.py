@@ -233,6 +233,7 @@ def _claim(
         "hidden_size": text_config.hidden_size,
         "vocab_size": text_config.vocab_size,
         "special_tokens": never,
+        "layer": None,  # of the hidden states, see `reread`
         "dtype": precision(target),
         "packed": packed,
         "prompts": len(prompts),

@@ -12,7 +12,6 @@ import copy
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,20 +83,20 @@ def layers_of(target: PreTrainedModel) -> torch.nn.ModuleList:
     The layers of a decoder, first to last.
 
     Raises:
-        ValueError: If the target has none that stand in a row.
+        ValueError: If the target is no decoder with `layers`.
     """
     layers = None if target.config.is_encoder_decoder else getattr(target.get_decoder(), "layers", None)
     if layers is None:
         raise ValueError(
-            f"`target` ({type(target).__name__}) has no layers in a row, which the judge looks into. Use a judge that "
-            "looks at last hidden states and has no adapter."
+            f"`target` ({type(target).__name__}) is no decoder with `layers`, which the judge looks into. Use a judge "
+            "that looks at the last hidden states, without an adapter."
         )
     return layers
 
 
 class Midway:
     """
-    The target's states on their way through it: nothing is computed.
+    The target's states on their way through it: nothing is computed. In the place of a [`Replay`].
 
     Args:
         target ([`~transformers.PreTrainedModel`]): A decoder.
@@ -112,15 +111,35 @@ class Midway:
 
     def __init__(self, target: PreTrainedModel, layer: int):
         layers = layers_of(target)
-        if not 0 < layer < len(layers):
+        if type(layer) is not int or not 0 < layer < len(layers):
             raise ValueError(
-                f"`layer` must be above 0 and below {len(layers)}, the layers of {type(target).__name__}, got {layer}."
+                f"`layer` must be above 0 and below {len(layers)}, the layers of {type(target).__name__}, got "
+                f"{layer!r}."
             )
         self.entering = layers[layer]
 
-    def start(self) -> Callable[[Entered, int], torch.Tensor]:
-        """Takes the same as [`Replaying`]."""
-        return lambda entered, start: entered.states
+    def start(self) -> Midway:
+        """For a text of its own: nothing is kept of any."""
+        return self
+
+    def __call__(self, entered: Entered, start: int) -> torch.Tensor:
+        """
+        Args:
+            entered ([`Entered`]): Of a forward of the target.
+            start (`int`): Tokens that its cache held before.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, hidden_size)`: what entered the layer.
+
+        Raises:
+            ValueError: If that is no state for each token.
+        """
+        if entered.states.dim() != 3:
+            raise ValueError(
+                f"`target`: what enters its layers has the shape {tuple(entered.states.shape)}, not one state for "
+                "each token. Use a judge that looks at the last hidden states."
+            )
+        return entered.states
 
 
 class Replay:
@@ -151,7 +170,16 @@ class Replay:
         if max(layer for layer, _ in products) >= count:
             raise ValueError(f"`adapter` has layers beyond the {count} of `target`. It was made for another one.")
         self.entering = layers[first]
-        self.decoder = part_of(target, slice(first, count))
+        self.decoder = apart(target.get_decoder())
+        self.decoder.config = config = copy.deepcopy(self.decoder.config)
+        config.num_hidden_layers = count - first
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[first:]
+        self.decoder.layers = torch.nn.ModuleList(apart(layer) for layer in layers[first:])
+        for index, layer in enumerate(self.decoder.layers):
+            for module in layer.modules():
+                if "layer_idx" in vars(module):
+                    module.layer_idx = index
         self._try(target)
         for (layer, name), (a, b) in products.items():
             module = dict(self.decoder.layers[layer - first].named_modules()).get(name)
@@ -229,22 +257,6 @@ class Replaying:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-
-
-def part_of(target: PreTrainedModel, which: slice) -> PreTrainedModel:
-    """A decoder with some of the target's layers, in a row, and all else that the target's has; weights are shared."""
-    decoder, layers = target.get_decoder(), layers_of(target)[which]
-    part = apart(decoder)
-    part.config = config = copy.deepcopy(decoder.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[which]
-    part.layers = torch.nn.ModuleList(apart(layer) for layer in layers)
-    for index, layer in enumerate(part.layers):
-        for module in layer.modules():
-            if "layer_idx" in vars(module):
-                module.layer_idx = index
-    return part
 
 
 def apart(module: torch.nn.Module) -> torch.nn.Module:

@@ -23,39 +23,39 @@ from .branches import additive_masks, attention_windows, packs
 from .collators import DataCollatorForJudge, answers_of
 from .features import STATES
 from .files import claim, whole
+from .hidden import HiddenTap
 from .labels import load_labels, mining_of, shards_of
-from .replay import Midway, part_of
-from .sources import fingerprint
+from .replay import Midway
+from .sources import fingerprint, precision
 
 
-class StateReader:
+class StateReader(torch.nn.Module):
     """
     The hidden states before and after substitutes that stand behind their answers, as [`DataCollatorForJudge`] lays
     them out.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): A decoder.
-        layer (`int`, *optional*): How many of its layers are below. `None`: all, and its last normalisation.
+        layer (`int`, *optional*): How many of its layers are below; no gradient comes through these states. `None`:
+            all, and its last normalisation.
 
     Raises:
-        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or it has no more layers
-            than that.
+        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or `layer` is none of
+            its.
     """
 
     def __init__(self, target: PreTrainedModel, layer: int | None = None):
-        if layer is not None:
-            Midway(target, layer)  # refuse now what could not be used
+        super().__init__()
+        self.target, self.decoder = target, target.get_decoder()
+        self.midway = None if layer is None else Midway(target, layer)
         if not packs(target):
             raise ValueError(
-                f"`model`: the attention of {type(target).__name__} takes no mask in which substitutes stand side by "
-                "side. Train on features as they were mined instead: pass a `Judge`."
+                f"`target`: the attention of {type(target).__name__} takes no mask in which substitutes stand side by "
+                "side, so that its states cannot be read again. Train a judge on features as they were mined."
             )
-        # What enters a layer is told beside the output of that layer: those behind it are not needed.
-        self.decoder = target.get_decoder() if layer is None else part_of(target, slice(layer + 1))
-        self.layer = layer
         self.windows = attention_windows(target.config.get_text_config())
 
-    def __call__(
+    def forward(
         self,
         input_ids: torch.LongTensor,
         position_ids: torch.LongTensor,
@@ -64,21 +64,22 @@ class StateReader:
     ) -> torch.Tensor:
         """
         Args:
-            input_ids, position_ids, sees, places: See [`TargetWithJudge.forward`].
+            input_ids, position_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`)
+            sees (`torch.BoolTensor` of shape `(batch, length + substitutes, length + substitutes)`)
+            places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
 
         Returns:
             `torch.Tensor` of shape `(batch, substitutes, len(STATES), hidden_size)`.
         """
         masks = additive_masks(sees, position_ids, position_ids, self.windows, self.decoder.dtype)
-        output = self.decoder(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=masks,
-            use_cache=False,
-            output_hidden_states=self.layer is not None,
-        )
-        # The first of all states is what enters layer 0.
-        hidden = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
+        text = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": masks, "use_cache": False}
+        if self.midway is None:
+            hidden = self.decoder(**text).last_hidden_state
+        else:  # as in decoding, so that both see the same
+            seen = []
+            with HiddenTap(self.target, lambda _, __, entered: seen.append(entered), self.midway.entering):
+                self.target(**text, logits_to_keep=1)
+            hidden = self.midway(seen[0], 0)
         before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         return torch.stack([before, hidden[:, -places.shape[1] :]], 2)
 
@@ -102,45 +103,47 @@ def reread(
         batch (`int`): Answers in a forward.
 
     Returns:
-        `datasets.Dataset`: what [`load_labels`] gives of `output`.
+        `datasets.Dataset`: what [`load_labels`] gives of `output`; with a column `layer`.
 
     Raises:
         FileNotFoundError: If `folder` has no labels.
-        ValueError: If the labels are of another target, `layer` is none of its, `output` is `folder` or holds labels
-            of other settings.
+        ValueError: If the labels are of another target, the target cannot be read ([`StateReader`]), its states are
+            too large for fp16, `batch` is below 1, or `output` is `folder` or holds labels of other settings.
     """
     folder, output = Path(folder), Path(output)
-    (mining,) = mining_of([folder])
-    del mining["shards"]
+    if batch < 1:
+        raise ValueError(f"`batch` must be 1 or more, got {batch}.")
     if output.resolve() == folder.resolve():
         raise ValueError(f"`output` is the folder of the labels, {folder}. Choose another one.")
+    (mining,) = mining_of([folder])
+    del mining["shards"]
     if mining["target_fingerprint"] != fingerprint(target):
         raise ValueError(f"`folder`: the labels are of other weights than `target`. Load {mining['target']}.")
-    reader = StateReader(target, layer)
-    load_labels(folder)  # refuse what is empty before anything is written
+    reader, labels, end = StateReader(target, layer), load_labels(folder), 0
     output.mkdir(parents=True, exist_ok=True)
-    claim(output / "mining.json", mining | {"layer": layer}, {})
-    shards = shards_of(folder)
+    claim(output / "mining.json", mining | {"layer": layer, "reread_dtype": precision(target)}, {})
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        shards = shards_of(folder)
         for number, shard in enumerate(shards, start=1):
+            begin, end = end, end + read_metadata(shard).num_rows
             if (output / shard.name).is_file():
                 continue
+            rows = labels.select(range(begin, end))
+            bar = progress.add_task(f"Read layer {layer} (shard {number} of {len(shards)})", total=None)
+            states = _states(reader, rows, batch, target.device, functools.partial(progress.update, bar))
+            if not np.isfinite(states).all():
+                raise ValueError(f"`layer`: what enters layer {layer} is too large for fp16. Read another layer.")
+            for side, name in enumerate(STATES):
+                feature = rows.features[name]
+                rows = rows.remove_columns(name).add_column(name, list(states[:, side]), feature=feature)
+            rows = rows.remove_columns([name for name in rows.column_names if name == "layer"])
+            rows = rows.add_column("layer", [layer] * len(rows), feature=datasets.Value("int32"))
             counts = shard.with_suffix(".json")
             if counts.is_file():
                 shutil.copyfile(counts, output / counts.name)
-            bar = progress.add_task(f"Read layer {layer} (shard {number} of {len(shards)})", total=None)
-            tell = functools.partial(progress.update, bar)
             with whole(output / shard.name) as incomplete:
-                if not read_metadata(shard).num_rows:  # nothing was replaced in these answers
-                    shutil.copyfile(shard, incomplete)
-                    continue
-                labels = datasets.Dataset.from_parquet(str(shard), cache_dir=output / "cache")
-                states = _states(reader, labels, batch, target.device, tell)
-                for side, name in enumerate(STATES):
-                    feature = labels.features[name]
-                    labels = labels.remove_columns(name).add_column(name, list(states[:, side]), feature=feature)
-                labels.to_parquet(incomplete)
+                rows.to_parquet(incomplete)
     return load_labels(output)
 
 
@@ -150,7 +153,8 @@ def _states(
 ) -> np.ndarray:
     """What the reader sees of each row; of shape `(rows, len(STATES), hidden_size)`. `tell` is given how many answers
     are `completed`, and their `total`."""
-    states: list[np.ndarray] = [np.empty(0)] * len(labels)
+    size = labels.features[STATES[0]].length
+    states = np.zeros((len(labels), len(STATES), size), np.float16)
     answers = list(answers_of(labels, np.zeros(len(labels))))
     answers.sort(key=lambda answer: len(answer["input_ids"]))  # answers of like length together: little is padded
     for begin in range(0, len(answers), batch):
@@ -158,10 +162,6 @@ def _states(
         laid_out = DataCollatorForJudge(0)(some)
         read = reader(*(laid_out[name].to(device) for name in ("input_ids", "position_ids", "sees", "places")))
         for answer, of_answer in zip(some, read.half().cpu().numpy(), strict=True):
-            for row, state in zip(answer["rows"], of_answer, strict=False):  # behind these is padding
-                states[row] = state
+            states[answer["rows"]] = of_answer[: len(answer["rows"])]  # behind these is padding
         tell(completed=begin + len(some), total=len(answers))
-    found = np.stack(states)
-    if not np.isfinite(found).all():
-        raise ValueError(f"`layer`: states above {reader.layer} layers are too large for fp16. Read another layer.")
-    return found
+    return states

@@ -246,7 +246,7 @@ class JudgeRule(Rule):
 
     def __post_init__(self):
         # By what the copies of a target share. It is kept alive, so that no other can have its number.
-        self._replays: dict[int, tuple[PreTrainedModel, Midway | Replay]] = {}
+        self._replays: dict[int, tuple[PreTrainedModel, Replay]] = {}
 
     def check_target(self, target: PreTrainedModel) -> None:
         self.judge.check_target(target, self.allow_other_weights)
@@ -254,12 +254,13 @@ class JudgeRule(Rule):
         self.replay_on(target)
 
     def replay_on(self, target: PreTrainedModel) -> Midway | Replay | None:
-        layer, adapter = self.judge.info.layer, self.judge.adapter
-        if layer is None and adapter is None:
+        if self.judge.info.layer is not None:
+            return Midway(target, self.judge.info.layer)
+        if self.judge.adapter is None:
             return None
         decoder = target.get_decoder()
         if id(decoder) not in self._replays:
-            self._replays[id(decoder)] = decoder, Midway(target, layer) if layer else Replay(target, adapter)
+            self._replays[id(decoder)] = decoder, Replay(target, self.judge.adapter)
         return self._replays[id(decoder)][1]
 
     def check_draft(self, draft: PreTrainedModel) -> None:

@@ -40,6 +40,7 @@ from .collators import (
     DataCollatorForSubstitutions,
     Substitutions,
     answers_of,
+    layer_of,
     soft_labels,
 )
 from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
@@ -83,7 +84,8 @@ class TargetWithJudge(torch.nn.Module):
 
     Raises:
         ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), its weights are packed
-            so that nothing can be trained through them, or the judge is for another one.
+            so that nothing can be trained through them, the judge is for another one, or it looks midway into a target
+            with an adapter.
     """
 
     def __init__(self, target: PreTrainedModel | PeftModel, judge: Judge):
@@ -97,6 +99,11 @@ class TargetWithJudge(torch.nn.Module):
             )
         if base is target:  # PEFT gives the weights other names
             judge.check_target(target)
+        if base is not target and judge.info.layer is not None:
+            raise ValueError(
+                f"`judge` looks at what enters layer {judge.info.layer}, but an adapter is for the last hidden "
+                "states. Train one on labels as they were mined."
+            )
         self.reader = StateReader(base, judge.info.layer)
         if not isinstance(target, PeftModel):
             target.requires_grad_(False)
@@ -203,7 +210,7 @@ class JudgeTrainer(Trainer):
         if isinstance(model, PreTrainedModel):
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(resolve_model(model.config.name_or_path))
-            model = TargetWithJudge(model, _judge_for(model, processing_class, args))
+            model = TargetWithJudge(model, _judge_for(model, processing_class, args, layer_of(train_dataset)))
         if peft_config is not None:
             model = self._with_adapter(model, peft_config)
         self.through_model, self.judge = isinstance(model, TargetWithJudge), _judge_of(model)
@@ -212,6 +219,11 @@ class JudgeTrainer(Trainer):
         if data_collator is None and self.through_model:
             tokens = (processing_class.pad_token_id, processing_class.eos_token_id) if processing_class else ()
             data_collator = DataCollatorForJudge(next((t for t in tokens if t is not None), 0))
+        if (layer := layer_of(train_dataset)) != self.judge.info.layer:
+            raise ValueError(
+                f"`train_dataset` has hidden states of layer {layer}, the judge looks at layer "
+                f"{self.judge.info.layer} (None: the last). Make it with `new_judge(mining_of([folder])[0], args)`."
+            )
         known = soft_labels(train_dataset, args)
         if not self.judge.projection.any() and not self.judge.scalar_mean.any():
             fit_projection(self.judge, Substitutions(train_dataset, known), args.seed)
@@ -243,11 +255,6 @@ class JudgeTrainer(Trainer):
             raise TypeError(
                 "`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
                 f"{type(peft_config).__name__}."
-            )
-        if _judge_of(model).info.layer is not None:
-            raise ValueError(
-                "You passed `peft_config` for a judge that looks at states midway, but an adapter is replayed in the "
-                "last layers. Train it on labels as they were mined."
             )
         if isinstance(model, Judge):
             raise ValueError(
@@ -378,7 +385,9 @@ def _judge_of(model: Judge | TargetWithJudge) -> Judge:
     return model if isinstance(model, Judge) else model.judge
 
 
-def _judge_for(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: JudgeConfig) -> Judge:
+def _judge_for(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: JudgeConfig, layer: int | None = None
+) -> Judge:
     """A new judge for a target."""
     config = target.config.get_text_config()
     return Judge(
@@ -388,6 +397,7 @@ def _judge_for(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             draft="",
+            layer=layer,
             special_tokens=special_tokens(target, tokenizer),
             threshold=0.5,
             **_looks_at(args, config.hidden_size),

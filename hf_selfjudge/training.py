@@ -185,6 +185,11 @@ def _how(script_args: ScriptArguments, mining: dict) -> Callable[[datasets.Datas
     """What trains a judge on rows of labels: the head on mined features, and then an adapter too if there shall be
     one."""
     if script_args.lora_layers:
+        if mining.get("layer") is not None:
+            raise ValueError(
+                f"`lora_layers`: an adapter is for the last hidden states, the labels have those of layer "
+                f"{mining['layer']}. Train it on labels as they were mined."
+            )
         target, tokenizer = load_model(mining["target"], getattr(torch, script_args.dtype))
         count = target.config.get_text_config().num_hidden_layers
         adapter = LoraConfig(

@@ -16,6 +16,7 @@ from hf_selfjudge.settings import parse_settings
 
 from .conftest import build, perturbed, random_judge
 from .test_replay import adapted_judge, adapter
+from .test_rereading import midway_judge
 
 
 PROMPTS = [Prompt(f"p{i}", text, "some") for i, text in enumerate(["abc", "what is this", "a", "to be or not"])]
@@ -50,10 +51,11 @@ def bench(models, tokenizer, folder, rules=RULES, config=CONFIG, prompts=PROMPTS
 
 
 @pytest.mark.parametrize("mode", ["quality", "timing"])
-def test_a_judge_with_an_adapter(models, tokenizer, tmp_path, mode):
-    """Its adapter sees the prompt too, whatever else is shared."""
+@pytest.mark.parametrize("kind", ["adapter", "midway"])
+def test_a_judge_that_sees_more_than_last_states(models, tokenizer, tmp_path, kind, mode):
+    """An adapter sees the prompt too, whatever else is shared; a judge that looks midway need not."""
     target, draft = models
-    judge = adapted_judge(target, adapter(target))
+    judge = midway_judge(target) if kind == "midway" else adapted_judge(target, adapter(target))
     settings, config = parse_settings(["judge:j=0.5"]), BenchConfig(mode, max_new_tokens=24, at_once=3)
     lines = decode(target, draft, tokenizer, PROMPTS, settings, {"j": judge}, config, tmp_path)
     judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, tokenizer.all_special_ids)

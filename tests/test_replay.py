@@ -172,7 +172,7 @@ def test_what_cannot_be_replayed_is_refused(answers, tmp_path):  # noqa: F811
         Replay(target, Adapter(made.config, {n: t[:, :3] if "lora_A" in n else t for n, t in made.tensors.items()}))
     with pytest.raises(ValueError, match="has layers beyond the 1 of `target`"):
         Replay(build("llama", num_hidden_layers=1), made)
-    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) has no layers in a row"):
+    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is no decoder with `layers`"):
         JudgedModel(build("gpt2"), JudgeRule(adapted_judge(build("gpt2"), made)))
     replay, seen = Replay(target, made), []
     with HiddenTap(target, lambda hidden, logits, entered: seen.append(entered), replay.entering):

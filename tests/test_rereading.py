@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from hf_selfjudge import (
     Judge,
@@ -23,6 +24,7 @@ from hf_selfjudge.features import STATES
 from hf_selfjudge.rereading import reread
 from hf_selfjudge.sources import fingerprint
 from hf_selfjudge.trainer import TargetWithJudge
+from hf_selfjudge.training import ScriptArguments, main
 
 from .conftest import build, perturbed, random_judge
 from .test_mining import CONFIG, PROMPTS
@@ -50,9 +52,12 @@ def mined(target, folder, tokenizer):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path):
-    target = build(architecture)
-    before = mined(target, tmp_path / "labels", tokenizer)
-    after = reread(target, tmp_path / "labels", LAYER, tmp_path / "midway")
+    target, folder = build(architecture), tmp_path / "labels [1]"
+    before = mined(target, folder, tokenizer)
+    states(target, [3])  # a target that told its states before is no other
+    after = reread(target, folder, LAYER, tmp_path / "midway", batch=2)
+    assert {*after["layer"]} == {LAYER}
+    after = after.remove_columns("layer")
     assert before.features == after.features
     assert before.remove_columns(STATES).to_dict() == after.remove_columns(STATES).to_dict()
     for row in after:
@@ -93,10 +98,17 @@ def test_a_judge_of_these_labels_looks_there(llama, tokenizer, tmp_path):
     np.testing.assert_allclose(through.odds(labels), trainer.odds(labels), atol=2e-2)
 
 
+@pytest.mark.parametrize("how", ["draft", "guidance", "early exit"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
-def test_the_judge_sees_the_states_of_the_text(architecture, prompt):
-    """In every round, whatever was dropped before."""
+def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
+    """In every round, whatever was dropped before, and whoever ran the target's layers in between."""
     target, seen = build(architecture), []
+    draft = {"assistant_model": perturbed(target, 0.05)}
+    options = {
+        "draft": draft,
+        "guidance": draft | {"guidance_scale": 1.5},
+        "early exit": {"assistant_early_exit": 1},
+    }[how]
 
     class Noting(JudgeRule):
         def accept(self, rows):
@@ -104,9 +116,8 @@ def test_the_judge_sees_the_states_of_the_text(architecture, prompt):
             return super().accept(rows)
 
     judged = JudgedModel(target, Noting(midway_judge(target), 0.5))
-    output = judged.generate(prompt, assistant_model=perturbed(target, 0.05), max_new_tokens=40, do_sample=False)
-    assert judged.stats.judged
-    assert len(seen) > 5
+    output = judged.generate(prompt, max_new_tokens=40, do_sample=False, **options)
+    assert len(seen) > 2
     for position, candidate, hidden in seen:
         text = torch.cat([output[0, : prompt.shape[1] + position], torch.tensor([candidate])])
         torch.testing.assert_close(hidden, states(target, text)[-2:], atol=1e-4, rtol=1e-4)
@@ -116,11 +127,14 @@ def test_batches_give_what_each_gives_alone(llama, prompt):
     target, draft = llama
     judged = JudgedModel(target, JudgeRule(midway_judge(target), 0.5))
     ids = torch.cat([prompt, prompt.roll(3, 1), prompt.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0  # padding on the left
     how = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
-    together = judged.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    together = judged.generate(ids, attention_mask=mask, **how)
     assert judged.stats.judged
-    for row, answer in zip(ids, together, strict=True):
-        assert torch.equal(judged.generate(row[None], **how)[0], answer)
+    for row, shown, answer in zip(ids, mask.bool(), together, strict=True):
+        alone = judged.generate(row[shown][None], **how)[0]
+        assert torch.equal(alone, answer[-len(alone) :])
 
 
 def test_a_shard_without_substitutions_is_kept(llama, tokenizer, tmp_path):
@@ -139,7 +153,7 @@ def test_states_too_large_for_the_file_are_refused(llama, tokenizer, tmp_path):
         target.model.layers[LAYER - 1].mlp.down_proj.weight.mul_(1e6)
     made = json.loads((tmp_path / "labels" / "mining.json").read_text())
     (tmp_path / "labels" / "mining.json").write_text(json.dumps(made | {"target_fingerprint": fingerprint(target)}))
-    with pytest.raises(ValueError, match="`layer`: states above 1 layers are too large for fp16"):
+    with pytest.raises(ValueError, match="`layer`: what enters layer 1 is too large for fp16"):
         reread(target, tmp_path / "labels", LAYER, tmp_path / "midway")
     assert not [*(tmp_path / "midway").glob("*.parquet")]
 
@@ -153,27 +167,40 @@ def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
         reread(target, folder, LAYER, folder)
     with pytest.raises(ValueError, match="`folder`: the labels are of other weights than `target`"):
         reread(build("qwen2"), folder, LAYER, tmp_path / "midway")
-    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) has no layers in a row"):
+    with pytest.raises(ValueError, match="`batch` must be 1 or more, got 0"):
+        reread(target, folder, LAYER, tmp_path / "midway", batch=0)
+    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is no decoder with `layers`"):
         JudgedModel(gpt2, JudgeRule(midway_judge(gpt2), 0.5))
     assert not (tmp_path / "midway").exists()
     reread(target, folder, LAYER, tmp_path / "midway")
     with pytest.raises(ValueError, match=r"different models or layers \(layer: None and 1\)"):
         mining_of([folder, tmp_path / "midway"])
-    peft = pytest.importorskip("peft")
-    args = JudgeConfig(str(tmp_path / "judge"), components=2)
-    with pytest.raises(ValueError, match="a judge that looks at states midway"):
-        JudgeTrainer(
-            TargetWithJudge(target, midway_judge(target)),
-            args,
-            train_dataset=load_labels(folder),
-            peft_config=peft.LoraConfig(target_modules=["q_proj"]),
-        )
+    with pytest.raises(ValueError, match=r"made with other settings \(layer: 1 there, None now\)"):
+        mined(target, tmp_path / "midway", tokenizer)
+
+
+def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
+    target, folder, midway = llama[0], tmp_path / "labels", tmp_path / "midway"
+    last = mined(target, folder, tokenizer)
+    rows = reread(target, folder, LAYER, midway)
+    args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=1, use_cpu=True, disable_tqdm=True)
+    for labels, other in ((rows, folder), (last, midway)):
+        with pytest.raises(ValueError, match="`train_dataset` has hidden states of layer"):
+            JudgeTrainer(new_judge(mining_of([other])[0], args), args, train_dataset=labels)
+    made = JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer)
+    assert made.judge.info.layer == LAYER
+    adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
+    with pytest.raises(ValueError, match="`judge` looks at what enters layer 1, but an adapter is for the last"):
+        JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    with pytest.raises(ValueError, match="`lora_layers`: an adapter is for the last hidden states"):
+        main(ScriptArguments([str(midway)], folds=2, lora_layers=1), args)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"layer": 0}, "layer is 0, no number of layers"),
+        ({"depth": 1}, "this version of hf_selfjudge does not know depth"),
         ({"layer": True}, "layer is True, no number of layers"),
         ({"layer": 1, "adapter": True}, "it has an adapter, which is for the last states, and looks at layer 1"),
     ],
