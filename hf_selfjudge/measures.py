@@ -66,6 +66,16 @@ def task_score(prompt: Prompt, text: str, finished: bool, allow_code: bool) -> f
     return None
 
 
+def unchanged(prompt: Prompt, own: str, own_finished: bool, text: str, finished: bool) -> float | None:
+    """
+    Whether an answer ends in the same final number as the target's `own`, right or wrong: what a judge's label is,
+    where a prompt asks for a number. An answer that did not end has none: 0. `None` for other prompts, or if `own` has
+    none.
+    """
+    number = final_number(own) if prompt.check == "number" and own_finished else None
+    return None if number is None else float(finished and final_number(text) == number)
+
+
 def check_tasks(tasks: Sequence[str | None], embeddings: str | None) -> None:
     """
     Fail before the work, not after it.

@@ -23,7 +23,7 @@ from .bench import WITHOUT_RULE, accepted_share
 from .curve import BASE, LEVELS, Grid, compare_rules, falling, interval, separation
 from .files import Lines, whole, write_text
 from .meaning import reconvergence, says_no
-from .measures import repetition, similarity, task_score
+from .measures import repetition, similarity, task_score, unchanged
 from .prompts import Prompt
 from .settings import COIN, JUDGE, PLAIN, Setting
 
@@ -32,7 +32,7 @@ from .settings import COIN, JUDGE, PLAIN, Setting
 RETENTION = ("task", "same", "agreement")
 # Names of a judge's thresholds, and the retention that each is chosen for.
 OPERATING_POINTS = {"strict": 0.99, "balanced": 0.97, "fast": 0.9}
-RELATIVE = ("same", "agreement", "similarity", "length")  # to the lossless answer
+RELATIVE = ("unchanged", "same", "agreement", "similarity", "length")  # to the lossless answer
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Scorer:
         count = max(1, len(line["tokens"]))
         found = {
             "task": task_score(prompt, text, line["finished"], self.allow_code),
+            "unchanged": unchanged(prompt, own, lossless["finished"], text, line["finished"]),
             "agreement": reconvergence(lossless["tokens"], line["tokens"]),
             "logprob": line["logprob"] / count,
             "repetition": repetition(line["tokens"]),

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from hf_selfjudge.measures import repetition, similarity, task_of, task_score
+from hf_selfjudge.measures import repetition, similarity, task_of, task_score, unchanged
 from hf_selfjudge.prompts import Prompt
 
 
@@ -47,6 +47,21 @@ GSM8K = prompt(check="number", references=["1,000 + 5\n#### 1,005"])
 def test_task_scores(asked, text, finished, score):
     found = task_score(asked, text, finished, allow_code=True)
     assert found == (score if score is None else pytest.approx(score))
+
+
+@pytest.mark.parametrize(
+    ("check", "own", "own_finished", "text", "finished", "score"),
+    [
+        ("number", "So it is 4.", True, "4 apples, then.", True, 1.0),
+        ("number", "So it is 4.", True, "5", True, 0.0),
+        ("number", "So it is 4.", True, "So it is 4", False, 0.0),
+        ("number", "So it is 4", False, "4", True, None),
+        ("number", "None at all.", True, "4", True, None),
+        ("text", "So it is 4.", True, "4", True, None),
+    ],
+)
+def test_unchanged(check, own, own_finished, text, finished, score):
+    assert unchanged(Prompt("p", "?", check=check), own, own_finished, text, finished) == score
 
 
 def test_chrf_by_hand():
