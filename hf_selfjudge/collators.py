@@ -41,8 +41,16 @@ def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
 
 
 def layer_of(labels: datasets.Dataset) -> int | None:
-    """How many of the target's layers are below the hidden states of labels; `None`: all, as they were mined."""
-    return labels[0]["layer"] if "layer" in labels.column_names else None
+    """
+    How many of the target's layers are below the hidden states of labels; `None`: all, as they were mined.
+
+    Raises:
+        ValueError: If rows differ in it.
+    """
+    found = labels.unique("layer") if "layer" in labels.column_names else []
+    if len(found) > 1:
+        raise ValueError(f"`labels` have hidden states of different layers ({found}). Take those of one.")
+    return found[0] if found else None
 
 
 class Substitutions(torch.utils.data.Dataset):

@@ -55,7 +55,7 @@ class Labels:
         """
         Raises:
             FileNotFoundError: If a folder has none.
-        ValueError: If they are of different models.
+            ValueError: If they are of different models or layers.
         """
         mining_of(folders)
         return cls.of(datasets.concatenate_datasets([load_labels(folder) for folder in folders]), tokenizer)

@@ -334,7 +334,7 @@ def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
 
     Raises:
         FileNotFoundError: If one of them is not one of labels.
-        ValueError: If they are of different models.
+        ValueError: If they are of different models or layers.
     """
     mining = []
     for folder in folders:

@@ -206,7 +206,7 @@ def _answers(
 
 def counts_of(folder: str | os.PathLike) -> dict:
     """What was counted while mining, summed over the shards."""
-    counted = [shard.with_suffix(".json") for shard in shards_of(folder)]
+    counted = [path for shard in shards_of(folder) if (path := shard.with_suffix(".json")).is_file()]
     shards = [json.loads(path.read_text(encoding="utf-8")) for path in counted]
     return {key: sum(shard[key] for shard in shards) for key in shards[0]} if shards else {}
 

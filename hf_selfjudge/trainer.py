@@ -219,11 +219,7 @@ class JudgeTrainer(Trainer):
         if data_collator is None and self.through_model:
             tokens = (processing_class.pad_token_id, processing_class.eos_token_id) if processing_class else ()
             data_collator = DataCollatorForJudge(next((t for t in tokens if t is not None), 0))
-        if (layer := layer_of(train_dataset)) != self.judge.info.layer:
-            raise ValueError(
-                f"`train_dataset` has hidden states of layer {layer}, the judge looks at layer "
-                f"{self.judge.info.layer} (None: the last). Make it with `new_judge(mining_of([folder])[0], args)`."
-            )
+        self._check_layer(train_dataset)
         known = soft_labels(train_dataset, args)
         if not self.judge.projection.any() and not self.judge.scalar_mean.any():
             fit_projection(self.judge, Substitutions(train_dataset, known), args.seed)
@@ -272,7 +268,17 @@ class JudgeTrainer(Trainer):
 
     def _prepare_dataset(self, dataset: datasets.Dataset, args: JudgeConfig) -> torch.utils.data.Dataset:
         known = soft_labels(dataset, args)
-        return answers_of(dataset, known) if self.through_model else Substitutions(dataset, known)
+        if self.through_model:
+            return answers_of(dataset, known)
+        self._check_layer(dataset)
+        return Substitutions(dataset, known)
+
+    def _check_layer(self, dataset: datasets.Dataset) -> None:
+        if (layer := layer_of(dataset)) != self.judge.info.layer:
+            raise ValueError(
+                f"The labels have hidden states of layer {layer}, the judge looks at layer {self.judge.info.layer} "
+                "(None: the last). Make it with `new_judge(mining_of([folder])[0], args)`."
+            )
 
     def train(self, *args, **kwargs):
         """What was measured of the judge before, and the thresholds chosen there, are forgotten."""

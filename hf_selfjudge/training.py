@@ -133,7 +133,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
 
     Raises:
         FileNotFoundError: If a folder has no labels.
-        ValueError: If the folders are of different models, have too few prompts, or no row with this label.
+        ValueError: If the folders are of different models or layers, have too few prompts, or no row with this label.
     """
     folders = folders_of(script_args.labels)
     mining = mining_of(folders)

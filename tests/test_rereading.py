@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 from peft import LoraConfig
 
 from hf_selfjudge import (
@@ -185,8 +186,12 @@ def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
     rows = reread(target, folder, LAYER, midway)
     args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=1, use_cpu=True, disable_tqdm=True)
     for labels, other in ((rows, folder), (last, midway)):
-        with pytest.raises(ValueError, match="`train_dataset` has hidden states of layer"):
+        with pytest.raises(ValueError, match="The labels have hidden states of layer"):
             JudgeTrainer(new_judge(mining_of([other])[0], args), args, train_dataset=labels)
+    with pytest.raises(ValueError, match="The labels have hidden states of layer None, the judge looks at layer 1"):
+        JudgeTrainer(new_judge(mining_of([midway])[0], args), args, train_dataset=rows, eval_dataset=last)
+    with pytest.raises(ValueError, match=r"hidden states of different layers \(\[None, 1\]\)"):
+        JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=concatenate_datasets([last, rows]))
     made = JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer)
     assert made.judge.info.layer == LAYER
     adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")

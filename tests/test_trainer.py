@@ -408,14 +408,15 @@ def test_the_card_says_which_layer(fitted, tmp_path):
     _, judge, _ = fitted
     write_card(judge, tmp_path)
     assert "reread" not in (tmp_path / "README.md").read_text()
-    other = copy.deepcopy(judge)
-    other.info = replace(judge.info, layer=5)
+    other, training = copy.deepcopy(judge), copy.deepcopy(judge.info.training)
+    training["mining"][0] |= {"layer": 5, "reread_dtype": "bfloat16"}
+    other.info = replace(judge.info, layer=5, training=training)
     write_card(other, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "hidden states hidden_before, hidden_after above its first 5 layers |" in text
+    assert "the target's hidden states above its first 5 layers: hidden_before, hidden_after |" in text
     mined, read, trained = (line for line in text.splitlines() if line.startswith("hf-selfjudge "))
     assert mined.endswith(" --output mined/1")
-    assert read == "hf-selfjudge reread mined/1 --layer 5 --dtype float32 --output labels/1"
+    assert read == "hf-selfjudge reread mined/1 --layer 5 --dtype bfloat16 --output labels/1"
     assert trained.startswith("hf-selfjudge train --labels labels/1 ")
 
 
