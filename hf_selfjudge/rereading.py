@@ -46,7 +46,7 @@ class StateReader(torch.nn.Module):
 
     def __init__(self, target: PreTrainedModel, layer: int | None = None):
         super().__init__()
-        self.target, self.decoder = target, target.get_decoder()
+        self.target = target
         self.midway = None if layer is None else Midway(target, layer)
         if not packs(target):
             raise ValueError(
@@ -71,10 +71,10 @@ class StateReader(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, substitutes, len(STATES), hidden_size)`.
         """
-        masks = additive_masks(sees, position_ids, position_ids, self.windows, self.decoder.dtype)
+        masks = additive_masks(sees, position_ids, position_ids, self.windows, self.target.dtype)
         text = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": masks, "use_cache": False}
         if self.midway is None:
-            hidden = self.decoder(**text).last_hidden_state
+            hidden = self.target.get_decoder()(**text).last_hidden_state
         else:  # as in decoding, so that both see the same
             seen = []
             with HiddenTap(self.target, lambda _, __, entered: seen.append(entered), self.midway.entering):

@@ -108,25 +108,17 @@ class TargetWithJudge(torch.nn.Module):
         if not isinstance(target, PeftModel):
             target.requires_grad_(False)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        sees: torch.BoolTensor,
-        places: torch.LongTensor,
-        scalars: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, scalars: torch.Tensor, places: torch.LongTensor, **text: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            input_ids, position_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`)
-            sees (`torch.BoolTensor` of shape `(batch, length + substitutes, length + substitutes)`)
-            places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
             scalars (`torch.Tensor` of shape `(batch, substitutes, len(SCALARS))`): Of the target without an adapter.
+            places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
+            text: `input_ids`, `position_ids` and `sees` of [`StateReader.forward`].
 
         Returns:
             `torch.FloatTensor` of shape `(batch, substitutes)`: log-odds that the meaning changes.
         """
-        states = self.reader(input_ids, position_ids, sees, places)
+        states = self.reader(places=places, **text)
         return self.judge(scalars.flatten(0, 1), states.flatten(0, 1)).view(places.shape)
 
 
@@ -219,10 +211,9 @@ class JudgeTrainer(Trainer):
         if data_collator is None and self.through_model:
             tokens = (processing_class.pad_token_id, processing_class.eos_token_id) if processing_class else ()
             data_collator = DataCollatorForJudge(next((t for t in tokens if t is not None), 0))
-        self._check_layer(train_dataset)
         known = soft_labels(train_dataset, args)
         if not self.judge.projection.any() and not self.judge.scalar_mean.any():
-            fit_projection(self.judge, Substitutions(train_dataset, known), args.seed)
+            fit_projection(self.judge, self._mined(train_dataset, known), args.seed)
         self.label_count = int((~np.isnan(known)).sum())
         prepare = self._prepare_dataset
         if isinstance(eval_dataset, dict):
@@ -268,17 +259,16 @@ class JudgeTrainer(Trainer):
 
     def _prepare_dataset(self, dataset: datasets.Dataset, args: JudgeConfig) -> torch.utils.data.Dataset:
         known = soft_labels(dataset, args)
-        if self.through_model:
-            return answers_of(dataset, known)
-        self._check_layer(dataset)
-        return Substitutions(dataset, known)
+        return answers_of(dataset, known) if self.through_model else self._mined(dataset, known)
 
-    def _check_layer(self, dataset: datasets.Dataset) -> None:
+    def _mined(self, dataset: datasets.Dataset, known: np.ndarray) -> Substitutions:
+        """Rows with the hidden states that stand in them, which must be those that the judge looks at."""
         if (layer := layer_of(dataset)) != self.judge.info.layer:
             raise ValueError(
                 f"The labels have hidden states of layer {layer}, the judge looks at layer {self.judge.info.layer} "
                 "(None: the last). Make it with `new_judge(mining_of([folder])[0], args)`."
             )
+        return Substitutions(dataset, known)
 
     def train(self, *args, **kwargs):
         """What was measured of the judge before, and the thresholds chosen there, are forgotten."""

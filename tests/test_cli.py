@@ -58,6 +58,16 @@ def test_labels_in_tables_and_in_context(run, judge, tmp_path):
     assert not list(tmp_path.glob("*.incomplete*"))
 
 
+def test_reread(run, judge, tmp_path):
+    code, out, err = run("reread", tmp_path / "l", "--layer", 1, "--output", tmp_path / "midway", "--dtype", "float32")
+    assert code == 0, err
+    assert "with what enters layer 1" in out
+    assert {*load_labels(tmp_path / "midway")["layer"]} == {1}
+    code, out, err = run("reread", tmp_path / "l", "--layer", 9, "--output", tmp_path / "other", "--dtype", "float32")
+    assert code == 1
+    assert "`layer` must be above 0 and below 2" in err
+
+
 def test_mining_along_judged_text(run, judge, pair_folders, prompts_file, tmp_path):
     code, out, err = run(
         *("mine", "--pair", pair_folders, "--prompts", prompts_file, "--limit", 3, "--output", tmp_path / "on"),
