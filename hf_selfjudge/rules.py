@@ -165,7 +165,8 @@ class KLGate(Rule):
 class LookAhead(Rule):
     """
     Accept where the target is unsure and, the candidate once accepted, agrees with the draft on the next `window`
-    candidates (FLy, https://huggingface.co/papers/2511.22972). A draft must be longer than the window.
+    candidates (FLy, https://huggingface.co/papers/2511.22972). A draft must be longer than the window, and go on where
+    it is unsure: transformers ends it there unless its `assistant_confidence_threshold` is 0.
 
     Args:
         window (`int`, defaults to 6): Candidates that have to match.

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -133,6 +134,8 @@ def test_killed_at_any_moment(llama, tokenizer, tmp_path):
     target, draft = llama
 
     def run(folder):
+        # Processes share the lock of progress bars; one that is killed while it holds it would stop all others.
+        datasets.utils.tqdm.set_lock(threading.RLock())
         mine(target, draft, tokenizer, MANY, CONFIG, folder)
 
     whole = mine(target, draft, tokenizer, MANY, CONFIG, tmp_path / "whole")
