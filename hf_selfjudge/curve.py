@@ -7,6 +7,8 @@ bootstrap interval over prompts, drawn within categories. Knows nothing of model
 its answers divided by that of the lossless answers, and over all the mean of the categories.
 
 **Speed** is tokens a round, the bonus token included, divided by that of lossless decoding.
+
+Rules are compared at equal retention, and at an equal share of what a single measure keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import numpy as np
 
 
 LEVELS = (0.99, 0.97, 0.95, 0.9)  # of retention, where rules are compared
-AREA = (0.9, 1.0)  # of retention, between which the area between curves lies
 BASE = "lossless"
 
 
@@ -174,30 +175,37 @@ def falling(retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
     return result
 
 
-def area_between(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Mean difference of [`speed_at`] of two rules, each `(retention, speed)`, over the levels of `AREA`."""
-    levels = np.linspace(*AREA, 21)
+def area_between(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], lowest: float
+) -> np.ndarray:
+    """Mean difference of [`speed_at`] of two rules, each `(retention, speed)`, over levels from `lowest` to 1."""
+    levels = np.linspace(lowest, 1, 21)
     return np.mean([speed_at(level, *first) - speed_at(level, *second) for level in levels], axis=0)
 
 
-def compare_rules(grid: Grid, preference: Sequence[str], first: str, second: str) -> dict:
+def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: str, second: str) -> dict:
     """
-    One rule against another.
+    One rule against another where they keep the same.
+
+    Args:
+        kept (`np.ndarray` of shape `(1 + resamples, S)`): Share of the lossless answers' quality that each setting
+            keeps: [`Grid.retention`], or the mean of a measure that is 1 for the lossless answers.
+        levels (`Sequence[float]`): Of it, to compare at.
 
     Returns:
-        `dict`: `speed_ratio` for each of `LEVELS`, tokens a round at equal retention, first over second, and
+        `dict`: `speed_ratio` for each of `levels`, tokens a round where both keep so much, first over second, and
         `area_between`, each `[value, low, high]`; and how many thresholds each has: more of them reach further.
     """
-    retention, speed = grid.retention(preference), grid.speed()
+    speed = grid.speed()
     curves = grid.curve(first), grid.curve(second)
-    one, other = ((falling(retention[:, curve], speed[:, curve]), speed[:, curve]) for curve in curves)
-    ratios = {str(level): interval(speed_at(level, *one) / speed_at(level, *other)) for level in LEVELS}
+    one, other = ((falling(kept[:, curve], speed[:, curve]), speed[:, curve]) for curve in curves)
+    ratios = {str(level): interval(speed_at(level, *one) / speed_at(level, *other)) for level in levels}
     return {
         "first": first,
         "second": second,
         "thresholds": [len(curve) - 1 for curve in curves],
         "speed_ratio": ratios,
-        "area_between": interval(area_between(one, other)),
+        "area_between": interval(area_between(one, other, min(levels))),
     }
 
 

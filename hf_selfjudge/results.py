@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from .settings import COIN, JUDGE, PLAIN, Setting
 RETENTION = ("task", "same", "agreement")
 # Names of a judge's thresholds, and the retention that each is chosen for.
 OPERATING_POINTS = {"strict": 0.99, "balanced": 0.97, "fast": 0.9}
+# Of the share of final numbers that are those of the lossless answers, where rules are compared too.
+UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
 RELATIVE = ("unchanged", "same", "agreement", "similarity", "length")  # to the lossless answer
 
 
@@ -126,7 +129,8 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
 
     Returns:
         `dict` that JSON can hold: `settings` (a row for each), `categories`, `separation` of the measures, and
-        `comparisons` of each judge with every other rule.
+        `comparisons` of each judge with every other rule at equal retention, and as `comparisons_unchanged`, if
+        prompts ask for numbers, at equal shares of unchanged ones.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     speed, retention = grid.speed(), grid.retention(preference)
@@ -165,6 +169,8 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
         )
     judges = [name for name in dict.fromkeys(grid.families) if name.partition(":")[0] == JUDGE]
     others = [name for name in dict.fromkeys(grid.families) if name not in (*judges, *PLAIN)]
+    pairs = list(product(judges, others))
+    same = _mean_of_known(grid, grid.scores["unchanged"]) if "unchanged" in grid.scores else None
     return {
         "prompts": len(grid.categories),
         "categories": {
@@ -176,7 +182,10 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
         },
         "settings": rows,
         "separation": separation(grid, _middle_coin(grid)),
-        "comparisons": [compare_rules(grid, preference, judge, other) for judge in judges for other in others],
+        "comparisons": [compare_rules(grid, retention, LEVELS, *pair) for pair in pairs],
+        "comparisons_unchanged": [
+            compare_rules(grid, same, UNCHANGED_LEVELS, *pair) for pair in pairs if same is not None
+        ],
     }
 
 
@@ -300,19 +309,24 @@ def markdown(results: dict) -> str:
             ("mean of", *rows[0]["measures"]),
             [(row["setting"], *(_show(value, 3) for value in row["measures"].values())) for row in rows],
         ))  # fmt: skip
-        if found["comparisons"]:
-            parts.append(_table(
-                ("tokens a round (thresholds) at retention", *(f"{level:.0%}" for level in LEVELS), "area between"),
-                [
-                    (
-                        " ÷ ".join(f"{row[key]} ({n})" for key, n in zip(
-                            ("first", "second"), row["thresholds"], strict=True
-                        )),
-                        *(_show(row["speed_ratio"][str(level)]) for level in LEVELS), _show(row["area_between"], 3),
-                    )
-                    for row in found["comparisons"]
-                ],
-            ))  # fmt: skip
+        for kept, comparisons, levels in (
+            ("retention", found["comparisons"], LEVELS),
+            ("unchanged numbers", found["comparisons_unchanged"], UNCHANGED_LEVELS),
+        ):
+            if comparisons:
+                parts.append(_table(
+                    (f"tokens a round (thresholds) at {kept}", *(f"{level:.0%}" for level in levels), "area between"),
+                    [
+                        (
+                            " ÷ ".join(f"{row[key]} ({n})" for key, n in zip(
+                                ("first", "second"), row["thresholds"], strict=True
+                            )),
+                            *(_show(row["speed_ratio"][str(level)]) for level in levels),
+                            _show(row["area_between"], 3),
+                        )
+                        for row in comparisons
+                    ],
+                ))  # fmt: skip
         keys = [key for key in found["separation"][0] if key not in ("measure", "prompts")]
         parts.append(_table(
             ("measure", "prompts", *(f"lossless − {key}" for key in keys)),
@@ -360,23 +374,27 @@ def _both(category: dict) -> str:
 
 
 def plot(quality: dict, path: Path) -> None:
-    """Speed against retention, of [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
-    figure = Figure(figsize=(8, 5.5))
-    axis = figure.subplots()
+    """Speed against retention, and beside it against unchanged numbers if prompts ask for any, of
+    [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
     rows = [row for row in quality["settings"] if row["speed"] and row["retention"]]
-    families = dict.fromkeys(row["family"] for row in rows if row["family"] not in PLAIN)
-    for family in families:
-        points = sorted((row for row in rows if row["family"] in (family, BASE)), key=lambda row: row["speed"][0])
-        x, y = (np.array([row[key] for row in points]) for key in ("retention", "speed"))
-        axis.errorbar(
-            x[:, 0], y[:, 0], xerr=abs(x[:, 1:] - x[:, :1]).T, yerr=abs(y[:, 1:] - y[:, :1]).T, label=family,
-            marker="o", markersize=4, linewidth=2 if family.startswith(JUDGE) else 1, elinewidth=0.4,
-        )  # fmt: skip
-    axis.set_xlabel("retention (lossless = 1)")
-    axis.set_ylabel("tokens a round (lossless = 1)")
-    axis.invert_xaxis()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    kept = {"retention (lossless = 1)": [row["retention"] for row in rows]}
+    if quality["comparisons_unchanged"]:
+        kept["final numbers unchanged"] = [row["measures"]["unchanged"] for row in rows]
+    figure = Figure(figsize=(8 * len(kept), 5.5))
+    for axis, (name, values) in zip(figure.subplots(1, len(kept), squeeze=False)[0], kept.items(), strict=True):
+        points = sorted(zip(rows, values, strict=True), key=lambda point: point[0]["speed"][0])
+        for family in dict.fromkeys(row["family"] for row in rows if row["family"] not in PLAIN):
+            line = [(value, row["speed"]) for row, value in points if row["family"] in (family, BASE)]
+            x, y = np.array(line).transpose(1, 0, 2)
+            axis.errorbar(
+                x[:, 0], y[:, 0], xerr=abs(x[:, 1:] - x[:, :1]).T, yerr=abs(y[:, 1:] - y[:, :1]).T, label=family,
+                marker="o", markersize=4, linewidth=2 if family.startswith(JUDGE) else 1, elinewidth=0.4,
+            )  # fmt: skip
+        axis.set_xlabel(name)
+        axis.set_ylabel("tokens a round (lossless = 1)")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     figure.tight_layout()
     with whole(path) as incomplete:
         figure.savefig(incomplete, dpi=150)

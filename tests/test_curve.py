@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from hf_selfjudge.curve import Grid, area_between, compare_rules, draws, falling, interval, separation, speed_at
-from hf_selfjudge.results import operating_points
+from hf_selfjudge.results import markdown, operating_points, plot, summarise_quality
 
 
 SETTINGS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
@@ -100,7 +101,7 @@ def test_area_between():
     level = np.array([[1.0, 0.9]])
     # With t from 0 to 1 the first needs 1 - t / 2 of the rounds, the second 1 - t / 3.
     t = np.linspace(0, 1, 21)
-    area = area_between((level, np.array([[1, 2.0]])), (level, np.array([[1, 1.5]])))
+    area = area_between((level, np.array([[1, 2.0]])), (level, np.array([[1, 1.5]])), 0.9)
     assert area == pytest.approx((1 / (1 - t / 2) - 1 / (1 - t / 3)).mean())
     assert area == pytest.approx(2 * np.log(2) - 3 * np.log(1.5), abs=0.01)
 
@@ -122,16 +123,40 @@ def test_noise_is_no_merit():
     assert 1.2 < fitted < best - 0.1
 
 
-def test_rules_are_compared_at_equal_retention():
+def test_rules_are_compared_where_they_keep_the_same():
     made = grid(same=SAME)
+    kept, levels = made.retention(["same"]), (0.99, 0.9)
     # Overall the margin keeps .85 at 1.25 and .8 at 2, the coin .7 at 1.25: at .9 they need 1 - .5 / 2 and 1 - .2 / 3
     # of the rounds.
-    found = compare_rules(made, ["same"], "margin", "coin")
+    found = compare_rules(made, kept, levels, "margin", "coin")
     assert found["speed_ratio"]["0.9"] == pytest.approx([(1 - 0.2 / 3) / 0.75] * 3)
     assert found["speed_ratio"]["0.99"] == pytest.approx([(1 - 0.2 / 30) / (1 - 0.5 / 20)] * 3)
     assert found["thresholds"] == [2, 1]
-    same = compare_rules(made, ["same"], "margin", "margin")
+    same = compare_rules(made, kept, levels, "margin", "margin")
     assert same["area_between"] == [0, 0, 0]
+
+
+def test_numbers_that_stay_are_compared_too(tmp_path):
+    """In right answers both rules are alike; the judge leaves all numbers as they were, the margin half of them."""
+    settings, families = ["lossless", "margin=1", "judge=0.5"], ["lossless", "margin", "judge"]
+    scores = {"agreement": np.ones((3, 4)), "unchanged": np.array([[1, 1, 1, np.nan], [1, 0.5, 0, np.nan], [1] * 4])}
+    rounds = np.array([[10.0], [5], [5]]) * np.ones((3, 4))
+    made = Grid(settings, families, np.array(["a"] * 4), np.full((3, 4), 40.0), rounds, scores, resamples=50)
+    line = {"tokens": [1], "lengths": [1], "judged": 0, "asked": 0, "draft_forwards": 1, "finished": True}
+    found = summarise_quality(made, [line | {"setting": name} for name in settings])
+    (kept,), (numbers,) = found["comparisons"], found["comparisons_unchanged"]
+    assert kept["speed_ratio"] == {str(level): [1, 1, 1] for level in (0.99, 0.97, 0.95, 0.9)}
+    # Of the margin, which keeps half of them at twice the speed, a mixture with lossless decoding.
+    assert [value[0] for value in numbers["speed_ratio"].values()] == pytest.approx([1.9, 1.8, 1.6, 1.4])
+    assert "| judge (1) ÷ margin (1) | 1.90 [" in markdown({"quality": found})
+    plot(found, tmp_path / "both.png")
+    del made.scores["unchanged"]
+    found = summarise_quality(made, [line | {"setting": name} for name in settings])
+    assert found["comparisons_unchanged"] == []
+    assert "unchanged numbers" not in markdown({"quality": found})
+    plot(found, tmp_path / "one.png")
+    both, one = (imread(tmp_path / f"{name}.png").shape[1] for name in ("both", "one"))
+    assert both == 2 * one
 
 
 def row(setting, speed, retention):
