@@ -222,7 +222,8 @@ def separation(grid: Grid, coin: str | None) -> list[dict]:
         row = {"measure": name, "prompts": int(known.sum())}
         for other in filter(None, (coin, "draft" if "draft" in grid.settings else None)):
             gap = np.where(known, scores[grid.base] - scores[grid.settings.index(other)], 0.0)
-            mean = (grid.weights @ gap) / (grid.weights @ known) if known.any() else np.full(len(grid.weights), np.nan)
+            with np.errstate(invalid="ignore"):  # a sample may hold no prompt that has the measure
+                mean = (grid.weights @ gap) / (grid.weights @ known)
             row[other] = interval(mean)
             # Scores against the answer itself are all 1, to rounding.
             row[f"{other}, standardised"] = float(mean[0] / spread) if spread > 1e-6 else None
