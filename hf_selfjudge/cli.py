@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +17,13 @@ import typer
 from huggingface_hub import CommitInfo
 from rich.console import Console
 from rich.markdown import Markdown
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from . import training
 from .bench import WITHOUT_RULE, BenchConfig, decode
 from .cards import SHIPPED, add_results, family_in, read_quality, shipped_judge, write_card
 from .evaluation import HeldOutConfig
-from .files import write_json, write_text
+from .files import check_writable, write_json, write_text
 from .generation import JudgedModel
 from .inspection import (
     Labels,
@@ -45,12 +43,12 @@ from .judge import Judge
 from .judge_config import JudgeConfig
 from .labels import MiningConfig, folders_of, mining_of
 from .measures import check_tasks, task_of
-from .mining import Writer, counts_of, mine, this_process
-from .mismatches import eos_tokens, greedy, until_eos
+from .mining import counts_of, mine, this_process
+from .pairs import judged_writer, load_draft, load_pair
 from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, read_prompts
 from .publish import pull_judge, push_judge, push_labels, push_results, push_space
-from .report import Run, compare, print_answer, ratio_of_seconds, results_table, summarise
+from .report import Run, compare, print_answer, print_speed, ratio_of_seconds, results_table, summarise
 from .rereading import reread
 from .results import (
     OPERATING_POINTS,
@@ -155,7 +153,7 @@ def quickstart(
     console.print(
         results_table(rows, f"{target.config.name_or_path} + {draft.config.name_or_path}, {len(questions)} prompts")
     )
-    print_speed(runs, rows)
+    print_speed(console, runs, rows)
     if json_file is not None:
         write_json(
             json_file,
@@ -631,56 +629,6 @@ def read_dtype(text: str | None) -> torch.dtype | None:
     return types[text]
 
 
-def load_draft(
-    reference: str, length: int | str, dtype: torch.dtype | None = None, int8: bool = False
-) -> PreTrainedModel:
-    """A draft that proposes `length` tokens a round (5 where that is `auto`), whatever its confidence: so that runs
-    can be compared."""
-    draft, _ = load_model(reference, dtype, int8)
-    draft.generation_config.num_assistant_tokens = 5 if length == "auto" else length
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
-    return draft
-
-
-def load_pair(
-    pair: str, draft_length: int | str, dtype: torch.dtype | None, with_draft: bool = True
-) -> tuple[PreTrainedModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
-    """Target, draft (if it is wanted) and their tokenizer."""
-    target_id, draft_id = parse_pair(pair, with_draft)
-    target, tokenizer = load_model(target_id, dtype)
-    return target, load_draft(draft_id, draft_length, dtype) if with_draft else None, tokenizer
-
-
-def judged_writer(judged: JudgedModel, draft: PreTrainedModel | None, lookup: int) -> Writer:
-    """Answers that are decoded with a judge, greedily; without a draft, `lookup` tokens are looked up in a round."""
-    drafts = {} if draft is None else {"assistant_model": draft}
-
-    def write(prompts: Sequence[torch.LongTensor], max_new_tokens: int) -> list[torch.LongTensor]:
-        width, config = max(row.shape[1] for row in prompts), greedy(judged.target, max_new_tokens)
-        ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in prompts])
-        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in prompts])
-        config.prompt_lookup_num_tokens = lookup or None
-        rows = judged.generate(ids, attention_mask=mask, generation_config=config, **drafts)
-        return [until_eos(row[width:], eos_tokens(judged.target))[0] for row in rows]
-
-    return write
-
-
-def print_speed(runs: list[Run], rows: list[dict]) -> None:
-    """How much faster than stock, and where the time goes."""
-    for row in rows:
-        if "draft_share" in row:
-            ratio, low, high = ratio_of_seconds(runs, "assisted", row["decoding"])
-            console.print(
-                f"{row['decoding']}: {ratio:.2f} times as fast as assisted [{low:.2f}, {high:.2f}]; of its time "
-                f"{row['draft_share']:.0%} drafting, {row['verify_share']:.0%} verifying, {row['rule_share']:.1%} in "
-                "the rule.",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-
 def train_judge(script_args: training.ScriptArguments, training_args: JudgeConfig) -> None:
     """Train, save, write the card, say what was measured."""
     check_writable(Path(training_args.output_dir))
@@ -699,23 +647,6 @@ def train_judge(script_args: training.ScriptArguments, training_args: JudgeConfi
 def say_pushed(made: CommitInfo) -> None:
     """Where it can be seen."""
     console.print(f"Pushed: {made.pr_url or made.commit_url}", soft_wrap=True, highlight=False)
-
-
-def check_writable(folder: Path) -> None:
-    """
-    Fail before the work, not after it.
-
-    Raises:
-        OSError: If no file can be made in `folder`.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"`output`: cannot write to {folder} ({error.strerror or error}). Choose another path."
-        ) from error
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: dict) -> None:
     """The same. NaN is refused: other readers of JSON do not take it."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Fail before the work, not after it.
+
+    Raises:
+        OSError: If no file can be made in `folder`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"`output`: cannot write to {folder} ({error.strerror or error}). Choose another path."
+        ) from error
 
 
 def claim(path: Path, settings: dict, notes: dict, free: Collection[str] = ()) -> None:

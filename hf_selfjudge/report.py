@@ -186,6 +186,20 @@ def results_table(rows: list[dict], title: str) -> Table:
     return table
 
 
+def print_speed(console: Console, runs: list[Run], rows: list[dict]) -> None:
+    """How much faster than stock, and where the time goes."""
+    for row in rows:
+        if "draft_share" in row:
+            ratio, low, high = ratio_of_seconds(runs, "assisted", row["decoding"])
+            console.print(
+                f"{row['decoding']}: {ratio:.2f} times as fast as assisted [{low:.2f}, {high:.2f}]; of its time "
+                f"{row['draft_share']:.0%} drafting, {row['verify_share']:.0%} verifying, {row['rule_share']:.1%} in "
+                "the rule.",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
 def print_answer(console: Console, run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """A judged answer, each token coloured by who decided it."""
     # Tokens of one source are decoded together: a character may be spread over several tokens.

@@ -352,7 +352,7 @@ def test_a_bench_takes_the_judge_that_is_shipped_for_what_drafts(
     ],
 )
 def test_a_bench_that_cannot_be_is_refused_before_models_load(run, questions, tmp_path, monkeypatch, wrong, message):
-    monkeypatch.setattr(cli, "load_model", None)
+    monkeypatch.setattr(cli, "load_pair", None)
     code, _, err = run(
         *("bench", "--pair", "no,models", "--prompts", questions, "--output", tmp_path / "b", "--rule", "margin=1"),
         *wrong,

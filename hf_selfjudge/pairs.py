@@ -1,0 +1,53 @@
+"""A known pair, or two names -> target, draft and tokenizer, set up so that runs can be compared; and answers by them.
+
+In: names of models. Out: models, and who writes answers in place of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .generation import JudgedModel
+from .mining import Writer
+from .mismatches import eos_tokens, greedy, until_eos
+from .sources import load_model, parse_pair
+
+
+def load_draft(
+    reference: str, length: int | str, dtype: torch.dtype | None = None, int8: bool = False
+) -> PreTrainedModel:
+    """A draft that proposes `length` tokens a round (5 where that is `auto`), whatever its confidence: so that runs
+    can be compared."""
+    draft, _ = load_model(reference, dtype, int8)
+    draft.generation_config.num_assistant_tokens = 5 if length == "auto" else length
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+def load_pair(
+    pair: str, draft_length: int | str, dtype: torch.dtype | None, with_draft: bool = True
+) -> tuple[PreTrainedModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Target, draft (if it is wanted) and their tokenizer."""
+    target_id, draft_id = parse_pair(pair, with_draft)
+    target, tokenizer = load_model(target_id, dtype)
+    return target, load_draft(draft_id, draft_length, dtype) if with_draft else None, tokenizer
+
+
+def judged_writer(judged: JudgedModel, draft: PreTrainedModel | None, lookup: int) -> Writer:
+    """Answers that are decoded with a judge, greedily; without a draft, `lookup` tokens are looked up in a round."""
+    drafts = {} if draft is None else {"assistant_model": draft}
+
+    def write(prompts: Sequence[torch.LongTensor], max_new_tokens: int) -> list[torch.LongTensor]:
+        width, config = max(row.shape[1] for row in prompts), greedy(judged.target, max_new_tokens)
+        ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in prompts])
+        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in prompts])
+        config.prompt_lookup_num_tokens = lookup or None
+        rows = judged.generate(ids, attention_mask=mask, generation_config=config, **drafts)
+        return [until_eos(row[width:], eos_tokens(judged.target))[0] for row in rows]
+
+    return write
