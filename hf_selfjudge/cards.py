@@ -171,11 +171,14 @@ def add_results(
             **{key: found[key] for key in ("heading", "prompts", "categories", "dataset")},
             "family": family,
             "settings": [{key: row[key] for key in KEPT} | {"task": row["measures"].get("task")} for row in rows],
-            "comparisons": [
-                row
-                for row in found["comparisons"]
-                if row["first"] == family and row["second"].removeprefix("coin like ") not in others
-            ],
+            **{
+                key: [
+                    row
+                    for row in found[key]
+                    if row["first"] == family and row["second"].removeprefix("coin like ") not in others
+                ]
+                for key in ("comparisons", "comparisons_unchanged")
+            },
         }
         shutil.copyfile(bench / "curve.png", folder / f"curve-{name}.png")
     write_json(folder / RESULTS, results)

@@ -135,6 +135,7 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
             {"first": "judge:j", "second": second, "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}
             for second in ("margin", "coin like judge:other")
         ],
+        "comparisons_unchanged": [{"first": "judge:j", "second": "margin", "speed_ratio": {"0.8": [1.3, 1.2, 1.4]}}],
     }
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     (bench / "curve.png").write_bytes(b"a picture")
@@ -146,6 +147,7 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     assert "| judge:j=0.5 | 1.50 [1.40, 1.60] |" in card.text
     assert "judge:other" not in card.text
     assert "| margin | 1.10 [1.00, 1.20] |" in card.text
+    assert "| margin | 1.30 [1.20, 1.40] |" in card.text
     assert "![curve](curve-gsm8k.png)" in card.text
     assert files["curve-gsm8k.png"] == b"a picture"
     assert {result.metric_type for result in card.data.eval_results} == {"tokens_per_round", "retention"}
