@@ -153,7 +153,7 @@ def add_results(
         benches (`Sequence[str]`): Folders of `hf-selfjudge bench`; their names are those of the results.
 
     Raises:
-        ValueError: If a file is something else, or of another judge.
+        ValueError: If a file is something else, of another judge, or of an earlier version.
     """
     folder = Path(folder)
     results = read_results(folder, judge) | {"weights": fingerprint(judge)}
@@ -164,6 +164,11 @@ def add_results(
         results["quickstart"] = found
     for bench in map(Path, benches):
         found = read_quality(bench)
+        if "comparisons_unchanged" not in found:
+            raise ValueError(
+                f"`bench`: {bench} was summarised by an earlier version. Run its `hf-selfjudge bench` again: what was "
+                "decoded is kept."
+            )
         family, name = family_in(found, judge, bench), re.sub(r"[^\w-]", "-", bench.resolve().name)
         others = {*found["judges"]} - {family}
         rows = [row for row in found["settings"] if row["family"].removeprefix("coin like ") not in others]

@@ -8,7 +8,7 @@ its answers divided by that of the lossless answers, and over all the mean of th
 
 **Speed** is tokens a round, the bonus token included, divided by that of lossless decoding.
 
-Rules are compared at equal retention, and at an equal share of what a single measure keeps.
+Rules are compared at equal retention, and at equal means of a measure that is 1 for the lossless answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-LEVELS = (0.99, 0.97, 0.95, 0.9)  # of retention, where rules are compared
 BASE = "lossless"
 
 
@@ -105,6 +104,13 @@ class Grid:
         with np.errstate(invalid="ignore"):
             return total / count
 
+    def known(self, measure: str) -> Grid:
+        """Of the prompts that have a measure for every setting."""
+        here = np.isfinite(self.scores[measure]).all(0)
+        scores = {name: values[:, here] for name, values in self.scores.items()}
+        figures = self.categories[here], self.tokens[:, here], self.rounds[:, here], scores
+        return Grid(self.settings, self.families, *figures, self.resamples, self.seed)
+
     def curve(self, family: str) -> list[int]:
         """The settings of a rule, and lossless decoding: where every curve begins."""
         return [self.base] + [i for i, name in enumerate(self.families) if name == family and i != self.base]
@@ -138,7 +144,7 @@ def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarr
     prompts and the other for the rest. Then what both need adds up, rounds a token: the speed is their harmonic mean.
 
     Args:
-        level (`float`): Retention to keep.
+        level (`float`): Share to keep.
         retention, speed (`np.ndarray` of shape `(n, k)`): Of the rule's settings, one of which keeps it.
 
     Returns:
@@ -190,11 +196,12 @@ def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: 
     Args:
         kept (`np.ndarray` of shape `(1 + resamples, S)`): Share of the lossless answers' quality that each setting
             keeps: [`Grid.retention`], or the mean of a measure that is 1 for the lossless answers.
-        levels (`Sequence[float]`): Of it, to compare at.
+        levels (`Sequence[float]`): Shares to compare at.
 
     Returns:
         `dict`: `speed_ratio` for each of `levels`, tokens a round where both keep so much, first over second, and
-        `area_between`, each `[value, low, high]`; and how many thresholds each has: more of them reach further.
+        `area_between`, over levels from the least of them to 1, each `[value, low, high]`; and how many thresholds
+        each has: more of them reach further.
     """
     speed = grid.speed()
     curves = grid.curve(first), grid.curve(second)

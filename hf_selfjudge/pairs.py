@@ -1,4 +1,5 @@
-"""A known pair, or two names -> target, draft and tokenizer, set up so that runs can be compared; and answers by them.
+"""A known pair, or two names -> target, draft and tokenizer, set up so that runs can be compared; and a writer of
+answers that are decoded with a judge.
 
 In: names of models. Out: models, and who writes answers in place of the target.
 """

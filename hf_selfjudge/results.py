@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .bench import WITHOUT_RULE, accepted_share
-from .curve import BASE, LEVELS, Grid, compare_rules, falling, interval, separation
+from .curve import BASE, Grid, compare_rules, falling, interval, separation
 from .files import Lines, whole, write_text
 from .meaning import reconvergence, says_no
 from .measures import repetition, similarity, task_score, unchanged
@@ -31,10 +31,11 @@ from .settings import COIN, JUDGE, PLAIN, Setting
 
 # Measures that retention is built on, the first that tells something in a category; chosen by what `separation` shows.
 RETENTION = ("task", "same", "agreement")
+# Of retention, and of the share of final numbers that are those of the lossless answers: where rules are compared.
+RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
+UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
 # Names of a judge's thresholds, and the retention that each is chosen for.
 OPERATING_POINTS = {"strict": 0.99, "balanced": 0.97, "fast": 0.9}
-# Of the share of final numbers that are those of the lossless answers, where rules are compared too.
-UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
 RELATIVE = ("unchanged", "same", "agreement", "similarity", "length")  # to the lossless answer
 
 
@@ -130,11 +131,15 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
     Returns:
         `dict` that JSON can hold: `settings` (a row for each), `categories`, `separation` of the measures, and
         `comparisons` of each judge with every other rule at equal retention, and as `comparisons_unchanged`, if
-        prompts ask for numbers, at equal shares of unchanged ones.
+        prompts ask for numbers, at equal shares of unchanged ones, among prompts whose lossless answer has one; a
+        setting's `numbers` are its share and its speed among these.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     speed, retention = grid.speed(), grid.retention(preference)
     rate = grid.ratio(grid.tokens, grid.rounds)
+    numbers = grid.known("unchanged") if "unchanged" in grid.scores else None
+    if numbers is not None:
+        same, speed_there = numbers.mean("unchanged"), numbers.speed()
     rows = []
     for i, name in enumerate(grid.settings):
         mine = [line for line in lines if line["setting"] == name]
@@ -158,6 +163,9 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
                 "measures": {
                     measure: interval(_mean_of_known(grid, values)[:, i]) for measure, values in grid.scores.items()
                 },
+                "numbers": None
+                if numbers is None
+                else {"unchanged": interval(same[:, i]), "speed": interval(speed_there[:, i])},
                 "by_category": {
                     category: {
                         "speed": interval(grid.speed(category)[:, i]),
@@ -169,8 +177,7 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
         )
     judges = [name for name in dict.fromkeys(grid.families) if name.partition(":")[0] == JUDGE]
     others = [name for name in dict.fromkeys(grid.families) if name not in (*judges, *PLAIN)]
-    pairs = list(product(judges, others))
-    same = _mean_of_known(grid, grid.scores["unchanged"]) if "unchanged" in grid.scores else None
+    compared = list(product(judges, others))
     return {
         "prompts": len(grid.categories),
         "categories": {
@@ -182,10 +189,10 @@ def summarise_quality(grid: Grid, lines: Sequence[dict]) -> dict:
         },
         "settings": rows,
         "separation": separation(grid, _middle_coin(grid)),
-        "comparisons": [compare_rules(grid, retention, LEVELS, *pair) for pair in pairs],
-        "comparisons_unchanged": [
-            compare_rules(grid, same, UNCHANGED_LEVELS, *pair) for pair in pairs if same is not None
-        ],
+        "comparisons": [compare_rules(grid, retention, RETENTION_LEVELS, *two) for two in compared],
+        "comparisons_unchanged": []
+        if numbers is None
+        else [compare_rules(numbers, same, UNCHANGED_LEVELS, *two) for two in compared],
     }
 
 
@@ -309,13 +316,16 @@ def markdown(results: dict) -> str:
             ("mean of", *rows[0]["measures"]),
             [(row["setting"], *(_show(value, 3) for value in row["measures"].values())) for row in rows],
         ))  # fmt: skip
-        for kept, comparisons, levels in (
-            ("retention", found["comparisons"], LEVELS),
+        for what, comparisons, levels in (
+            ("retention", found["comparisons"], RETENTION_LEVELS),
             ("unchanged numbers", found["comparisons_unchanged"], UNCHANGED_LEVELS),
         ):
             if comparisons:
                 parts.append(_table(
-                    (f"tokens a round (thresholds) at {kept}", *(f"{level:.0%}" for level in levels), "area between"),
+                    (
+                        f"tokens a round (thresholds) at {what}", *(f"{level:.0%}" for level in levels),
+                        f"area between, {min(levels):.0%} to 100%",
+                    ),
                     [
                         (
                             " ÷ ".join(f"{row[key]} ({n})" for key, n in zip(
@@ -377,15 +387,15 @@ def plot(quality: dict, path: Path) -> None:
     """Speed against retention, and beside it against unchanged numbers if prompts ask for any, of
     [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
     rows = [row for row in quality["settings"] if row["speed"] and row["retention"]]
-    kept = {"retention (lossless = 1)": [row["retention"] for row in rows]}
-    if quality["comparisons_unchanged"]:
-        kept["final numbers unchanged"] = [row["measures"]["unchanged"] for row in rows]
-    figure = Figure(figsize=(8 * len(kept), 5.5))
-    for axis, (name, values) in zip(figure.subplots(1, len(kept), squeeze=False)[0], kept.items(), strict=True):
-        points = sorted(zip(rows, values, strict=True), key=lambda point: point[0]["speed"][0])
+    panels = {"retention (lossless = 1)": [(row["retention"], row["speed"]) for row in rows]}
+    if rows[0]["numbers"]:
+        numbers = [row["numbers"] for row in rows]
+        panels["final numbers unchanged"] = [(there["unchanged"], there["speed"]) for there in numbers]
+    figure = Figure(figsize=(8 * len(panels), 5.5))
+    for axis, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for family in dict.fromkeys(row["family"] for row in rows if row["family"] not in PLAIN):
-            line = [(value, row["speed"]) for row, value in points if row["family"] in (family, BASE)]
-            x, y = np.array(line).transpose(1, 0, 2)
+            mine = [point for row, point in zip(rows, points, strict=True) if row["family"] in (family, BASE)]
+            x, y = np.array(sorted(mine, key=lambda point: point[1][0])).transpose(1, 0, 2)
             axis.errorbar(
                 x[:, 0], y[:, 0], xerr=abs(x[:, 1:] - x[:, :1]).T, yerr=abs(y[:, 1:] - y[:, :1]).T, label=family,
                 marker="o", markersize=4, linewidth=2 if family.startswith(JUDGE) else 1, elinewidth=0.4,

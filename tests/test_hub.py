@@ -135,7 +135,10 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
             {"first": "judge:j", "second": second, "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}
             for second in ("margin", "coin like judge:other")
         ],
-        "comparisons_unchanged": [{"first": "judge:j", "second": "margin", "speed_ratio": {"0.8": [1.3, 1.2, 1.4]}}],
+        "comparisons_unchanged": [
+            {"first": "judge:j", "second": second, "speed_ratio": {"0.8": [1.3, 1.2, 1.4]}}
+            for second in ("margin", "coin like judge:other")
+        ],
     }
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     (bench / "curve.png").write_bytes(b"a picture")
@@ -147,7 +150,9 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     assert "| judge:j=0.5 | 1.50 [1.40, 1.60] |" in card.text
     assert "judge:other" not in card.text
     assert "| margin | 1.10 [1.00, 1.20] |" in card.text
-    assert "| margin | 1.30 [1.20, 1.40] |" in card.text
+    numbers = card.text.partition("share of final numbers")[2]
+    assert "| against | 80 % |" in numbers
+    assert "| margin | 1.30 [1.20, 1.40] |" in numbers
     assert "![curve](curve-gsm8k.png)" in card.text
     assert files["curve-gsm8k.png"] == b"a picture"
     assert {result.metric_type for result in card.data.eval_results} == {"tokens_per_round", "retention"}
@@ -160,6 +165,10 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     push_judge(folder, "me/other")
     assert not {"curve-gsm8k.png", "results.json"} & hub.files("me/other").keys()
     with pytest.raises(ValueError, match="has no results of this judge"):
+        add_results(folder, judge, benches=[bench])
+    del quality["comparisons_unchanged"]
+    (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
+    with pytest.raises(ValueError, match="by an earlier version"):
         add_results(folder, judge, benches=[bench])
 
 
