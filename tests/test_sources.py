@@ -177,10 +177,11 @@ def test_int8_model_computes_nearly_the_same(prompt):
     assert type(layer.mlp.up_proj) is type(model.lm_head) is torch.ao.nn.quantized.dynamic.Linear
 
 
-def test_int8_draft_of_a_folder(pair_folders, prompt):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_int8_draft_of_a_folder(pair_folders, prompt, dtype):
     """Lossless whatever the draft's precision."""
     target_folder, draft_folder = pair_folders.split(",")
-    target, draft = load_model(target_folder, dtype=torch.float32)[0], load_model(draft_folder, int8=True)[0]
+    target, draft = load_model(target_folder, dtype=torch.float32)[0], load_model(draft_folder, dtype, int8=True)[0]
     judged = JudgedModel(target, Lossless())
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=30)
     assert torch.equal(output, target.generate(prompt, max_new_tokens=30))
