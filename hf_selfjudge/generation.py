@@ -12,6 +12,8 @@ loop is `GenerationMixin._assisted_decoding` of transformers.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import os
 import threading
 import time
@@ -48,11 +50,13 @@ class Round:
         self.rule, self.special_tokens, self.replaying = rule, special_tokens, replaying
         self.stats = Stats(calls=1)
         self.prompt_length: int | None = None
+        self.replaced: dict[int, torch.Tensor] = {}  # by place in the answer: scores that became one-hot
         self.verifying = False  # between a draft and what is kept of it; other forwards and scores are not ours
 
     def prepare(self, config: GenerationConfig, device: torch.device) -> None:
         """Take what the call decodes with from its final `config`."""
         self.do_sample = config.do_sample
+        self.keeps_scores = config.output_scores and config.return_dict_in_generate
         # Whether a candidate may be kept that neither the target nor the rule chose.
         self.others_keep = config.do_sample or config.assistant_ensemble_weight is not None
         named = (config.eos_token_id, config.bos_token_id, config.pad_token_id, config.decoder_start_token_id)
@@ -66,6 +70,8 @@ class Round:
         if self.prompt_length is None:
             self.prompt_length = start
         self.start, self.candidates, self.draft_logits = start, candidates, draft_logits
+        # What was accepted behind a token that was then rejected did not come to pass.
+        self.replaced = {place: row for place, row in self.replaced.items() if place < start - self.prompt_length}
         self.scores = self.hidden = self.logits = self.matches = None
         self.asked: list[int] = []
         self.judged: dict[int, float] = {}
@@ -217,6 +223,8 @@ class JudgeLogitsProcessor(LogitsProcessor):
             return scores
         since = time.perf_counter()
         if round.accepts(row, scores[0]):
+            if round.keeps_scores:
+                round.replaced[input_ids.shape[1] - round.prompt_length] = scores.clone()  # stock writes into them
             scores = torch.full_like(scores, -torch.inf)
             scores[0, round.candidates[row]] = 0.0
         round.stats.rule_seconds += time.perf_counter() - since
@@ -305,11 +313,16 @@ class JudgedModel:
     def threshold(self) -> float:
         """Of the judge: a candidate is accepted if its probability of changing the meaning is below this, in
         [0, 1]."""
-        return self.rule.threshold
+        return self._judge_rule().threshold
 
     @threshold.setter
     def threshold(self, value: float | str) -> None:
-        self.rule.threshold = value
+        self._judge_rule().threshold = value
+
+    def _judge_rule(self) -> JudgeRule:
+        if not isinstance(self.rule, JudgeRule):
+            raise TypeError(f"`threshold` is a judge's, and the rule is {self.rule}. Make another rule instead.")
+        return self.rule
 
     @property
     def stats(self) -> Stats:
@@ -318,7 +331,22 @@ class JudgedModel:
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling
             raise AttributeError(name)
-        return getattr(self.target, name)
+        value = getattr(self.target, name)
+        if not inspect.ismethod(value):
+            return value
+
+        @functools.wraps(value)
+        def delegated(*args, **kwargs):
+            result = value(*args, **kwargs)
+            return self if result is self.target else result  # `.to(…)`, `.eval()`: still judged
+
+        return delegated
+
+    def save_pretrained(self, *args, **kwargs):
+        """Refused: it would be the whole target."""
+        raise NotImplementedError("Save or push the judge (`judged.rule.judge`) or the target (`judged.target`).")
+
+    push_to_hub = save_pretrained
 
     def __call__(self, *args, **kwargs):
         """The target's own forward."""
@@ -388,6 +416,8 @@ class JudgedModel:
                 output = target.generate(inputs, generation_config, processors, **kwargs)
         finally:  # what refers to itself would keep caches until the next garbage collection
             del target._get_logits_processor, target._get_candidate_generator
+        if round.replaced:  # the caller gets the target's own
+            output.scores = tuple(round.replaced.get(place, row) for place, row in enumerate(output.scores))
         if generators:
             self._remember(round.stats)
             # transformers keeps the length that this schedule arrived at, but does not look inside a wrapper for it.

@@ -40,6 +40,7 @@ class HiddenTap:
     Context manager that hands the last hidden states and the logits of each forward to a callback.
 
     The hooks sit on modules that threads and coroutines may share, so they answer only where the tap was entered.
+    While another thread's tap leaves, PyTorch may still call its hooks, and then without the keyword arguments.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A model with output embeddings.
@@ -95,11 +96,11 @@ class HiddenTap:
     def _is_on(self, model: PreTrainedModel) -> bool:
         return self.head is model.get_output_embeddings()
 
-    def _at_start(self, module: torch.nn.Module, inputs: tuple, arguments: dict) -> None:
+    def _at_start(self, module: torch.nn.Module, inputs: tuple, arguments: dict | None = None) -> None:
         if self in _entered.get():
             self.arguments = arguments
 
-    def _at_layer(self, module: torch.nn.Module, inputs: tuple, arguments: dict) -> None:
+    def _at_layer(self, module: torch.nn.Module, inputs: tuple, arguments: dict | None = None) -> None:
         if self in _entered.get():
             self.states = (inputs[0] if inputs else arguments["hidden_states"]).detach()
 

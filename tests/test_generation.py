@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_selfjudge import JudgedModel, JudgeRule
-from hf_selfjudge.rules import Lossless
+from hf_selfjudge.rules import Coin, Lossless
 
 from .conftest import VOCAB, Collect, build, perturbed, random_judge
 
@@ -161,6 +161,19 @@ def test_outputs_streamer_and_config(llama, prompt):
         output.sequences[0, prompt.shape[1] :], output.logits, judged.stats.sources, strict=True
     ):
         assert (row.argmax() == token) == (source != "judged")
+    # Nothing processes them here, and what transformers makes of scores is of the target.
+    assert all(torch.equal(scores, logits) for scores, logits in zip(output.scores, output.logits, strict=True))
+
+
+def test_scores_of_what_was_judged_behind_a_rejection(llama, prompt):
+    """Under sampling the rule is asked behind a rejected candidate too; what it accepted there did not happen."""
+    target, draft = llama
+    how = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    judged = JudgedModel(target, Coin(0.5))
+    torch.manual_seed(0)
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=120, do_sample=True, top_k=0, **how)
+    assert {"judged", "target"} <= set(judged.stats.sources)
+    assert all(torch.equal(scores, logits) for scores, logits in zip(output.scores, output.logits, strict=True))
 
 
 def test_the_target_is_left_as_it_was(llama, prompt):
@@ -184,6 +197,10 @@ def test_delegation(llama, prompt):
     assert torch.equal(judged(prompt).logits, target(prompt).logits)
     with pytest.raises(AttributeError, match="nothing_like_this"):
         _ = judged.nothing_like_this
+    assert judged.eval() is judged.to("cpu") is judged
+    for write in (judged.save_pretrained, judged.push_to_hub):
+        with pytest.raises(NotImplementedError, match=r"the judge \(`judged.rule.judge`\) or the target"):
+            write("folder")
 
 
 def test_errors(llama, prompt):
@@ -207,6 +224,8 @@ def test_errors(llama, prompt):
     assert judged.threshold == 0.25
     with pytest.raises(ValueError, match=r"'fast' is none of the judge's operating points \(strict\)"):
         judged.threshold = "fast"
+    with pytest.raises(TypeError, match=r"`threshold` is a judge's, and the rule is Lossless\(\)"):
+        JudgedModel(target, Lossless()).threshold = 0.5
     with pytest.raises(TypeError, match="`target` must be a transformers model, got Linear"):
         JudgedModel(torch.nn.Linear(2, 2), judged.rule)
     other = perturbed(build("llama"))
