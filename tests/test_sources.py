@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 
 from hf_selfjudge import JudgedModel, SourceError, load_model, sources
 from hf_selfjudge.rules import Lossless
@@ -162,6 +163,24 @@ def test_packed_model_computes_the_same(prompt):
         expected = model(prompt).logits
         pack_half(model)
         torch.testing.assert_close(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("change", ["merge", "load"])
+def test_a_judged_model_computes_with_weights_that_were_changed(prompt, change):
+    model = build("qwen2")
+    pack_half(model)
+    if change == "merge":
+        adapter = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, adapter)
+        expected = adapted(prompt).logits
+        model = adapted.merge_and_unload()
+    else:
+        other = perturbed(build("qwen2"), 0.05)
+        expected = other(prompt).logits
+        model.load_state_dict(other.state_dict())
+    assert not torch.allclose(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+    judged = JudgedModel(model, Lossless())
+    torch.testing.assert_close(judged(prompt).logits, expected, atol=1e-2, rtol=1e-2)
 
 
 def test_int8_model_computes_nearly_the_same(prompt):
