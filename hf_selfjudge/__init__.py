@@ -14,6 +14,7 @@ from .judge import Judge, JudgeInfo
 from .judge_config import JudgeConfig
 from .labels import MiningConfig, load_labels, mining_of
 from .mining import mine
+from .mismatches import special_tokens
 from .prompts import Prompt, Prompts, read_prompts
 from .rereading import reread
 from .rules import JudgeRule
@@ -41,4 +42,5 @@ __all__ = [
     "new_judge",
     "read_prompts",
     "reread",
+    "special_tokens",
 ]

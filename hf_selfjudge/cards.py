@@ -256,7 +256,7 @@ def published(folder: str | os.PathLike, judge: Judge, repo_id: str) -> dict[str
     for bench in results.get("bench", {}).values():
         scored = [row for row in bench["settings"] if row["family"] == bench["family"] and row["task"]]
         if bench["dataset"] is None or not scored:
-            continue  # such a file is about a benchmark of the Hub, and a score on it
+            continue  # such a file is about a benchmark of the Hub, and a score on its test split
         entries = [
             EvalResultEntry(
                 dataset_id=bench["dataset"],

@@ -449,17 +449,19 @@ def bench_command(
             highlight=False,
         )
     lines = go(questions, settings, output)
+    local = prompts == "-" or Path(prompts).exists()
     if mode == "quality":
         scorer = Scorer(tokenizer, output, allow_code, target if ask else None, embeddings)
         found = summarise_quality(grid_of(lines, questions, settings, scorer), lines)
         judged = [setting for setting in settings if setting.judge is not None]
         found["judges"] = {family_of(setting): fingerprint(judges[setting.judge]) for setting in judged}
         found["thresholds"] = {setting.name: setting.rule(judges).threshold for setting in judged}
-        found["dataset"] = None if Path(prompts).exists() else prompts
+        found["dataset"] = None if local or split != "test" else prompts.partition(":")[0]
         plot_curve(found, output / "curve.png")
     else:
         found = summarise_timing(lines, questions, settings)
-    found["heading"] = heading(output / f"{mode}.json", Path(prompts).name, len(questions))
+    name = Path(prompts).name if local else f"{prompts} ({split})"
+    found["heading"] = heading(output / f"{mode}.json", name, len(questions))
     write_json(output / f"{mode}-results.json", {mode: found})
     text = f"{found['heading']}\n\n{markdown({mode: found})}"
     write_text(output / f"{mode}-results.md", text)

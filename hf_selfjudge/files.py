@@ -19,7 +19,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
     yield incomplete
-    incomplete.rename(path)
+    incomplete.replace(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

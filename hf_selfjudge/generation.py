@@ -244,8 +244,8 @@ class JudgedModel:
             more than it is worth ([`AutoLength`]). By default what transformers itself is told:
             `draft.generation_config`, `prompt_lookup_num_tokens`, …
         special_tokens (`Iterable[int]`, *optional*): Tokens that are never accepted against the target, nor overruled,
-            beside those that the rule and the generation config name; `tokenizer.all_special_ids` for a rule that
-            knows of none.
+            beside those that the rule and the generation config name; [`special_tokens`] of target and tokenizer for
+            a rule that knows of none.
 
     Attributes:
         stats ([`Stats`]): Of the last call of `generate` that had a draft: this thread's own, or if it made none,

@@ -152,13 +152,13 @@ class Judge(torch.nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / WEIGHTS) as weights:
+        with whole(folder / CONFIG) as config, whole(folder / WEIGHTS) as weights:  # all is written before any is renamed
+            write_json(config, asdict(self.info))
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
             if self.adapter is not None:
-                with whole(folder / ADAPTER) as adapter:
+                with whole(folder / ADAPTER_CONFIG) as adapter_config, whole(folder / ADAPTER) as adapter:
+                    write_json(adapter_config, self.adapter.config)
                     save_file(self.adapter.tensors, adapter)
-                    write_json(folder / ADAPTER_CONFIG, self.adapter.config)
-            write_json(folder / CONFIG, asdict(self.info))
 
     def push_to_hub(self, repo_id: str, **how) -> CommitInfo:
         """

@@ -113,8 +113,10 @@ def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTenso
 
 
 def special_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that no rule may accept against the target, nor overrule: EOS and every other special token."""
-    return sorted({*tokenizer.all_special_ids, *eos_tokens(target)})
+    """Tokens that no rule may accept against the target, nor overrule: EOS and every other special token, those too
+    that were added without a role (`<|im_start|>` and its like), which `tokenizer.all_special_ids` leaves out."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return sorted({*tokenizer.all_special_ids, *added, *eos_tokens(target)})
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from .cards import read_results
 from .generation import JudgedModel
 from .hub import HubError
 from .judge import Judge
-from .mismatches import eos_tokens
+from .mismatches import special_tokens
 from .prompts import TooLong, context_of, encode
 from .publish import pull_judge
 from .rules import JudgeRule, KLGate, Lossless, Margin, Rows, Rule
@@ -321,7 +321,7 @@ def build(
         name (`str`): What the judge is loaded by.
         folder (`Path`, *optional*): The judge's, for its curve.
     """
-    context, special = context_of(target), sorted({*tokenizer.all_special_ids, *eos_tokens(target)})
+    context, special = context_of(target), special_tokens(target, tokenizer)
 
     def prepared(
         prompt: str, rule: str, threshold: float, temperature: float, length: int
@@ -369,13 +369,14 @@ def build(
         sampling = f", do_sample=True, temperature={temperature:g}" if temperature else ", do_sample=False"
         loaded = {
             "judge": f'JudgedModel.from_pretrained(target, "{name}", threshold={threshold:g})',
-            "lossless": "JudgedModel(target, Lossless(), special_tokens=tokenizer.all_special_ids)",
-            "margin": f"JudgedModel(target, Margin({threshold:g}), special_tokens=tokenizer.all_special_ids)",
-            "KL gate": f"JudgedModel(target, KLGate({threshold:g}), special_tokens=tokenizer.all_special_ids)",
+            "lossless": "JudgedModel(target, Lossless(), special_tokens=special_tokens(target, tokenizer))",
+            "margin": f"JudgedModel(target, Margin({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
+            "KL gate": f"JudgedModel(target, KLGate({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
         }[rule]
         rules = "" if rule == "judge" else "from hf_selfjudge.rules import KLGate, Lossless, Margin\n"
+        names = "JudgedModel, load_model" if rule == "judge" else "JudgedModel, load_model, special_tokens"
         return (
-            f"from hf_selfjudge import JudgedModel, load_model\n{rules}\n"
+            f"from hf_selfjudge import {names}\n{rules}\n"
             f'target, tokenizer = load_model("{target.config.name_or_path}")\n'
             f'draft, _ = load_model("{draft.config.name_or_path}")\njudged = {loaded}\n'
             'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'

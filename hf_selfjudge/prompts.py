@@ -48,7 +48,8 @@ class Prompt:
         check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
             `tests`), or `"text"`.
         messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`.
-        tests (`str`, *optional*): Python code that fails unless the answer's code is right.
+        tests (`str`, *optional*): Python code that is run behind the answer's and raises unless that is right. It calls
+            the tests that it defines, and does not end the process (as `unittest.main()` does): that is no pass.
         references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
             look at them.
         answer (`str`, *optional*): An answer to take instead of the target's own.

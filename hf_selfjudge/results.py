@@ -204,7 +204,7 @@ def _mean_of_known(grid: Grid, values: np.ndarray) -> np.ndarray:
 def _middle_coin(grid: Grid) -> str | None:
     """The coin whose share is nearest to a half."""
     coins = [name for name in grid.settings if name.startswith(f"{COIN}=")]
-    return min(coins, key=lambda name: abs(float(name.partition("=")[2]) - 0.5), default=None)
+    return min(coins, key=lambda name: abs(float(name.partition("=")[2].partition(":")[0]) - 0.5), default=None)
 
 
 def operating_points(quality: dict, family: str) -> dict[str, dict]:

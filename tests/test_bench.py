@@ -20,7 +20,7 @@ from .test_rereading import midway_judge
 
 
 PROMPTS = [Prompt(f"p{i}", text, "some") for i, text in enumerate(["abc", "what is this", "a", "to be or not"])]
-RULES = ["greedy", "stock", "draft", "ensemble=0.5", "top-k=3", "margin=1", "kl=2:1", "look-ahead=1:0", "coin=0.5",
+RULES = ["greedy", "stock", "draft", "ensemble=0.5", "top-k=3", "margin=1", "kl=2:1", "look-ahead=1:0", "coin=0.5:1",
          "judge:j=0.5,0.9", "coin"]  # fmt: skip
 WITHOUT_DRAFT = [rule for rule in RULES if not rule.startswith(("draft", "ensemble", "kl"))]
 CONFIG = BenchConfig(max_new_tokens=24, at_once=7)

@@ -25,7 +25,7 @@ from hf_selfjudge.mismatches import find_looked_up, read_answers
 from hf_selfjudge.prompts import encode
 from hf_selfjudge.rules import Rule
 
-from .conftest import build, perturbed, tiny_tokenizer
+from .conftest import VOCAB, build, perturbed, tiny_tokenizer
 from .test_matrix import build as build_any
 
 
@@ -121,6 +121,14 @@ def test_a_model_that_does_not_pack(tokenizer, tmp_path, capsys):
     assert len(rows) > 10
     assert json.loads((tmp_path / "mining.json").read_text())["packed"] is False
     assert "not packed" in capsys.readouterr().out
+
+
+def test_a_draft_with_another_vocabulary(llama, tokenizer, tmp_path):
+    target, draft = llama[0], perturbed(llama[0])
+    draft.resize_token_embeddings(VOCAB - 8)
+    with pytest.raises(ValueError, match=f"`draft` has a vocabulary of {VOCAB - 8} tokens, the target one of {VOCAB}"):
+        mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_recurrent_target(tokenizer, tmp_path):

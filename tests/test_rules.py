@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel, JudgeRule, special_tokens
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, Rows, TopK
 
-from .conftest import VOCAB, build, random_judge
+from .conftest import VOCAB, build, random_judge, tiny_tokenizer
 
 
 def rows(probabilities, candidate=1, draft=None, matches_after=0, position=0) -> Rows:
@@ -143,6 +144,16 @@ def test_special_tokens_of_a_rule_that_knows_none(llama, prompt):
     bound = JudgedModel(target, Coin(1.0), special_tokens=[token])
     output = bound.generate(prompt, assistant_model=draft, max_new_tokens=40)[0, prompt.shape[1] :]
     assert token not in {int(t) for t, s in zip(output, bound.stats.sources, strict=True) if s == "judged"}
+
+
+def test_special_tokens_without_a_role(llama):
+    """Such as `<|im_start|>`, which `all_special_ids` does not name."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<tool_call>")])
+    start, call = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<tool_call>"])
+    assert start not in tokenizer.all_special_ids
+    assert {start, *tokenizer.all_special_ids} == set(special_tokens(llama[0], tokenizer))
+    assert call not in special_tokens(llama[0], tokenizer)
 
 
 def test_a_rule_that_compares_with_the_draft_needs_its_logits(llama, prompt):

@@ -260,7 +260,7 @@ def through(target, answers, folder, peft_config=None, **options):
 class Tokens:
     """All that is asked of a tokenizer here."""
 
-    pad_token_id, eos_token_id, all_special_ids = 0, None, [1]
+    pad_token_id, eos_token_id, all_special_ids, added_tokens_decoder = 0, None, [1], {}
 
 
 def test_every_trainable_parameter_changes_and_every_other_does_not(target, answers, tmp_path):
