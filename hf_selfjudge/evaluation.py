@@ -187,16 +187,19 @@ def evaluate(
                 for number in range(int(source.max()) + 1)
             ],
             "rank_correlation_text": interval(lost, score, prompt, ~known & ~np.isnan(lost), rank_correlation, config),
-            "mean_label_among_accepted": _among_accepted(label, score),
-            "changed_among_accepted": _among_accepted(flipped[known], score[known]),
+            "mean_label_among_accepted": _by_share(label, score),
+            "changed_among_accepted": _by_share(flipped[known], score[known]),
         }
     return result
 
 
-def _among_accepted(label: np.ndarray, score: np.ndarray) -> dict[str, float] | None:
-    if not len(label):
-        return None
-    return {str(share): float(label[score <= np.quantile(score, share)].mean()) for share in ACCEPT_SHARES}
+def _by_share(label: np.ndarray, score: np.ndarray) -> dict[str, float] | None:
+    return {str(share): among_accepted(label, score, share) for share in ACCEPT_SHARES} if len(label) else None
+
+
+def among_accepted(label: np.ndarray, score: np.ndarray, share: float) -> float | None:
+    """Mean of `label` among the `share` of rows with the lowest `score`; `None` where there are no rows."""
+    return float(label[score <= np.quantile(score, share)].mean()) if len(label) else None
 
 
 def rank_correlation(label: np.ndarray, score: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .evaluation import HeldOutConfig, interval, rank_correlation
+from .evaluation import HeldOutConfig, among_accepted, interval, rank_correlation
 from .files import whole
 from .labels import CHEAP_SCORES, load_labels, mining_of
 from .trainer import auc
@@ -195,15 +195,11 @@ def predictors(labels: Labels, config: HeldOutConfig) -> list[dict]:
                 "score": name,
                 "auc": interval(columns["flipped"], score, prompt, known, auc, config),
                 "correlation": interval(columns["lost"], score, prompt, usable, rank_correlation, config),
-                "changed_among_accepted": _among_accepted(columns["flipped"][known], score[known]),
-                "lost_among_accepted": _among_accepted(columns["lost"][usable], score[usable]),
+                "changed_among_accepted": among_accepted(columns["flipped"][known], score[known], ACCEPTED),
+                "lost_among_accepted": among_accepted(columns["lost"][usable], score[usable], ACCEPTED),
             }
         )
     return result
-
-
-def _among_accepted(label: np.ndarray, score: np.ndarray) -> float | None:
-    return float(label[score <= np.quantile(score, ACCEPTED)].mean()) if len(label) else None
 
 
 def _mean(values: np.ndarray, _) -> float:

@@ -18,13 +18,17 @@ from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .cards import plot_reliability, published
 from .features import SCALARS, STATES
 from .files import whole, write_json
 from .hub import download, upload
 from .replay import Adapter
-from .sources import fingerprint
+from .sources import described, fingerprint
+
+
+logger = logging.get_logger(__name__)
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -115,6 +119,8 @@ class Judge(torch.nn.Module):
 
     def check_target(self, target: PreTrainedModel, allow_other_weights: bool = False) -> None:
         """
+        Warns of other weights of the same id (another revision or precision, a quantised copy).
+
         Raises:
             ValueError: If the judge was made for another target; says which of id, hidden size, vocabulary and
                 fingerprint differs. With `allow_other_weights`, id and fingerprint may.
@@ -129,11 +135,16 @@ class Judge(torch.nn.Module):
             "fingerprint": (info.target_fingerprint, fingerprint(target)),
         }
         different = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
-        # A folder is not an id: the same model may lie anywhere. Its fingerprint tells.
+        # A folder is not an id: the same model may lie anywhere, and another one too. Its fingerprint tells.
         other = {n: p for n, p in weights.items() if p[0] != p[1] and not (n == "id" and Path(p[1]).is_dir())}
-        if not allow_other_weights and "fingerprint" in other:
+        if "fingerprint" in other and not allow_other_weights and target.config.name_or_path != info.target:
             different |= other
         if not different:
+            if "fingerprint" in other:
+                logger.warning_once(
+                    f"The judge was made on other weights of {info.target}{_described(info.target_fingerprint)} than "
+                    "those of `target`. How well it does on these was not measured."
+                )
             return
         found = "; ".join(f"{name}: judge {made!r}, target {given!r}" for name, (made, given) in different.items())
         advice = f"Load {info.target}, or a judge made for this target."
@@ -152,7 +163,8 @@ class Judge(torch.nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / CONFIG) as config, whole(folder / WEIGHTS) as weights:  # all is written before any is renamed
+        # All is written before any of it is renamed.
+        with whole(folder / CONFIG) as config, whole(folder / WEIGHTS) as weights:
             write_json(config, asdict(self.info))
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
             if self.adapter is not None:
@@ -223,6 +235,10 @@ class Judge(torch.nn.Module):
             settings = _read_json(fetch(ADAPTER_CONFIG, CONFIG_LIMIT, revision))
             judge.adapter = Adapter(settings, _read_tensors(fetch(ADAPTER, ADAPTER_LIMIT, revision)))
         return judge.eval()
+
+
+def _described(weights: str) -> str:
+    return f" ({copy})" if (copy := described(weights)) else ""
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:

@@ -81,8 +81,8 @@ def mine(
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft) if model is not None]
     if len(set(sizes)) > 1:
         raise ValueError(
-            f"`draft` has a vocabulary of {sizes[1]} tokens, the target one of {sizes[0]}. Mining compares both token by "
-            "token: use a draft with the target's tokenizer and as many embeddings."
+            f"`draft` has a vocabulary of {sizes[1]} tokens, the target one of {sizes[0]}. Mining compares them token "
+            "by token: use a draft with the target's tokenizer and as many embeddings."
         )
     if target._is_stateful:
         raise ValueError(

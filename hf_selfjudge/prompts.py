@@ -48,8 +48,9 @@ class Prompt:
         check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
             `tests`), or `"text"`.
         messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`.
-        tests (`str`, *optional*): Python code that is run behind the answer's and raises unless that is right. It calls
-            the tests that it defines, and does not end the process (as `unittest.main()` does): that is no pass.
+        tests (`str`, *optional*): Python code that is run behind the answer's and raises unless that is right. It
+            calls the tests that it defines, and does not end the process (as `unittest.main()` does): that is no
+            pass.
         references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
             look at them.
         answer (`str`, *optional*): An answer to take instead of the target's own.

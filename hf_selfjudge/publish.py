@@ -89,8 +89,8 @@ def pull_judge(
 
 def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> CommitInfo:
     """
-    Publish labels as a dataset, a configuration for each folder. `load_labels("USER/REPO")` and
-    `datasets.load_dataset` read it.
+    Publish labels as a dataset, a configuration for each folder. `hf-selfjudge train --labels
+    USER/REPO` and `datasets.load_dataset` read it.
 
     Args:
         folders (`Sequence[str]`): Written by [`mine`], all of one pair.

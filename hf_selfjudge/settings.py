@@ -101,7 +101,7 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
         for setting in [] if text == COIN else _read(text, family, folder or shipped, bool(folder), numbers):
             if (before := settings.setdefault(setting.name, setting)) != setting:
                 if setting.judge is None:
-                    raise ValueError(f"`rule`: two thresholds of {setting.family} are both {setting.name}. Leave one out.")
+                    raise ValueError(f"`rule`: two thresholds are both {setting.name}. Leave one out.")
                 raise ValueError(
                     f"`rule`: the judges {before.judge} and {setting.judge} have the same name {setting.family!r}. "
                     "Rename one of the folders."

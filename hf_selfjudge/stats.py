@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-SOURCES = ("target", "matched", "judged")
-
-
 @dataclass
 class Stats:
     """
@@ -33,7 +30,8 @@ class Stats:
             the host, and the waiting falls to whoever needs a result first.
         offered_at, kept_at (`list[int]`): For each place in the draft, how many rounds drafted that far, and how many
             kept the candidate there.
-        sources (`list[str]`): Of a single call: who decided each token, one of `SOURCES`. Sums leave it empty.
+        sources (`list[str]`): Of a single call: who decided each token, `target`, `matched` or `judged`. Sums leave it
+            empty.
         rows (`list[Stats]`): Of a call for several prompts: of each row. Seconds of a row include those in which it
             waited for others, so the sum of them counts time several times.
     """

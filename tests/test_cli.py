@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-MINE = ("--max-new-tokens", 24, "--per-answer", 4, "--answer-batch", 6)
+MINE = ("--dtype", "float32", "--max-new-tokens", 24, "--per-answer", 4, "--answer-batch", 6)
 
 
 @pytest.fixture
@@ -59,11 +59,12 @@ def test_labels_in_tables_and_in_context(run, judge, tmp_path):
 
 
 def test_reread(run, judge, tmp_path):
-    code, out, err = run("reread", tmp_path / "l", "--layer", 1, "--output", tmp_path / "midway", "--dtype", "float32")
+    code, out, err = run("reread", tmp_path / "l", "--layer", 1, "--output", tmp_path / "midway")
     assert code == 0, err
+    assert json.loads((tmp_path / "midway" / "mining.json").read_text())["reread_dtype"] == "float32"  # as mined
     assert "with what enters layer 1" in out
     assert {*load_labels(tmp_path / "midway")["layer"]} == {1}
-    code, out, err = run("reread", tmp_path / "l", "--layer", 9, "--output", tmp_path / "other", "--dtype", "float32")
+    code, out, err = run("reread", tmp_path / "l", "--layer", 9, "--output", tmp_path / "other")
     assert code == 1
     assert "`layer` must be above 0 and below 2" in err
 
@@ -238,7 +239,7 @@ def questions(tmp_path):
 def test_bench(run, judge, pair_folders, questions, tmp_path):
     bench = ("bench", "--pair", pair_folders, "--prompts", questions, "--output", tmp_path / "b", "--dtype", "float32")
     bench += ("--max-new-tokens", 24, "--per-category", 2)
-    rules = ["greedy", "stock", "draft", "margin=0.5,2", "coin=0.5", "coin", f"judge:{judge}=0.3,0.6"]
+    rules = ["greedy", "stock", "draft", "margin=0.5,2", "coin=0.5:1", "coin", f"judge:{judge}=0.3,0.6"]
     options = [part for rule in rules for part in ("--rule", rule)]
     code, out, err = run(*bench, *options, "--ask")
     assert code == 0, err

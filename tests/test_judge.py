@@ -113,6 +113,17 @@ def test_another_target(llama):
     JudgedModel(tuned, JudgeRule(judge, allow_other_weights=True))
 
 
+def test_other_weights_of_the_same_target(caplog):
+    """A quantised copy, say: it works, and is told of."""
+    target, other = build("llama"), perturbed(build("llama"))
+    target.config.name_or_path = other.config.name_or_path = "tiny/copied"
+    judge = random_judge(target)
+    JudgedModel(target, JudgeRule(judge))
+    assert not caplog.records
+    JudgedModel(other, JudgeRule(judge))
+    assert "made on other weights of tiny/copied than those of `target`" in caplog.text
+
+
 def test_the_same_weights_under_another_name(llama, tmp_path):
     target, _ = llama
     judge = random_judge(target)

@@ -8,7 +8,7 @@ from hf_selfjudge.cards import shipped_judge
 from hf_selfjudge.measures import similarity
 from hf_selfjudge.mismatches import greedy
 from hf_selfjudge.prompts import encode
-from hf_selfjudge.sources import DRAFT_MODEL, LOOKUP, PAIRS
+from hf_selfjudge.sources import DRAFT_MODEL, LOOKUP, PAIRS, described, fingerprint
 
 
 pytestmark = pytest.mark.slow
@@ -26,6 +26,12 @@ def real():
 @pytest.fixture
 def no_hub():
     """Here the Hub may be asked."""
+
+
+def test_what_the_wheels_are_a_copy_of(real):
+    assert {described(fingerprint(model)) for model in real[:2]} == {
+        f"a GGUF copy of mostly {bits} bits a weight, dequantised" for bits in (4, 5)
+    }
 
 
 def test_the_target_answers(real):
@@ -47,7 +53,8 @@ def test_the_target_answers(real):
 )
 def test_the_shipped_judge_belongs_to_it_and_accepts(real, drafts, text):
     target, draft, tokenizer = real
-    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder", drafts))  # checks the fingerprint
+    judged = JudgedModel.from_pretrained(target, shipped_judge("qwen2.5-coder", drafts))
+    assert judged.rule.judge.info.target_fingerprint == fingerprint(target)
     ids = encode(tokenizer, text, 1024, 48)
     how = greedy(target, 48)
     how.prompt_lookup_num_tokens = 10 if drafts == LOOKUP else None

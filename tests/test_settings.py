@@ -30,7 +30,7 @@ def test_judges():
     assert parse_settings(["judge:a=b=0.5"])[1] == Setting("judge:a=b", (0.5,), "a=b")
     with pytest.raises(ValueError, match="x/same and y/same have the same name"):
         parse_settings(["judge:x/same=0.1", "judge:y/same=0.1"])
-    with pytest.raises(ValueError, match="`rule`: two thresholds of margin are both margin=0.123457. Leave one out"):
+    with pytest.raises(ValueError, match="`rule`: two thresholds are both margin=0.123457. Leave one out"):
         parse_settings(["margin=0.12345678,0.12345679"])
 
 

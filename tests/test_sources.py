@@ -60,6 +60,8 @@ def index(tmp_path, monkeypatch):
         version="1.0",
         suffix=".bin",
         sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
+        weights="none",
+        copy="a copy",
         eos_token_ids=(1,),
         pad_token_id=0,
     )
