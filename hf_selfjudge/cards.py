@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from matplotlib.figure import Figure
 
-from .files import whole, write_json, write_text
+from .files import shipped, whole, write_json, write_text
 from .sources import DRAFT_MODEL, LOOKUP, described, fingerprint
 
 
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from .judge import Judge, JudgeInfo
 
 
-# In a wheel the cards lie inside the package, in a checkout beside it.
-HUB_CARDS = next(
-    folder / "hub_cards" for folder in Path(__file__).resolve().parents[:2] if (folder / "hub_cards").is_dir()
-)
+HUB_CARDS = shipped("hub_cards")
 # Shipped judges: folders in `hub_cards/`, for the known pairs and what drafts.
 SHIPPED = {
     ("qwen2.5-coder", DRAFT_MODEL): "qwen2.5-coder-1.5b-selfjudge",

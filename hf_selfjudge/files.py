@@ -13,6 +13,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
+def shipped(name: str) -> Path:
+    """A folder that comes with the package: inside it in a wheel, beside it in a checkout."""
+    return next(folder / name for folder in Path(__file__).resolve().parents[:2] if (folder / name).is_dir())
+
+
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` if nothing fails."""

@@ -9,19 +9,21 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import requires
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .cards import HUB_CARDS, published, read_quality
+from .files import shipped
 from .hub import HubError, download, said, upload
 from .judge import Judge
 from .labels import load_labels, mining_of, shards_of
 
 
-# In a checkout the Spaces lie beside the package.
-SPACES = Path(__file__).resolve().parents[1] / "spaces"
+SPACES = shipped("spaces")
+PACKAGE = Path(__file__).resolve().parent
 # What `pull` takes beside the judge itself.
 BESIDE = re.compile(
     r"README\.md|results\.json|[\w-]+\.png|custom_generate/(generate\.py|requirements\.txt)|\.eval_results/[\w-]+\.yaml"
@@ -147,7 +149,8 @@ def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
 
 def push_space(name: str, repo_id: str, **how) -> CommitInfo:
     """
-    Publish one of the Spaces of this repository.
+    Publish one of the Spaces, with this package as it is installed here, so that a Space runs the code that it was
+    tried with, whether or not that is on the package index.
 
     Args:
         name (`str`): Its folder in `spaces/`.
@@ -158,10 +161,20 @@ def push_space(name: str, repo_id: str, **how) -> CommitInfo:
     """
     known = sorted(path.parent.name for path in SPACES.glob("*/README.md"))
     if name not in known:
-        raise FileNotFoundError(f"`name`: there is no Space {name!r} ({', '.join(known) or 'none'} in this install).")
-    files = {
-        str(path.relative_to(SPACES / name)): path
-        for path in sorted((SPACES / name).rglob("*"))
+        raise FileNotFoundError(f"`name`: there is no Space {name!r}, only {', '.join(known)}.")
+    files: dict[str, Path | bytes] = dict(_files(SPACES / name))
+    package = _files(PACKAGE) | _files(HUB_CARDS, "hub_cards/") | _files(SPACES, "spaces/")
+    files |= {f"{PACKAGE.name}/{path}": content for path, content in package.items()}
+    needed = [line for line in requires("hf-selfjudge") if "extra ==" not in line]
+    own = files.get("requirements.txt")
+    files["requirements.txt"] = "\n".join([*needed, *(own.read_text().splitlines() if own else []), ""]).encode()
+    return upload(repo_id, files, "Upload Space", repo_type="space", space_sdk="gradio", **how)
+
+
+def _files(folder: Path, prefix: str = "") -> dict[str, Path]:
+    """By the name that each is to have."""
+    return {
+        f"{prefix}{path.relative_to(folder)}": path
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
-    return upload(repo_id, files, "Upload Space", repo_type="space", space_sdk="gradio", **how)

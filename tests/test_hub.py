@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,8 +264,29 @@ def test_labels_results_and_spaces(hub, tmp_path):
     push_space("judge-agreement", "me/judge-agreement")
     files = hub.files("me/judge-agreement", kind="spaces")
     assert files["app.py"] == (SPACES / "judge-agreement/app.py").read_bytes()
+    needed = files["requirements.txt"].decode().splitlines()
+    assert {"evaluate>=0.4.6", "transformers>=5.20"} <= {*needed}
+    assert not any("extra" in line for line in needed)
     with pytest.raises(FileNotFoundError, match="there is no Space 'nothing'"):
         push_space("nothing", "me/x")
+
+
+def test_a_space_has_the_package_with_it(hub, tmp_path):
+    """It runs where nobody has installed that."""
+    push_space("judge-playground", "me/playground")
+    space = tmp_path / "space"
+    for name, content in hub.files("me/playground", kind="spaces").items():
+        (space / name).parent.mkdir(parents=True, exist_ok=True)
+        (space / name).write_bytes(content)
+    code = """if True:
+        from hf_selfjudge import Judge, playground
+        from hf_selfjudge.cards import shipped_judge
+        for place in playground.__file__, shipped_judge("qwen2.5-coder"):
+            print(place)
+        Judge.from_pretrained(place)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).relative_to(space).parts[0] for line in done.stdout.splitlines()] == ["hf_selfjudge"] * 2
 
 
 # -- what goes wrong on the way --------------------------------------------------------------------------------------
