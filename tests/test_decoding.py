@@ -11,6 +11,7 @@ from transformers import GenerationConfig, WatermarkingConfig, pipeline
 from transformers.generation import AssistedCandidateGenerator
 
 from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge.hidden import HiddenTap
 from hf_selfjudge.rules import Coin, Lossless, Rows, Rule
 
 from .conftest import VOCAB, build, perturbed, random_judge
@@ -336,6 +337,30 @@ def test_threads(llama):
     assert not target._forward_hooks
     assert not target.lm_head._forward_pre_hooks
     assert judged.total.calls == 16
+
+
+def test_a_tap_that_leaves_during_a_forward_of_another_thread(prompt):
+    """PyTorch goes through the hooks that there were, but has forgotten that they take keyword arguments."""
+    target = build("llama")
+    entered, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+    def other():
+        with HiddenTap(target, lambda hidden, logits, entered: None, target.model.layers[1]):
+            entered.set()
+            leave.wait(60)
+        left.set()
+
+    def meanwhile(module, inputs):
+        leave.set()
+        assert left.wait(60)
+
+    expected = target(prompt).logits
+    target.register_forward_pre_hook(meanwhile)  # before that of the tap
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    assert torch.equal(target(prompt).logits, expected)
+    thread.join()
 
 
 def test_stats_of_a_call_in_another_thread(llama, prompt):
