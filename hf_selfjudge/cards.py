@@ -89,6 +89,7 @@ def render_card(info: JudgeInfo, name: str, results: dict) -> str:
         label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
         quote=shlex.quote,
+        limit=lambda threshold: threshold if isinstance(threshold, str) else f"{threshold:.3f}",
         interval=lambda value: "–" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value),
         shares=lambda value: "–" if value is None else " / ".join(f"{share:.3f}" for share in value.values()),
     )

@@ -100,7 +100,10 @@ def quickstart(
         str | None, typer.Option(help="A judge: folder or Hub id. By default the one shipped for the pair.")
     ] = None,
     threshold: Annotated[
-        str | None, typer.Option(help="0 (lossless) to 1, or an operating point; by default the judge's own.")
+        str | None,
+        typer.Option(
+            help="0 (lossless) to 1, 0.03/token (for each token gained) or an operating point; by default the judge's."
+        ),
     ] = None,
     draft_length: DraftLength = "5",
     int8_draft: Annotated[
@@ -473,7 +476,8 @@ def calibrate_command(
     judge: Annotated[Path, typer.Argument(help="Folder of a judge.")],
     bench: Annotated[Path, typer.Option(help="Folder of `hf-selfjudge bench` with several thresholds of this judge.")],
 ) -> None:
-    """Give thresholds names: the fastest that keep 99, 97 and 90 % of the quality of a bench's lossless answers."""
+    """Give thresholds names: the fastest that keep 99, 97 and 90 % of the quality of a bench's lossless answers. The
+    second becomes the judge's own."""
     found = Judge.from_pretrained(judge)
     quality = read_quality(bench)
     family = family_in(quality, found, bench)
@@ -481,12 +485,14 @@ def calibrate_command(
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
     made = {"prompts": quality["prompts"], "categories": quality["categories"], "heading": quality["heading"]}
-    found.info = replace(found.info, operating_points=points, training=found.info.training | {"calibration": made})
+    own = points.get("balanced", points["fast"])["threshold"]
+    training_info = found.info.training | {"calibration": made}
+    found.info = replace(found.info, threshold=own, operating_points=points, training=training_info)
     found.save_pretrained(judge)
     write_card(found, judge)
     for name, point in points.items():
         console.print(
-            f"{name}: threshold {point['threshold']:g}, {point['tokens_per_round'][0]:.2f} tokens a round, retention "
+            f"{name}: threshold {point['threshold']}, {point['tokens_per_round'][0]:.2f} tokens a round, retention "
             f"{point['retention'][0]:.3f}",
             highlight=False,
         )
@@ -613,7 +619,7 @@ def read_length(text: str) -> int | str:
 
 
 def read_threshold(text: str | None) -> float | str | None:
-    """`--threshold`: a number, or the name of an operating point."""
+    """`--threshold`: a number, one for each token gained (`0.03/token`), or the name of an operating point."""
     try:
         return text if text is None else float(text)
     except ValueError:

@@ -312,19 +312,15 @@ class JudgedModel:
         return cls(target, rule, draft_length)
 
     @property
-    def threshold(self) -> float:
-        """Of the judge: a candidate is accepted if its probability of changing the meaning is below this, in
-        [0, 1]."""
-        return self._judge_rule().threshold
+    def threshold(self) -> float | str:
+        """Of the judge: a candidate is accepted if its probability of changing the meaning is below this, in [0, 1];
+        or as text, `"0.03/token"`, below this for each token gained. See [`JudgeRule`]."""
+        return self.rule.threshold
 
     @threshold.setter
     def threshold(self, value: float | str) -> None:
-        self._judge_rule().threshold = value
-
-    def _judge_rule(self) -> JudgeRule:
-        if not isinstance(self.rule, JudgeRule):
-            raise TypeError(f"`threshold` is a judge's, and the rule is {self.rule}. Make another rule instead.")
-        return self.rule
+        _ = self.threshold  # a rule without one says so
+        self.rule.threshold = value
 
     @property
     def stats(self) -> Stats:
@@ -333,6 +329,8 @@ class JudgedModel:
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling
             raise AttributeError(name)
+        if name == "threshold":
+            raise AttributeError(f"`threshold` is a judge's, and the rule is {self.rule}. Make another rule instead.")
         value = getattr(self.target, name)
         if not inspect.ismethod(value):
             return value

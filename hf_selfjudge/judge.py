@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PER_TOKEN = "/token"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 # Bytes of a file that is not read any more: a judge's are far smaller.
 CONFIG_LIMIT, HEADER_LIMIT, ADAPTER_LIMIT = 2**24, 2**20, 2**31
@@ -50,7 +51,7 @@ class JudgeInfo:
         draft (`str`): Hub id of the draft whose mismatches it was trained on.
         special_tokens (`list[int]`): Tokens that are never accepted against the target, nor overruled.
         components (`int`): Dimensions kept of each hidden state.
-        threshold (`float`): A candidate is accepted if its probability of changing the meaning is below this.
+        threshold (`float` or `str`): See [`JudgeRule`]; no name.
         scalars (`list[str]`): Which of `SCALARS` it looks at.
         states (`list[str]`): Which of `STATES` it looks at.
         layer (`int`, *optional*): How many of the target's layers are below these states. `None`: all, and its last
@@ -67,7 +68,7 @@ class JudgeInfo:
     draft: str
     special_tokens: list[int]
     components: int
-    threshold: float
+    threshold: float | str
     scalars: list[str] = field(default_factory=lambda: list(SCALARS))
     states: list[str] = field(default_factory=lambda: list(STATES))
     layer: int | None = None
@@ -312,7 +313,7 @@ def _check_info(info: JudgeInfo) -> None:
         **dict.fromkeys(("target", "target_fingerprint", "draft"), str),
         **dict.fromkeys(("hidden_size", "vocab_size", "components"), int),
         **dict.fromkeys(("special_tokens", "scalars", "states"), list),
-        **{"threshold": (int, float), "adapter": bool, "operating_points": dict, "training": dict},
+        **{"threshold": (int, float, str), "adapter": bool, "operating_points": dict, "training": dict},
     }
     for name, kind in kinds.items():
         value = getattr(info, name)
@@ -331,9 +332,28 @@ def _check_info(info: JudgeInfo) -> None:
         raise ValueError(f"it has an adapter, which is for the last states, and looks at layer {info.layer}")
     if not all(0 <= token < 2**31 for token in info.special_tokens):
         raise ValueError("special_tokens are not all tokens")
-    thresholds = [info.threshold, *(point["threshold"] for point in _points(info))]
-    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds):
-        raise ValueError(f"thresholds {thresholds} are not all in [0, 1]")
+    for threshold in (info.threshold, *(point["threshold"] for point in _points(info))):
+        limit_of(threshold)
+
+
+def limit_of(threshold: float | str) -> tuple[float, bool]:
+    """
+    A threshold as a number, and whether it is one for each token gained (`"0.03/token"`).
+
+    Raises:
+        ValueError: If it is no such text and no number, or not in [0, 1].
+    """
+    per_token = isinstance(threshold, str) and threshold.endswith(PER_TOKEN)
+    try:
+        limit = float(threshold.removesuffix(PER_TOKEN)) if per_token else threshold
+    except ValueError:
+        limit = None
+    if not isinstance(limit, int | float) or not 0 <= limit <= 1:
+        raise ValueError(
+            "`threshold` must be in [0, 1] (0 is lossless, 1 accepts every candidate), or as text such a number for "
+            f"each token gained ('0.03{PER_TOKEN}'), got {threshold!r}."
+        )
+    return limit, per_token
 
 
 def _points(info: JudgeInfo) -> list[dict]:

@@ -115,7 +115,8 @@ def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTenso
 def special_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that no rule may accept against the target, nor overrule: EOS and every other special token, those too
     that were added without a role (`<|im_start|>` and its like), which `tokenizer.all_special_ids` leaves out."""
-    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    decoder = tokenizer.added_tokens_decoder  # mistral-common has none, but names all
+    added = [token for token, content in decoder.items() if content.special] if isinstance(decoder, dict) else []
     return sorted({*tokenizer.all_special_ids, *added, *eos_tokens(target)})
 
 

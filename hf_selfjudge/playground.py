@@ -27,7 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .cards import read_results
 from .generation import JudgedModel
 from .hub import HubError
-from .judge import Judge
+from .judge import PER_TOKEN, Judge, limit_of
 from .mismatches import special_tokens
 from .prompts import TooLong, context_of, encode
 from .publish import pull_judge
@@ -38,7 +38,8 @@ LONGEST_PROMPT, LONGEST_ANSWER = 4000, 256  # characters, tokens
 WAITING = 8  # visitors in the queue
 COLOURS = {"draft, matched": "#2f9e44", "draft, judged": "#e8590c", "target": "#868e96"}
 NAMES = {"matched": "draft, matched", "judged": "draft, judged", "target": "target"}
-RULES = ("judge", "lossless", "margin", "KL gate")
+STEP = 0.001  # of the threshold
+RULES = ("judge", "judge per token", "lossless", "margin", "KL gate")
 EXAMPLES = (
     "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls is that in all?",
     "Why is the sky blue?",
@@ -275,6 +276,7 @@ def folder_of(judge: str) -> Path:
 
 UNITS = {
     "judge": "Threshold: accepted below this probability of another meaning (0 is lossless)",
+    "judge per token": "Threshold: accepted below this probability of another meaning for each token gained",
     "lossless": "Threshold: none, nothing is accepted",
     "margin": "Threshold: nats that a token may be less likely than the target's",
     "KL gate": "Threshold: nats between the target's distribution and the draft's",
@@ -301,9 +303,16 @@ def rule_of(name: str, threshold: float, judge: Judge) -> Rule:
     """
     if name not in RULES:
         raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {name!r}.")
-    if name == "judge":
-        return JudgeRule(judge, threshold, allow_other_weights=True)
+    if name in ("judge", "judge per token"):
+        limit = threshold if name == "judge" else f"{threshold:g}{PER_TOKEN}"
+        return JudgeRule(judge, limit, allow_other_weights=True)
     return {"lossless": Lossless(), "margin": Margin(threshold), "KL gate": KLGate(threshold)}[name]
+
+
+def shown_as(threshold: float | str) -> tuple[str, float]:
+    """The rule and the place of the slider for a threshold of the judge."""
+    limit, per_token = limit_of(threshold)
+    return "judge per token" if per_token else "judge", limit
 
 
 def build(
@@ -369,12 +378,14 @@ def build(
         sampling = f", do_sample=True, temperature={temperature:g}" if temperature else ", do_sample=False"
         loaded = {
             "judge": f'JudgedModel.from_pretrained(target, "{name}", threshold={threshold:g})',
+            "judge per token": f'JudgedModel.from_pretrained(target, "{name}", threshold="{threshold:g}{PER_TOKEN}")',
             "lossless": "JudgedModel(target, Lossless(), special_tokens=special_tokens(target, tokenizer))",
             "margin": f"JudgedModel(target, Margin({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
             "KL gate": f"JudgedModel(target, KLGate({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
         }[rule]
-        rules = "" if rule == "judge" else "from hf_selfjudge.rules import KLGate, Lossless, Margin\n"
-        names = "JudgedModel, load_model" if rule == "judge" else "JudgedModel, load_model, special_tokens"
+        judging = rule.startswith("judge")
+        rules = "" if judging else "from hf_selfjudge.rules import KLGate, Lossless, Margin\n"
+        names = "JudgedModel, load_model" if judging else "JudgedModel, load_model, special_tokens"
         return (
             f"from hf_selfjudge import {names}\n{rules}\n"
             f'target, tokenizer = load_model("{target.config.name_or_path}")\n'
@@ -389,14 +400,17 @@ def build(
     def scaled(rule: str):
         """The slider for a rule."""
         most, value = begins[rule]
-        return gr.Slider(0, most, value, step=0.01, label=UNITS[rule], interactive=rule != "lossless")
+        return gr.Slider(0, most, value, step=STEP, label=UNITS[rule], interactive=rule != "lossless")
 
     def at(point: str):
         """The judge, and the slider at one of its operating points."""
-        return "judge", gr.Slider(0, 1, points[point]["threshold"], step=0.01, label=UNITS["judge"], interactive=True)
+        rule, value = shown_as(points[point]["threshold"])
+        return rule, gr.Slider(0, 1, value, step=STEP, label=UNITS[rule], interactive=True)
 
     points = judge.info.operating_points
-    begins = {"judge": (1, round(judge.info.threshold, 2)), "lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
+    own, value = shown_as(judge.info.threshold)
+    begins = {"judge": (1, 0.3), "judge per token": (1, 0.03)} | {own: (1, value)}
+    begins |= {"lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
     with gr.Blocks(title="Judge decoding") as page:
         gr.HTML(STYLE, visible="hidden")
         gr.Markdown(INTRODUCTION)
@@ -431,9 +445,9 @@ def build(
                 with gr.Tab("Use it"):
                     shown = gr.Code(language="python", value="", label="Copy this", interactive=False)
             with gr.Column(scale=1, min_width=280):
-                rule = gr.Dropdown(list(RULES), value="judge", label="Rule")
+                rule = gr.Dropdown(list(RULES), value=own, label="Rule")
                 point = gr.Radio([*points], label="Operating point", visible=bool(points))
-                threshold = gr.Slider(0, 5, begins["judge"][1], step=0.01, label=UNITS["judge"], elem_id="threshold")
+                threshold = gr.Slider(0, 5, begins[own][1], step=STEP, label=UNITS[own], elem_id="threshold")
                 temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
                 length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
                 settings = [rule, threshold, temperature, length]

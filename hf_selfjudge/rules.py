@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .features import candidate_scalars, entropy
-from .judge import Judge
+from .judge import PER_TOKEN, Judge, limit_of
 from .replay import Midway, Replay
 
 
@@ -218,7 +218,9 @@ class JudgeRule(Rule):
     Args:
         judge ([`Judge`]): Made for the target.
         threshold (`float` or `str`, *optional*): Overrides the judge's own. A candidate is accepted if its probability
-            of changing the meaning is below this; 0 never accepts (lossless), 1 always does. A name is that of one of
+            of changing the meaning is below this; 0 never accepts (lossless), 1 always does. `"0.03/token"` accepts it
+            if the probability is below 0.03 for each token that this gains in the round: the candidate, and those
+            behind it that match. The same expected number of changes then buys more tokens. A name is that of one of
             the judge's operating points.
         allow_other_weights (`bool`, defaults to `False`): Use the judge on other weights of the same shape.
     """
@@ -234,7 +236,7 @@ class JudgeRule(Rule):
     def __setattr__(self, name: str, value: object) -> None:
         if name == "threshold":
             value = self.judge.info.threshold if value is None else value
-            if isinstance(value, str):
+            if isinstance(value, str) and not value.endswith(PER_TOKEN):
                 points = self.judge.info.operating_points
                 if value not in points:
                     raise ValueError(
@@ -242,7 +244,7 @@ class JudgeRule(Rule):
                         f"({', '.join(points) or 'it has none'}). Give one of them, or a number in [0, 1]."
                     )
                 value = points[value]["threshold"]
-            _check("threshold", value, 0 <= value <= 1, "in [0, 1] (0 is lossless, 1 accepts every candidate)")
+            limit_of(value)
         super().__setattr__(name, value)
 
     def __post_init__(self):
@@ -278,7 +280,9 @@ class JudgeRule(Rule):
         return self.judge(scalars.to(device), rows.hidden.to(device)).to(rows.candidates.device)
 
     def accept(self, rows: Rows) -> torch.BoolTensor:
-        return self.odds(rows) < torch.logit(torch.tensor(self.threshold, dtype=torch.float64)).item()
+        limit, per_token = limit_of(self.threshold)
+        gained = 1 + rows.matches_after if per_token else torch.ones_like(rows.matches_after)
+        return self.odds(rows) < torch.logit((limit * gained).clamp(max=1))
 
 
 def _check(name: str, value: float, valid: bool, expected: str) -> None:

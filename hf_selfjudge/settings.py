@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .judge import Judge
+from .judge import PER_TOKEN, Judge, limit_of
 from .rules import Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, Rule, TopK
 
 
@@ -38,8 +38,8 @@ class Setting:
 
     Args:
         family (`str`): What settings that differ in their threshold have in common: a line in a plot.
-        values (`tuple[float | str, ...]`): The rule's arguments; the threshold first. Of a judge it may be the name of
-            an operating point.
+        values (`tuple[float | str, ...]`): The rule's arguments; the threshold first. Of a judge it may be for each
+            token gained (`0.03/token`), or the name of an operating point.
         judge (`str`, *optional*): Folder or Hub id, if the rule is a judge.
         like ([`Setting`], *optional*): Of a coin: whose share of accepted mismatches it has.
     """
@@ -73,8 +73,8 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
     """
     Read what is to be compared: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
     `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or `judge:FOLDER=strict`;
-    without a value it decodes with its own threshold. A `coin` without a value is thrown once for each setting of a
-    judge, with the share that this one accepts.
+    `judge=0.03/token` is a threshold for each token gained, and without a value a judge decodes with its own. A `coin`
+    without a value is thrown once for each setting of a judge, with the share that this one accepts.
 
     Args:
         shipped (`str`, *optional*): Folder of the judge that is shipped for the pair.
@@ -100,7 +100,7 @@ def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: boo
         coins_like_judges |= text == COIN
         for setting in [] if text == COIN else _read(text, family, folder or shipped, bool(folder), numbers):
             if (before := settings.setdefault(setting.name, setting)) != setting:
-                if setting.judge is None:
+                if setting.judge == before.judge:
                     raise ValueError(f"`rule`: two thresholds are both {setting.name}. Leave one out.")
                 raise ValueError(
                     f"`rule`: the judges {before.judge} and {setting.judge} have the same name {setting.family!r}. "
@@ -133,14 +133,14 @@ def _read(text: str, family: str, judge: str | None, named: bool, numbers: str) 
     settings = []
     for part in numbers.split(","):
         try:
-            if family == JUDGE and part.isidentifier():
+            if family == JUDGE and (part.isidentifier() or part.endswith(PER_TOKEN)):
                 values = (part,)
             else:
                 values = tuple(_number(value) for value in part.split(":")) if numbers else ()
             if family == JUDGE:
                 (threshold,) = values or (None,)
-                if isinstance(threshold, float | int) and not 0 <= threshold <= 1:
-                    raise ValueError(f"`threshold` must be in [0, 1], got {threshold}.")
+                if threshold is not None and not str(threshold).isidentifier():
+                    limit_of(threshold)
                 name = f"judge:{Path(judge).name}" if named else JUDGE
                 settings.append(Setting(name, values, judge))
                 continue

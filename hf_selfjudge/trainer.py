@@ -272,7 +272,7 @@ class JudgeTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """What was measured of the judge before, and the thresholds chosen there, are forgotten."""
-        self.judge.info = replace(self.judge.info, training={}, operating_points={})
+        self.judge.info = replace(self.judge.info, threshold=0.5, training={}, operating_points={})
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

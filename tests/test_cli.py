@@ -239,7 +239,7 @@ def questions(tmp_path):
 def test_bench(run, judge, pair_folders, questions, tmp_path):
     bench = ("bench", "--pair", pair_folders, "--prompts", questions, "--output", tmp_path / "b", "--dtype", "float32")
     bench += ("--max-new-tokens", 24, "--per-category", 2)
-    rules = ["greedy", "stock", "draft", "margin=0.5,2", "coin=0.5:1", "coin", f"judge:{judge}=0.3,0.6"]
+    rules = ["greedy", "stock", "draft", "margin=0.5,2", "coin=0.5:1", "coin", f"judge:{judge}=0.3,0.6,0.2/token"]
     options = [part for rule in rules for part in ("--rule", rule)]
     code, out, err = run(*bench, *options, "--ask")
     assert code == 0, err
@@ -249,11 +249,12 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
     by = {name: row["retention_by"] for name, row in quality["categories"].items()}
     assert by == dict.fromkeys(("math_reasoning", "mt_bench", "rag"), "same")
     rows = {row["setting"]: row for row in quality["settings"]}
-    assert len(rows) == 11
+    assert len(rows) == 13
     assert rows["lossless"]["speed"] == [1, 1, 1]
     assert rows["greedy"]["tokens_per_round"] == [1, 1, 1]
     assert rows["draft"]["tokens_per_round"] is None
     assert rows["judge:j=0.6"]["judged_share"] > 0
+    assert quality["thresholds"] == {"judge:j=0.3": 0.3, "judge:j=0.6": 0.6, "judge:j=0.2/token": "0.2/token"}
     assert {(row["first"], row["second"]) for row in quality["comparisons"]} == {
         ("judge:j", "margin"), ("judge:j", "coin"), ("judge:j", "coin like judge:j"),
     }  # fmt: skip
@@ -261,7 +262,7 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
     tables = (tmp_path / "b" / "quality-results.md").read_text()
     assert "answers of at most 24 tokens to 6 prompts of questions.jsonl" in tables
     assert "| coin like judge:j=0.3 |" in tables
-    assert "| judge:j (2) ÷ margin (2) |" in tables
+    assert "| judge:j (3) ÷ margin (2) |" in tables
     assert "| × lossless / retention | math_reasoning | mt_bench | rag |" in tables
     assert "| lossless | 1.00 / 1.000 | 1.00 / 1.000 | 1.00 / 1.000 |" in tables
     assert (tmp_path / "b" / "curve.png").stat().st_size > 10_000
@@ -270,15 +271,19 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
     other = copy.deepcopy(quality)
     for row in other["settings"]:
         row["retention"] = [0.98] * 3
+        row["speed"] = [2.0 if row["setting"].endswith("/token") else 1.5] * 3
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "quality-results.json").write_text(json.dumps({"quality": other}))
     code, out, err = run("calibrate", judge, "--bench", tmp_path / "c")
     assert code == 0, err
     assert "balanced: threshold " in out
     assert "No threshold keeps enough for strict" in out
-    points = Judge.from_pretrained(judge).info.operating_points
-    assert [*points] == ["balanced", "fast"]
-    assert "| `balanced` |" in (judge / "README.md").read_text()
+    info = Judge.from_pretrained(judge).info
+    assert [*info.operating_points] == ["balanced", "fast"]
+    assert info.threshold == info.operating_points["balanced"]["threshold"] == "0.2/token"
+    card = (judge / "README.md").read_text()
+    assert "| `balanced` | 0.2/token |" in card
+    assert "`judged.threshold` is 0.2/token, that of an operating point; 0 is lossless" in card
     code, _, err = run(*bench, "--rule", f"judge:{judge}=strict")
     assert code == 1
     assert "'strict' is none of the judge's operating points (balanced, fast)" in err
@@ -293,7 +298,7 @@ def test_bench(run, judge, pair_folders, questions, tmp_path):
     code, out, err = run(*bench, *options, "--mode", "timing", "--repeats", 2, "--spec-bench")
     assert code == 0, err
     timing = json.loads((tmp_path / "b" / "timing-results.json").read_text())["timing"]
-    assert (timing["prompts"], timing["repeats"], len(timing["settings"])) == (6, 2, 11)
+    assert (timing["prompts"], timing["repeats"], len(timing["settings"])) == (6, 2, 13)
     stock = next(row for row in timing["settings"] if row["setting"] == "stock")
     assert stock["speed_over_stock"] == [1, 1, 1]
     assert {*stock["speed_over_greedy_by_category"]} == {"math_reasoning", "mt_bench", "rag"}

@@ -224,7 +224,8 @@ def test_errors(llama, prompt):
     assert judged.threshold == 0.25
     with pytest.raises(ValueError, match=r"'fast' is none of the judge's operating points \(strict\)"):
         judged.threshold = "fast"
-    with pytest.raises(TypeError, match=r"`threshold` is a judge's, and the rule is Lossless\(\)"):
+    assert not hasattr(JudgedModel(target, Lossless()), "threshold")
+    with pytest.raises(AttributeError, match=r"`threshold` is a judge's, and the rule is Lossless\(\)"):
         JudgedModel(target, Lossless()).threshold = 0.5
     with pytest.raises(TypeError, match="`target` must be a transformers model, got Linear"):
         JudgedModel(torch.nn.Linear(2, 2), judged.rule)

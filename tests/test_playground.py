@@ -96,8 +96,9 @@ def test_what_is_shown(parts, prompt):
     assert right == [("sky ", None), ("a", "differs"), ("s", None), (" on", "differs")]
     assert len(picture({"lossless": [3, 4], "judge": [5]}).axes) == 2
     made = {type(rule_of(name, 0.5, judge)) for name in RULES}
+    assert rule_of("judge per token", 0.03, judge).threshold == "0.03/token"
     assert made == {JudgeRule, KLGate, Lossless, Margin}
-    with pytest.raises(ValueError, match="`rule` must be one of judge, lossless"):
+    with pytest.raises(ValueError, match="`rule` must be one of judge, judge per token, lossless"):
         rule_of("luck", 0.5, judge)
     assert Noting(JudgeRule(judge)).special_tokens == judge.info.special_tokens
 

@@ -71,6 +71,32 @@ def test_coin_is_fair_and_always_falls_the_same_way():
     assert throws != [Coin(0.3, seed=1).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "accepted"),
+    [
+        *((0.39, False), (0.41, True), (0, False), (1, True)),
+        *(("0.13/token", False), ("0.14/token", True), ("0/token", False), ("1/token", True)),
+    ],
+)
+def test_a_threshold_for_each_token_gained(llama, threshold, accepted):
+    """The candidate and the two behind it that match: a probability of 0.4 is 0.133 for each."""
+    judge = random_judge(llama[0])
+    judge.forward = lambda scalars, hidden: torch.tensor([0.4]).logit()
+    assert JudgeRule(judge, threshold).accept(rows([0.5, 0.5], matches_after=2)) == accepted
+
+
+@pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", -0.1, float("nan")])
+def test_thresholds_that_are_none(llama, threshold):
+    with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\].*, got"):
+        JudgeRule(random_judge(llama[0]), threshold)
+
+
+def test_an_operating_point_for_each_token_gained(llama):
+    judge = random_judge(llama[0])
+    judge.info.operating_points["fast"] = {"threshold": "0.03/token"}
+    assert JudgeRule(judge, "fast").threshold == "0.03/token"
+
+
 def test_several_rows_at_once():
     one = rows([0.6, 0.2, 0.2], draft=[0.5, 0.3, 0.2])
     other = rows([0.4, 0.35, 0.25], draft=[0.4, 0.35, 0.25], matches_after=3, position=1)

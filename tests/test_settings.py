@@ -27,11 +27,16 @@ def test_judges():
     assert parse_settings(["judge"], shipped="s")[1] == Setting("judge", (), "s")
     assert parse_settings(["judge=strict"], shipped="s")[1] == Setting("judge", ("strict",), "s")
     assert names("judge:j=strict,0.5") == ["lossless", "judge:j=strict", "judge:j=0.5"]
+    assert names("judge=0.2,0.03/token", shipped="s") == ["lossless", "judge=0.2", "judge=0.03/token"]
+    with pytest.raises(ValueError, match=r"`rule` 'judge=3/token': `threshold` must be in \[0, 1\]"):
+        parse_settings(["judge=3/token"], shipped="s")
     assert parse_settings(["judge:a=b=0.5"])[1] == Setting("judge:a=b", (0.5,), "a=b")
     with pytest.raises(ValueError, match="x/same and y/same have the same name"):
         parse_settings(["judge:x/same=0.1", "judge:y/same=0.1"])
     with pytest.raises(ValueError, match="`rule`: two thresholds are both margin=0.123457. Leave one out"):
         parse_settings(["margin=0.12345678,0.12345679"])
+    with pytest.raises(ValueError, match="`rule`: two thresholds are both judge=0.123457. Leave one out"):
+        parse_settings(["judge=0.12345678,0.12345679"], shipped="s")
 
 
 def test_coins_like_judges():

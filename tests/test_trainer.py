@@ -434,12 +434,13 @@ def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, 
 def test_training_anew_forgets_what_was_measured(fitted, tmp_path):
     folder, _, saved = fitted
     judge = Judge.from_pretrained(saved)
-    judge.info = replace(judge.info, operating_points={"fast": {"threshold": 0.5}})
+    judge.info = replace(judge.info, threshold="0.03/token", operating_points={"fast": {"threshold": 0.3}})
     again = JudgeTrainer(judge, config(tmp_path, max_steps=1), train_dataset=load_labels(folder))
     assert again.judge.info.training
     again.train()
     assert not again.judge.info.training
     assert not again.judge.info.operating_points
+    assert again.judge.info.threshold == 0.5
 
 
 def test_a_target_needs_no_arguments(target, answers, monkeypatch, tmp_path):
@@ -569,6 +570,10 @@ def test_card(fitted, tmp_path):
     add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
     text = write_card(judge, tmp_path / "my-judge").read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
+    assert "5 drafted tokens a round, threshold 0.300, float32" in text
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"threshold": "0.03/token"}))
+    add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
+    assert "threshold 0.03/token, float32" in write_card(judge, tmp_path / "my-judge").read_text()
     judge.info.training["mining"][0] |= {
         "prompts_options": {"system": "Don't ramble.", "limit": 40, "shuffle": 0},
         "written_by": "me/first judge, weights 0123, threshold 0.3",

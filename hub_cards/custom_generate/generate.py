@@ -20,8 +20,9 @@ def generate(
     **kwargs,
 ):
     """
-    All arguments of `generate`; and of `JudgedModel.from_pretrained` the `threshold` (a number or an operating point),
-    the `draft_length`, `allow_other_weights`, and the `revision` of the judge.
+    All arguments of `generate`; and of `JudgedModel.from_pretrained` the `threshold` (a number, one for each token
+    gained as "0.03/token", or an operating point), the `draft_length`, `allow_other_weights`, and the `revision` of
+    the judge.
     """
     rule = JudgeRule(load(judge, revision=revision, token=token), threshold, allow_other_weights)
     return JudgedModel(model, rule, draft_length).generate(**kwargs)
