@@ -220,8 +220,9 @@ class JudgeRule(Rule):
         threshold (`float` or `str`, *optional*): Overrides the judge's own. A candidate is accepted if its probability
             of changing the meaning is below this; 0 never accepts (lossless), 1 always does. `"0.03/token"` accepts it
             if the probability is below 0.03 for each token that this gains in the round: the candidate, and those
-            behind it that match. The same expected number of changes then buys more tokens. A name is that of one of
-            the judge's operating points.
+            behind it that match. The same expected number of changes then buys more tokens, the more the longer the
+            drafts are (transformers ends them where they are unsure, unless their `assistant_confidence_threshold` is
+            0). A name is that of one of the judge's operating points.
         allow_other_weights (`bool`, defaults to `False`): Use the judge on other weights of the same shape.
     """
 
