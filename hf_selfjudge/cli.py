@@ -39,7 +39,7 @@ from .inspection import (
     rates_table,
 )
 from .inspection import plot as draw
-from .judge import Judge
+from .judge import Judge, read_threshold
 from .judge_config import JudgeConfig
 from .labels import MiningConfig, folders_of, mining_of
 from .measures import check_tasks, task_of
@@ -616,14 +616,6 @@ def read_length(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"`draft-length` must be a number of tokens, 1 or more, or 'auto', got {text!r}.")
     return int(text)
-
-
-def read_threshold(text: str | None) -> float | str | None:
-    """`--threshold`: a number, one for each token gained (`0.03/token`), or the name of an operating point."""
-    try:
-        return text if text is None else float(text)
-    except ValueError:
-        return text
 
 
 def read_dtype(text: str | None) -> torch.dtype | None:

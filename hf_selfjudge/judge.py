@@ -143,8 +143,9 @@ class Judge(torch.nn.Module):
         if not different:
             if "fingerprint" in other:
                 logger.warning_once(
-                    f"The judge was made on other weights of {info.target}{_described(info.target_fingerprint)} than "
-                    "those of `target`. How well it does on these was not measured."
+                    f"The judge was made on other weights of {info.target} than those of `target`: on "
+                    f"{described(info.target_fingerprint) or info.target_fingerprint}. How well it does here was not "
+                    "measured."
                 )
             return
         found = "; ".join(f"{name}: judge {made!r}, target {given!r}" for name, (made, given) in different.items())
@@ -236,10 +237,6 @@ class Judge(torch.nn.Module):
             settings = _read_json(fetch(ADAPTER_CONFIG, CONFIG_LIMIT, revision))
             judge.adapter = Adapter(settings, _read_tensors(fetch(ADAPTER, ADAPTER_LIMIT, revision)))
         return judge.eval()
-
-
-def _described(weights: str) -> str:
-    return f" ({copy})" if (copy := described(weights)) else ""
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
@@ -334,6 +331,14 @@ def _check_info(info: JudgeInfo) -> None:
         raise ValueError("special_tokens are not all tokens")
     for threshold in (info.threshold, *(point["threshold"] for point in _points(info))):
         limit_of(threshold)
+
+
+def read_threshold(text: str | None) -> float | str | None:
+    """A number, one for each token gained (`0.03/token`), the name of an operating point, or nothing."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def limit_of(threshold: float | str) -> tuple[float, bool]:

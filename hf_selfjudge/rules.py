@@ -282,7 +282,7 @@ class JudgeRule(Rule):
 
     def accept(self, rows: Rows) -> torch.BoolTensor:
         limit, per_token = limit_of(self.threshold)
-        gained = 1 + rows.matches_after if per_token else torch.ones_like(rows.matches_after)
+        gained = 1 + per_token * rows.matches_after
         return self.odds(rows) < torch.logit((limit * gained).clamp(max=1))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .judge import PER_TOKEN, Judge, limit_of
+from .judge import Judge, limit_of, read_threshold
 from .rules import Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, Rule, TopK
 
 
@@ -133,17 +133,16 @@ def _read(text: str, family: str, judge: str | None, named: bool, numbers: str) 
     settings = []
     for part in numbers.split(","):
         try:
-            if family == JUDGE and (part.isidentifier() or part.endswith(PER_TOKEN)):
-                values = (part,)
-            else:
-                values = tuple(_number(value) for value in part.split(":")) if numbers else ()
             if family == JUDGE:
-                (threshold,) = values or (None,)
-                if threshold is not None and not str(threshold).isidentifier():
-                    limit_of(threshold)
+                values = (read_threshold(part),) if numbers else ()
+                for threshold in values:
+                    # A name is that of an operating point, and the judge has not been read yet.
+                    if isinstance(threshold, float) or not threshold.isidentifier():
+                        limit_of(threshold)
                 name = f"judge:{Path(judge).name}" if named else JUDGE
                 settings.append(Setting(name, values, judge))
                 continue
+            values = tuple(_number(value) for value in part.split(":")) if numbers else ()
             setting = Setting(family, values)
             if family == ENSEMBLE:
                 (weight,) = values

@@ -51,6 +51,9 @@ from .rereading import StateReader
 from .sources import HalfLinear, fingerprint, load_model, resolve_model
 
 
+UNCHOSEN = 0.5  # threshold, before one is chosen by what was held out
+
+
 def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
     """
     A judge that knows nothing yet.
@@ -64,7 +67,7 @@ def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
             **of,
             layer=mining.get("layer"),
             special_tokens=mining["special_tokens"],
-            threshold=0.5,
+            threshold=UNCHOSEN,
             **_looks_at(args, mining["hidden_size"]),
         )
     )
@@ -272,7 +275,7 @@ class JudgeTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """What was measured of the judge before, and the thresholds chosen there, are forgotten."""
-        self.judge.info = replace(self.judge.info, threshold=0.5, training={}, operating_points={})
+        self.judge.info = replace(self.judge.info, threshold=UNCHOSEN, training={}, operating_points={})
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -395,7 +398,7 @@ def _judge_for(
             draft="",
             layer=layer,
             special_tokens=special_tokens(target, tokenizer),
-            threshold=0.5,
+            threshold=UNCHOSEN,
             **_looks_at(args, config.hidden_size),
         )
     )
