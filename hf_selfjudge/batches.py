@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .processors import copied
 from .rules import Rule
 from .together import together
 
@@ -63,7 +64,8 @@ def generate_rows(
             options["streamer"] = streamers[row]
         single.target.generation_config = row_config  # the stand-in's own
         options["attention_mask"] = torch.ones_like(prompts[row])
-        return single.generate(prompts[row], None, logits_processor, **options), single.stats
+        processors = [copied(processor) for processor in logits_processor or ()]  # what they remember is a row's own
+        return single.generate(prompts[row], None, processors, **options), single.stats
 
     models = [target] if draft is None else [draft, target]
     calls = [lambda *stand_ins, row=row: answer(row, *stand_ins) for row in rows]

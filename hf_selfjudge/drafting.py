@@ -5,14 +5,20 @@ In: what `_get_candidate_generator` of transformers is given. Out: candidates. K
 
 from __future__ import annotations
 
+import copy
+import functools
 import weakref
 from bisect import bisect
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
+from .prompts import context_of
 from .together import meet
 
 
@@ -182,6 +188,69 @@ class AutoLength:
         # Rounds of one length do not tell what a row of the verification costs; call it free, and longer ones will.
         row = max(0.0, (xv / rounds - x * verify / rounds**2) / spread) if spread > 0.05 else 0.0
         return draft / x + row, tokens / (draft + verify)
+
+
+class ContextFullError(Exception):
+    """The text fills the draft's context: there is no room for a candidate."""
+
+
+def stay_within_context(generator: AssistedCandidateGenerator) -> None:
+    """
+    End drafts where the draft's context ends, also where it is shorter than the target's, or where the draft's
+    tokenizer makes more tokens of the same text.
+
+    A text that leaves no room for a candidate makes `get_candidates` raise [`ContextFullError`].
+    """
+    context = context_of(generator.assistant_model)
+    if context is None:
+        return
+    # The generator owns this function. Were the generator held here in turn, caches would stay for long.
+    prepare, generator_proxy = type(generator)._prepare_generation_args, weakref.proxy(generator)
+
+    def within(input_ids: torch.LongTensor, min_new_tokens: int, max_new_tokens: int) -> dict:
+        room = context - input_ids.shape[1]
+        if room < 1:
+            raise ContextFullError
+        return prepare(generator_proxy, input_ids, min(min_new_tokens, room), min(max_new_tokens, room))
+
+    generator._prepare_generation_args = within
+
+
+def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give each token the same number."""
+    return first is second or _same_vocabulary(first, second, len(first), len(second))
+
+
+@functools.lru_cache(maxsize=8)  # a vocabulary takes a tenth of a second to list
+def _same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, *sizes: int) -> bool:
+    return first.get_vocab() == second.get_vocab()
+
+
+def fit_vocabulary(draft: PreTrainedModel, size: int) -> PreTrainedModel:
+    """
+    A draft as if its embeddings had `size` rows. Models that share a tokenizer may still differ in that number: it is
+    rounded up for the hardware (Qwen2.5: 151,936 rows in the 0.5B model and 152,064 in the 7B one).
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: `draft` itself if it has so many; else a copy that shares its weights. Rows
+        beyond its own get the lowest logit, and as an input the last of its own rows.
+    """
+    own = draft.config.get_text_config().vocab_size
+    if own == size:
+        return draft
+    fitted, forward = copy.copy(draft), draft.forward
+    fitted.config = copy.deepcopy(draft.config)
+    fitted.config.get_text_config().vocab_size = size
+
+    @functools.wraps(forward)  # `generate` looks at the signature
+    def resized(input_ids: torch.LongTensor, *args, **kwargs) -> ModelOutput:
+        output = forward(input_ids.clamp(max=own - 1), *args, **kwargs)
+        lowest = output.logits.amin(-1, keepdim=True).expand(*output.logits.shape[:-1], max(0, size - own))
+        output.logits = torch.cat([output.logits[..., :size], lowest], dim=-1)
+        return output
+
+    fitted.forward = resized
+    return fitted
 
 
 def set_draft_length(generator: CandidateGenerator, length: int) -> None:

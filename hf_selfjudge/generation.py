@@ -4,9 +4,9 @@ In: a target, a rule, and whatever `generate` takes. Out: what `generate` return
 target verifies, and where its choice differs from the candidate the rule may accept the candidate all the same.
 
 Nothing of the decoding loop is rewritten. [`JudgeCandidateGenerator`] wraps the candidate generator that transformers
-built and so learns what was drafted and what was kept; [`HiddenTap`] reads the verification forward;
-[`JudgeLogitsProcessor`] makes the row of an accepted candidate one-hot, so that the stock comparison keeps it. The
-loop is `GenerationMixin._assisted_decoding` of transformers.
+built and so learns what was drafted; [`HiddenTap`] reads the verification forward; [`JudgeLogitsProcessor`] makes the
+row of an accepted candidate one-hot, so that the stock comparison keeps it; [`KeptTokens`] sees what was kept, and
+ends the text. The loop is `GenerationMixin._assisted_decoding` of transformers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import (
     AssistedCandidateGeneratorDifferentTokenizers,
@@ -30,13 +30,24 @@ from transformers.generation.candidate_generator import (
 )
 
 from .batches import generate_rows, merged
-from .drafting import AutoLength, FastDraft, set_draft_length
+from .drafting import (
+    AutoLength,
+    ContextFullError,
+    FastDraft,
+    fit_vocabulary,
+    same_tokens,
+    set_draft_length,
+    stay_within_context,
+)
 from .hidden import Entered, HiddenTap
 from .judge import Judge
+from .processors import ConstrainedScores, JudgeLogitsProcessor, TrialProcessor, on_trial
+from .prompts import context_of
 from .replay import Midway, Replaying
 from .rules import JudgeRule, Rows, Rule
 from .sources import pack_again
 from .stats import Stats
+from .stopping import HeldStreamer, KeptTokens, without_last
 
 
 # Candidate generators whose drafts come without logits, and the one among their children whose drafts have them.
@@ -52,6 +63,7 @@ class Round:
         self.stats = Stats(calls=1)
         self.prompt_length: int | None = None
         self.replaced: dict[int, torch.Tensor] = {}  # by place in the answer: scores that became one-hot
+        self.trials: list[TrialProcessor] = []
         self.verifying = False  # between a draft and what is kept of it; other forwards and scores are not ours
 
     def prepare(self, config: GenerationConfig, device: torch.device) -> None:
@@ -65,6 +77,12 @@ class Round:
         special.append(torch.tensor(sorted(self.special_tokens), dtype=torch.long))
         self.special = torch.cat(special).to(device)
 
+    def draft(self) -> None:
+        """A draft begins: the forwards and scores until [`begin`] are not of a verification."""
+        self.verifying = False
+        for processor in self.trials:
+            processor.begin()
+
     def begin(self, start: int, candidates: torch.LongTensor, draft_logits: torch.Tensor | None) -> None:
         """`candidates` of shape `(k,)`, with `draft_logits` of shape `(k, vocab_size)` if the draft has any, are about
         to be verified behind `start` tokens."""
@@ -76,6 +94,8 @@ class Round:
         self.scores = self.hidden = self.logits = self.matches = None
         self.asked: list[int] = []
         self.judged: dict[int, float] = {}
+        for processor in self.trials:
+            processor.begin()
         self.verifying, self.rejected = True, False
         self.since, self.verify_seconds = time.perf_counter(), 0.0
 
@@ -143,12 +163,20 @@ class Round:
         given_up = sum(self.judged[i] for i, source in enumerate(sources) if source == "judged")
         # What was asked behind an end of text did not come to pass.
         self.stats.count(drafted, sum(row < len(kept) for row in self.asked), sources, given_up)
+        for processor in self.trials:
+            processor.keep(self.start, self.start + len(kept))
+
+    def own_scores(self, scores: tuple[torch.FloatTensor, ...] | None) -> tuple[torch.FloatTensor, ...] | None:
+        """The target's own scores of each token, in place of those that became one-hot."""
+        if scores is None or not self.replaced:
+            return scores
+        return tuple(self.replaced.get(place, row) for place, row in enumerate(scores))
 
 
 class JudgeCandidateGenerator(CandidateGenerator):
     """
     Wraps the candidate generator that transformers built, whichever it is, and tells the round what was drafted
-    (`get_candidates`) and what was kept (`update_candidate_strategy`).
+    (`get_candidates`).
 
     Args:
         inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
@@ -156,10 +184,18 @@ class JudgeCandidateGenerator(CandidateGenerator):
         length ([`AutoLength`], *optional*): Learns from the rounds.
         blind (`bool`, defaults to `False`): Set the length that it chooses before each draft, since `inner` does not
             ask it on the way.
+        context (`int`, *optional*): Tokens that the target can attend to: candidates beyond are left out.
     """
 
-    def __init__(self, inner: CandidateGenerator, round: Round, length: AutoLength | None = None, blind: bool = False):
-        self.inner, self.round, self.length, self.blind = inner, round, length, blind
+    def __init__(
+        self,
+        inner: CandidateGenerator,
+        round: Round,
+        length: AutoLength | None = None,
+        blind: bool = False,
+        context: int | None = None,
+    ):
+        self.inner, self.round, self.length, self.blind, self.context = inner, round, length, blind, context
 
     @property
     def requires_model_outputs(self) -> bool:
@@ -170,66 +206,29 @@ class JudgeCandidateGenerator(CandidateGenerator):
         return self.inner.model_kwargs_overrides
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        self.round.verifying = False
+        self.round.draft()
         if self.blind:
             set_draft_length(self.inner, self.length.blind())
         since = time.perf_counter()
-        candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        try:
+            candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        except ContextFullError:  # from here on the target goes alone
+            candidate_ids, logits = input_ids, None
         self.draft_seconds = time.perf_counter() - since
         self.round.stats.draft_seconds += self.draft_seconds
         start = input_ids.shape[1]
+        if self.context is not None and candidate_ids.shape[1] > max(start, self.context):
+            candidate_ids = candidate_ids[:, : max(start, self.context)]
+            logits = None if logits is None else logits[:, : candidate_ids.shape[1] - start]
         candidates = candidate_ids[0, start:].to(input_ids.device)
         self.round.begin(start, candidates, None if logits is None else logits[0])
         return candidate_ids, logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        round = self.round
-        round.end(input_ids[0, round.start :])
         if self.length is not None:
-            self.length.observe(len(round.candidates), num_matches, self.draft_seconds, round.verify_seconds)
+            drafted = len(self.round.candidates)
+            self.length.observe(drafted, num_matches, self.draft_seconds, self.round.verify_seconds)
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)
-
-
-class ConstrainedScores(LogitsProcessor):
-    """Keeps a row as it is behind the penalties and constraints and before temperature and filters: that is where
-    transformers puts the caller's processors. It is what a rule sees."""
-
-    def __init__(self, round: Round):
-        self.round = round
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.round.verifying:
-            self.round.scores = scores[0]
-        return scores
-
-
-class JudgeLogitsProcessor(LogitsProcessor):
-    """
-    Makes the row of an accepted candidate one-hot on it. Last of all processors, so that nothing which temperature,
-    filters or a watermark mask is accepted, and nothing changes the row again.
-
-    transformers calls the processors once for each row of a verification, with the candidates before it as input.
-    Outside a verification (plain decoding, drafting, the bonus row) this one changes nothing.
-    """
-
-    def __init__(self, round: Round):
-        self.round = round
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        round = self.round
-        if not round.verifying or round.logits is None:
-            return scores
-        row = input_ids.shape[1] - round.start
-        if row >= len(round.candidates):
-            return scores
-        since = time.perf_counter()
-        if round.accepts(row, scores[0]):
-            if round.keeps_scores:
-                round.replaced[input_ids.shape[1] - round.prompt_length] = scores.clone()  # stock writes into them
-            scores = torch.full_like(scores, -torch.inf)
-            scores[0, round.candidates[row]] = 0.0
-        round.stats.rule_seconds += time.perf_counter() - since
-        return scores
 
 
 class JudgedModel:
@@ -371,7 +370,10 @@ class JudgedModel:
         left. Each row goes its own way, and its answer is the one it would get alone, unless the clock has a part in
         it (`draft_length="auto"` with sampling, or with a rule that accepts anything). `stats.rows` has the statistics
         of each. `streamer` is then a list, one for each row, and criteria and processors are asked about one row at a
-        time, without its padding.
+        time, without its padding; each row has copies of the processors.
+
+        Unlike stock, criteria are asked about each token that is kept, and the text ends with the first one that they
+        end it at; a processor that remembers what it was asked sees each of these tokens once.
 
         Args:
             rules (`Sequence[Rule]`, *optional*): One for each row, instead of the model's own.
@@ -379,11 +381,14 @@ class JudgedModel:
                 global generator.
 
         Raises:
+            TypeError: If the tokens or their mask are no tensors, or the draft is no model.
             ValueError: If the prompt is empty or longer than the target's context, the draft has another vocabulary
-                and no tokenizers were given, or the rule or `draft_length` cannot work with this draft; for several
-                prompts also if they are padded on the right, or something is asked that works for one only.
+                and no tokenizers were given, the rule or `draft_length` cannot work with this draft, or a draft cannot
+                be used with `guidance_scale`, a processor or the content of a cache; for several prompts also if they
+                are padded on the right, or something is asked that works for one only.
         """
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        ids = _token_ids(inputs, kwargs)
+        kwargs = self._with_fitting_draft(kwargs)
         several = ids is not None and len(ids) > 1 and self._has_draft(generation_config, kwargs)
         if several or rules is not None or seeds is not None:
             return generate_rows(self, ids, generation_config, logits_processor, rules, seeds, kwargs)
@@ -391,42 +396,63 @@ class JudgedModel:
         replay = self.rule.replay_on(self.target)
         round = Round(self.rule, self.special_tokens, None if replay is None else replay.start())
         last = JudgeLogitsProcessor(round)
+        if (streamer := kwargs.get("streamer")) is not None:
+            kwargs["streamer"] = streamer = HeldStreamer(streamer)
+        kept: list[KeptTokens] = []
         generators: list[JudgeCandidateGenerator] = []
         # The overrides go on a shallow copy: it shares the weights, and other callers of the target do not see them.
         target = copy.copy(self.target)
-        build_processors, build_generator = target._get_logits_processor, target._get_candidate_generator
+        build_processors, build_criteria = target._get_logits_processor, target._get_stopping_criteria
+        build_generator = target._get_candidate_generator
 
         def with_judge(**arguments) -> LogitsProcessorList:
             return LogitsProcessorList([*build_processors(**arguments), last])
 
+        def token_by_token(**arguments) -> StoppingCriteriaList:
+            criteria = build_criteria(**arguments)
+            if generators:  # of a draft that is the target itself
+                return criteria
+            kept.append(KeptTokens(criteria, round, streamer))
+            return kept[0]
+
         def wrap(**arguments) -> JudgeCandidateGenerator:
+            processors, cache = arguments["logits_processor"], arguments["model_kwargs"]["past_key_values"]
+            processors[:] = on_trial(processors)  # the list that decoding goes through
+            round.trials = [processor for processor in processors if isinstance(processor, TrialProcessor)]
             # The draft gets the target's processors, but not these.
             ours = (ConstrainedScores, JudgeLogitsProcessor)
-            arguments["logits_processor"] = LogitsProcessorList(
-                p for p in arguments["logits_processor"] if not isinstance(p, ours)
-            )
+            arguments["logits_processor"] = LogitsProcessorList(p for p in processors if not isinstance(p, ours))
             round.prepare(arguments["generation_config"], target.device)
             generators.append(self._wrap(build_generator(**arguments), round))
+            if cache.get_seq_length():
+                _continue_cache(target, generators[0], arguments)
+            kept[0].begin(cache)
             return generators[0]
 
-        target._get_logits_processor, target._get_candidate_generator = with_judge, wrap
+        target._get_logits_processor, target._get_stopping_criteria = with_judge, token_by_token
+        target._get_candidate_generator = wrap
         processors = LogitsProcessorList([*(logits_processor or []), ConstrainedScores(round)])
         try:
             with HiddenTap(target, round.observe, None if replay is None else replay.entering):
                 output = target.generate(inputs, generation_config, processors, **kwargs)
         finally:  # what refers to itself would keep caches until the next garbage collection
-            del target._get_logits_processor, target._get_candidate_generator
-        if round.replaced:  # the caller gets the target's own
-            output.scores = tuple(round.replaced.get(place, row) for place, row in enumerate(output.scores))
-        if generators:
-            self._remember(round.stats)
-            # transformers keeps the length that this schedule arrived at, but does not look inside a wrapper for it.
-            (inner,) = (generator.inner for generator in generators)
-            if isinstance(inner, AssistedCandidateGenerator) and self.draft_length is None:
-                config = inner.assistant_model.generation_config
-                if config.num_assistant_tokens_schedule == "heuristic":
-                    config.num_assistant_tokens = inner.num_assistant_tokens
-        return output
+            for override in ("_get_logits_processor", "_get_stopping_criteria", "_get_candidate_generator"):
+                delattr(target, override)
+            vars(target).pop("prepare_inputs_for_generation", None)
+            if generators and kept[0].cache is not None:
+                kept[0].cache.undo()
+        if not generators:
+            return output
+        if round.replaced:
+            output.scores = round.own_scores(output.scores)
+        self._remember(round.stats)
+        # transformers keeps the length that this schedule arrived at, but does not look inside a wrapper for it.
+        (inner,) = (generator.inner for generator in generators)
+        if isinstance(inner, AssistedCandidateGenerator) and self.draft_length is None:
+            config = inner.assistant_model.generation_config
+            if config.num_assistant_tokens_schedule == "heuristic":
+                config.num_assistant_tokens = inner.num_assistant_tokens
+        return without_last(output, kept[0].dropped)
 
     def _wrap(self, inner: CandidateGenerator, round: Round) -> JudgeCandidateGenerator:
         """Decorate what transformers built; say now what could not work later."""
@@ -438,6 +464,9 @@ class JudgedModel:
         if isinstance(inner, AssistedCandidateGenerator):
             # The target's criteria end the text. transformers would ask the draft for a tokenizer that it cannot give.
             inner.generation_config.stop_strings = None
+            stay_within_context(inner)
+        if isinstance(inner, AssistedCandidateGeneratorDifferentTokenizers):
+            inner.logits_processor = LogitsProcessorList()  # they are about tokens of the target
         if isinstance(inner, EarlyExitCandidateGenerator):
             inner.assistant_model = _with_own_config(inner.assistant_model)
         length = AutoLength() if self.draft_length == "auto" else None
@@ -448,7 +477,8 @@ class JudgedModel:
             set_draft_length(inner, length.first)  # refuse now what cannot be set
         if isinstance(self.draft_length, int):
             set_draft_length(inner, self.draft_length)
-        return JudgeCandidateGenerator(inner, round, length, blind=length is not None and not fast)
+        blind = length is not None and not fast
+        return JudgeCandidateGenerator(inner, round, length, blind, context_of(self.target))
 
     def _has_draft(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
         config = merged(self.target, generation_config)
@@ -474,10 +504,25 @@ class JudgedModel:
         with self._lock:
             self.total.add(stats)
 
+    def _with_fitting_draft(self, kwargs: dict) -> dict:
+        """The arguments of `generate`; where both tokenizers are given and are the same, with a draft whose tokens
+        need no translation."""
+        draft = kwargs.get("assistant_model")
+        if draft is not None and not isinstance(draft, PreTrainedModel):
+            raise TypeError(
+                f"`assistant_model` must be a transformers model, got {type(draft).__name__}. Load it first; "
+                "`load_model` returns the model and its tokenizer."
+            )
+        own, other = kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer")
+        if draft is None or own is None or other is None or not same_tokens(own, other):
+            return kwargs
+        fitted = fit_vocabulary(draft, self.target.config.get_text_config().vocab_size)
+        return kwargs | {"assistant_model": fitted, "assistant_tokenizer": None}
+
     def _check(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         config = self.target.config.get_text_config()
         if input_ids is not None and "inputs_embeds" not in kwargs and not config.is_encoder_decoder:
-            length, context = input_ids.shape[-1], getattr(config, "max_position_embeddings", None)
+            length, context = input_ids.shape[-1], context_of(self.target)
             if length == 0:
                 raise ValueError("`input_ids` is empty. Give at least one token.")
             if context is not None and length >= context:
@@ -491,9 +536,73 @@ class JudgedModel:
         if draft_size != config.vocab_size and kwargs.get("assistant_tokenizer") is None:
             raise ValueError(
                 f"`assistant_model` has a vocabulary of {draft_size} tokens, the target one of {config.vocab_size}. "
-                "Use a draft with the target's tokenizer, or pass `tokenizer` and `assistant_tokenizer`."
+                "Pass `tokenizer` and `assistant_tokenizer`: if they are the same, the vocabularies are padded "
+                "differently and nothing else; if not, tokens are translated."
             )
         self.rule.check_draft(draft)
+
+
+def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:
+    """
+    The prompts' tokens, if they are given.
+
+    Raises:
+        TypeError: If they or their mask are no tensor.
+        ValueError: If they are not one row for each prompt.
+    """
+    given = {"inputs": inputs} | {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` is a {type(value).__name__}, not a tensor. Pass what is in it: `generate(**encoding, …)`."
+            )
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"`{name}` must be a tensor of shape `(prompts, tokens)`, got {type(value).__name__}. Tokenize with "
+                "`return_tensors='pt'`."
+            )
+        if value is not None and value.dim() < 2:
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}, expected `(prompts, tokens)`. For one prompt add a "
+                f"dimension: `{name}[None]`."
+            )
+    return inputs if inputs is not None else kwargs.get("input_ids")
+
+
+def _continue_cache(target: PreTrainedModel, generator: JudgeCandidateGenerator, arguments: dict) -> None:
+    """
+    Let the first forward of `target`, a copy, read only what its cache does not hold yet. Stock assisted generation
+    reads all of the prompt again, behind what the cache holds of it.
+
+    Args:
+        arguments (`dict`): Of `_get_candidate_generator`.
+
+    Raises:
+        ValueError: If the cache does not hold a part of this prompt.
+    """
+    cache, mask = (arguments["model_kwargs"].get(name) for name in ("past_key_values", "attention_mask"))
+    held, length = cache.get_seq_length(), arguments["input_ids"].shape[1]
+    masked = arguments["generation_config"]._mask_length if mask is None else mask.shape[-1]
+    if target.config.is_encoder_decoder or "inputs_embeds" in arguments["model_kwargs"]:
+        raise ValueError("`past_key_values` with tokens in it needs a decoder-only target and `input_ids`.")
+    if held >= length or masked != length:
+        raise ValueError(
+            f"`past_key_values` holds {held} tokens, `input_ids` has {length} and `attention_mask` {masked}. With a "
+            "draft, pass all tokens of the prompt, of which the cache holds all but the last at most."
+        )
+    if generator.requires_model_outputs or isinstance(generator.round.replaying, Replaying):
+        reader = type(generator.inner if generator.requires_model_outputs else generator.round.rule).__name__
+        raise ValueError(
+            f"`past_key_values` holds {held} tokens, which {reader} would have to see too. Start with an empty cache."
+        )
+    prepare = target.prepare_inputs_for_generation
+
+    def behind_cache(ids: torch.LongTensor, **kwargs) -> dict:
+        if kwargs.get("is_first_iteration") and kwargs.get("past_key_values") is cache:
+            kwargs["next_sequence_length"] = ids.shape[1] - held
+        return prepare(ids, **kwargs)
+
+    target.prepare_inputs_for_generation = behind_cache
 
 
 def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:

@@ -46,9 +46,8 @@ def build(architecture: str, **sizes) -> torch.nn.Module:
             Gemma3TextConfig(**SIZES, **HEADS, **NO_EOS, head_dim=8, sliding_window=8, layer_types=layers)
         )
     else:
-        model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **NO_EOS)
-        )
+        sizes = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 256, **sizes}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **NO_EOS))
     model.config.name_or_path = f"tiny/{architecture}"
     # Sharper than at initialisation, so that choices are clear and the draft's noise flips only some of them.
     with torch.no_grad():
@@ -70,6 +69,17 @@ def perturbed(model: torch.nn.Module, noise: float = 0.02, seed: int = 1) -> tor
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
     return draft
+
+
+def shortened(model: GPT2LMHeadModel, context: int) -> GPT2LMHeadModel:
+    """A draft that is the same model with fewer positions, and cannot read beyond them."""
+    short = build("gpt2", n_positions=context)
+    with torch.no_grad():
+        for own, other in zip(short.parameters(), model.parameters(), strict=True):
+            own.copy_(other[: len(own)])
+    short.config.name_or_path = f"{model.config.name_or_path}-draft"
+    short.generation_config.assistant_confidence_threshold = 0.0
+    return short
 
 
 def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), seed: int = 0) -> Judge:

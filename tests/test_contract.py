@@ -44,10 +44,15 @@ class Noted(LogitsProcessor):
             {"generation_config", "input_ids", "logits_processor", "model_kwargs", "assistant_model"},
         ),
         (GenerationMixin._get_logits_processor, {"generation_config", "logits_processor"}),
+        (GenerationMixin._get_stopping_criteria, {"generation_config", "stopping_criteria", "tokenizer"}),
         (GenerationMixin.prepare_inputs_for_generation, {"next_sequence_length", "is_first_iteration"}),
         (GenerationMixin.generate, {"assistant_model", "custom_generate", "streamer"}),
         (CandidateGenerator.update_candidate_strategy, {"input_ids", "scores", "num_matches"}),
         (AssistedCandidateGenerator._generate_candidates, {"generation_args"}),
+        (
+            AssistedCandidateGenerator._prepare_generation_args,
+            {"input_ids", "min_new_tokens", "max_new_tokens"},
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -60,7 +65,8 @@ def test_generate_asks_the_instance(llama, prompt, monkeypatch):
     """Overrides on an instance are used, once each, and are given keywords only."""
     target, draft = llama
     seen = []
-    for name in ("_get_logits_processor", "_get_candidate_generator"):
+    names = ["_get_logits_processor", "_get_stopping_criteria", "_get_candidate_generator"]
+    for name in names:
         build = getattr(target, name)
 
         def override(build=build, name=name, **arguments):
@@ -69,7 +75,7 @@ def test_generate_asks_the_instance(llama, prompt, monkeypatch):
 
         monkeypatch.setattr(target, name, override, raising=False)
     target.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
-    assert seen == ["_get_logits_processor", "_get_candidate_generator"]
+    assert seen == names
 
 
 def test_order_of_processors(llama):
@@ -119,6 +125,43 @@ def test_a_round(llama, prompt, monkeypatch):
         assert end == ("end", k + 1)
         assert lengths == list(range(start, start + k + 1))
         assert added == matches + 1
+
+
+def test_the_end_of_a_round(llama, prompt, monkeypatch):
+    """What was kept is streamed, the cache cropped, the generator told, and then the criteria are asked, with the
+    scores of the round among those they get."""
+    target, draft = llama
+    events, cache = [], DynamicCache(config=target.config)
+
+    class Streamer:
+        def put(self, value):
+            events.append("stream")
+
+        def end(self):
+            events.append("end")
+
+    def crop(tokens):
+        events.append("crop")
+        DynamicCache.crop(cache, tokens)
+
+    def asked(input_ids, scores):
+        events.append("criteria")
+        assert len(scores) == input_ids.shape[1] - prompt.shape[1]
+        return torch.zeros(1, dtype=torch.bool)
+
+    cache.crop = crop
+    monkeypatch.setattr(
+        AssistedCandidateGenerator, "update_candidate_strategy", lambda *arguments: events.append("update")
+    )
+    target.generate(
+        prompt, assistant_model=draft, max_new_tokens=NEW, past_key_values=cache, streamer=Streamer(),
+        stopping_criteria=[asked], return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert events[0] == "stream"  # the prompt
+    assert events[-1] == "end"
+    rounds = [events[i : i + 4] for i in range(1, len(events) - 1, 4)]
+    assert len(rounds) > 2
+    assert all(events == ["stream", "crop", "update", "criteria"] for events in rounds)
 
 
 @pytest.mark.parametrize("weight", [None, 0.5])

@@ -98,6 +98,7 @@ def test_every_drafter(llama, tokenizer, drafter, do_sample, monkeypatch):
     # three texts, and what one of them has more of is chance.)
     if not (drafter is other_tokenizer and do_sample):
         assert torch.equal(stock, never)
+        assert do_sample or torch.equal(never, target.generate(ids, max_new_tokens=NEW, pad_token_id=0))
         assert stats[2].judged > 0
         assert stats[2].tokens_per_round >= stats[1].tokens_per_round
     assert stats[1].judged == 0

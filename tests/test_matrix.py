@@ -137,6 +137,8 @@ def test_matrix(architecture, decoding, drafter, record_matrix):
         outputs.append(model.generate(**inputs, **options))
     assert torch.equal(*outputs)
     assert never.stats.judged == 0
+    if decoding == "greedy":
+        assert torch.equal(outputs[1], target.generate(**inputs, max_new_tokens=NEW))
 
     torch.manual_seed(0)
     always = JudgedModel(target, Coin(share=1.0))
