@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import Keys
 from .hidden import HiddenTap
-from .prompts import Prompt
+from .prompts import Prompt, context_of
 from .together import Tally, together
 
 
@@ -212,7 +212,8 @@ def find_substitutions(
     draft: PreTrainedModel, answer: Answer, never: list[int], top: int, floor: float, runners_up: int
 ) -> list[Substitution]:
     """
-    Run the draft once over the answer (teacher-forced): what it would say instead of the target's choices.
+    Run the draft once over the answer (teacher-forced): what it would say instead of the target's choices. Nothing
+    is found beyond the draft's context, where decoding goes on without it.
 
     Args:
         never (`list[int]`): Special tokens. They are never accepted against the target, nor overruled, so a mismatch
@@ -224,8 +225,12 @@ def find_substitutions(
     Returns:
         `list[Substitution]` in the order of positions, at each of them in the draft's order.
     """
-    choices, keep = answer.choices[:, 0], len(answer.tokens) + 1  # the row before each token, and one after the last
-    logits = draft(answer.ids[None].to(draft.device), logits_to_keep=keep).logits[0, -keep:-1].to(choices.device)
+    read = answer.ids[:-1][: context_of(draft)]  # the last token is followed by none
+    keep = len(read) - answer.prompt_length + 1  # the row before each token
+    if keep < 1:
+        return []
+    choices = answer.choices[:keep, 0]
+    logits = draft(read[None].to(draft.device), logits_to_keep=keep).logits[0, -keep:].to(choices.device)
     likely, proposed = logits.float().log_softmax(-1).topk(top)
     special = {*never}
     found = []

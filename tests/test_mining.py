@@ -25,7 +25,7 @@ from hf_selfjudge.mismatches import find_looked_up, read_answers
 from hf_selfjudge.prompts import encode
 from hf_selfjudge.rules import Rule
 
-from .conftest import VOCAB, build, perturbed, tiny_tokenizer
+from .conftest import VOCAB, build, perturbed, shortened, tiny_tokenizer
 from .test_matrix import build as build_any
 
 
@@ -307,3 +307,20 @@ def test_memory_does_not_grow_with_prompts(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks[count] = int(done.stdout.split()[-1])
     assert peaks[400] < 1.05 * peaks[100], peaks
+
+
+def test_a_draft_with_a_short_context(tokenizer, tmp_path):
+    """Nothing is mined where the draft could not have drafted."""
+    target = build("gpt2")
+    draft = perturbed(target, noise=0.05)
+    config = MiningConfig(max_new_tokens=24, rewrites=2, per_answer=24)
+    prompts = [Prompt("short", "why?"), Prompt("middle", "why is it so, " * 2), Prompt("long", "why is it so, " * 5)]
+    found = {}
+    for name, model in (("whole", draft), ("short", shortened(draft, 32))):
+        labels = mine(target, model, tokenizer, prompts, config, tmp_path / name)
+        found[name] = [(row["prompt_id"], row["position"], row["substitute"]) for row in labels]
+    lengths = {prompt.id: len(prompt.text) for prompt in prompts}
+    within = [row for row in found["whole"] if lengths[row[0]] + row[1] <= 32]
+    assert found["short"] == within
+    assert {row[0] for row in within} == {"short", "middle"}
+    assert len(within) < len(found["whole"])
