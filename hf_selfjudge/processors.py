@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 
 if TYPE_CHECKING:
-    from .generation import Round
+    from .verification import Round
 
 
 class ConstrainedScores(LogitsProcessor):

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 
 if TYPE_CHECKING:
-    from .generation import Round
+    from .verification import Round
 
 
 # What `generate` returns with an entry for each token.
