@@ -166,8 +166,8 @@ def label_row(
 
     Returns:
         `dict` with `reconvergence` in [0, 1]; `flipped`, whether the final number, or passing the tests, changed
-        (`None` where the prompt is not checked so, one of the answers did not end (with tests: not even its code), or
-        both fail the tests);
+        (`None` where the prompt is not checked so, one of the answers did not end (with tests: not even its code) or
+        has no number that can be read, or both fail the tests);
         `says_no`, the target's own probability that they do not say the same (`None` if it was not asked); and
         `changed` in [0, 1], the label:
         `flipped` where it is known, else 1 − `reconvergence`.
@@ -178,7 +178,8 @@ def label_row(
     flipped = no = None
     ended = finished and new.finished
     if prompt.check == "number" and ended:
-        flipped = final_number(before) != final_number(after)
+        numbers = final_number(before), final_number(after)
+        flipped = None if None in numbers else numbers[0] != numbers[1]
     elif prompt.check == "tests" and config.allow_code and (ended or (has_code(before) and has_code(after))):
         passed = passes_tests(before, prompt.tests), passes_tests(after, prompt.tests)
         flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,13 +20,15 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import sandbox
+from .numerals import last_number
 from .prompts import TooLong, context_of, encode
 
 
 GRAM = 4  # tokens
 CONTEXT = 12  # words shown around a difference
 PASSED = 77  # exit status behind the last test; code that ends the process before it has not passed
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped one
 WHOLE_BLOCK = re.compile(r"```([^\n]*)\n(.*?)```", re.DOTALL)
 QUESTION = """Two answers to the same request differ in one passage.
 
@@ -38,14 +41,24 @@ Second answer: {second}
 Do both answers say the same? Answer with yes or no."""
 
 
-def final_number(text: str) -> str | None:
-    """The number an answer ends in: the last `\\boxed{}` if there is one, else the last number of the text."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    numbers = NUMBER.findall(boxed[-1] if boxed else text)
-    if not numbers:
-        return None
-    number = numbers[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+def final_number(text: str) -> Fraction | None:
+    """
+    The value of the number an answer ends in: the one in the last `\\boxed{}` or `\\fbox{}` if there is any, else the
+    last number of the text. `numerals.py` tells which ways of writing it are read.
+
+    Returns:
+        `Fraction`, or `None` if it is unknown: there is no number, it cannot be read, or the box holds several or was
+        cut off. Two numbers that are unknown are not the same number.
+    """
+    boxes = [*BOX.finditer(text)]
+    if not boxes:
+        return last_number(text)
+    start, depth = boxes[-1].end(), 0
+    for brace in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return last_number(text[start + 1 : brace.start()], alone=True) if text[start] == "{" else None
+    return None
 
 
 def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -> float:

@@ -38,7 +38,8 @@ def task_score(prompt: Prompt, text: str, finished: bool, allow_code: bool) -> f
     """
     How right an answer is, in [0, 1], by [`task_of`] its prompt; `None` if nothing tells.
 
-    - `number`: whether it ends in the reference's final number. An answer that did not end has none: 0.
+    - `number`: whether it ends in the reference's final number. An answer that did not end, or whose number cannot be
+      read, has none: 0.
     - `tests`: whether its code passes. It **runs the code** (`sandbox.py`).
     - `contains`: whether one of the references stands in it, without case, articles and punctuation (as SQuAD
       normalises, https://huggingface.co/papers/1606.05250).
@@ -69,8 +70,8 @@ def task_score(prompt: Prompt, text: str, finished: bool, allow_code: bool) -> f
 def unchanged(prompt: Prompt, own: str, own_finished: bool, text: str, finished: bool) -> float | None:
     """
     Whether an answer ends in the same final number as the target's `own`, right or wrong: what a judge's label is,
-    where a prompt asks for a number. An answer that did not end has none: 0. `None` for other prompts, or if `own` has
-    none.
+    where a prompt asks for a number. An answer that did not end, or whose number cannot be read, has none: 0. `None`
+    for other prompts, or if `own` has none.
     """
     number = final_number(own) if prompt.check == "number" and own_finished else None
     return None if number is None else float(finished and final_number(text) == number)

@@ -7,6 +7,7 @@ import torch
 from hf_selfjudge import MiningConfig, Prompt
 from hf_selfjudge.features import SCALARS, candidate_scalars
 from hf_selfjudge.labels import label_answer, label_row
+from hf_selfjudge.meaning import final_number
 from hf_selfjudge.mismatches import Answer, Substitution, eos_tokens, read_answers, target_answers
 from hf_selfjudge.rewrites import Followed
 
@@ -95,8 +96,10 @@ def test_labels(llama, tokenizer, monkeypatch):
         for answer in target_answers(target, PROMPTS, ids_of(), 40):
             for row in rows_of(target, draft, tokenizer, answer, config):
                 # Random code fails its tests before and after, which tells nothing.
-                known = answer.prompt.check == "number" and answer.finished and row["rewrite_finished"]
-                ends.append(known)
+                ended = answer.prompt.check == "number" and answer.finished and row["rewrite_finished"]
+                ends.append(ended)
+                texts = [tokenizer.decode(row[ids]) for ids in ("answer_ids", "rewritten_ids")]
+                known = ended and None not in map(final_number, texts)
                 assert (row["flipped"] is not None) == known
                 assert row["changed"] == (float(row["flipped"]) if known else 1 - row["reconvergence"])
                 assert row["rewritten_ids"][: row["position"]] == row["answer_ids"][: row["position"]]
@@ -120,6 +123,10 @@ class Speller:
     ("check", "words", "flipped"),
     [
         ("number", ("so ", "it is ", "4", "5"), (False, True)),
+        ("number", ("so ", "it is ", "4", "4.00"), (False, False)),
+        ("number", ("so ", "it is ", "few", "5"), (None, None)),
+        ("number", ("so ", "it is ", "4-5", "-5"), (None, None)),
+        ("number", ("so ", "it is ", "5", "4-5"), (False, None)),
         ("tests", ("def f(): ", "return ", "4", "5"), (False, True)),
         ("tests", ("def f(): ", "return ", "6", "4"), (None, True)),  # the answer itself is wrong
         ("text", ("so ", "it is ", "4", "5"), (None, None)),
