@@ -22,9 +22,10 @@ from pyarrow.parquet import read_metadata
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .codeblocks import has_code
 from .features import SCALARS, candidate_scalars
 from .hub import said
-from .meaning import final_number, has_code, passes_tests, reconvergence, says_no
+from .meaning import final_number, passes_tests, reconvergence, says_no
 from .mismatches import Answer, Substitution, eos_tokens, find_looked_up, find_substitutions, sample
 from .rewrites import Followed, follow
 
@@ -181,7 +182,7 @@ def label_row(
         numbers = final_number(before), final_number(after)
         flipped = None if None in numbers else numbers[0] != numbers[1]
     elif prompt.check == "tests" and config.allow_code and (ended or (has_code(before) and has_code(after))):
-        passed = passes_tests(before, prompt.tests), passes_tests(after, prompt.tests)
+        passed = [passes_tests(text, prompt.tests) for text in (before, after)]
         flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
     if config.ask:
         no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)

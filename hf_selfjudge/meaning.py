@@ -1,12 +1,13 @@
 """Do two answers say the same?
 
-In: two texts, or their tokens. Out: whether the final number differs, whether the code does, how much of one the other
+In: two texts, or their tokens. Out: the final number of each, whether its code passes tests, how much of one the other
 has, or what the target itself says when asked. Nobody else is asked.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -20,16 +21,16 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import sandbox
+from .codeblocks import code_of
 from .numerals import last_number
 from .prompts import TooLong, context_of, encode
 
 
 GRAM = 4  # tokens
 CONTEXT = 12  # words shown around a difference
-PASSED = 77  # exit status behind the last test; code that ends the process before it has not passed
+CELLS = Path(__file__).with_name("cells.py")
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped one
-WHOLE_BLOCK = re.compile(r"```([^\n]*)\n(.*?)```", re.DOTALL)
 QUESTION = """Two answers to the same request differ in one passage.
 
 Request: {request}
@@ -72,39 +73,28 @@ def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -
     return (Counter(grams) & rest).total() / len(grams)
 
 
-def code_of(text: str) -> str:
-    """The Python blocks of an answer (the first fenced block if none says that it is Python), or all of it. A block
-    that was cut off counts only where there is no whole one."""
-    blocks = _blocks(text)
-    python = [code for language, code in blocks if language.strip().lower() in ("python", "py", "python3")]
-    return "\n".join(python or [code for _, code in blocks[:1]] or [text])
-
-
-def has_code(text: str) -> bool:
-    """Whether an answer has a whole block of code: whatever follows, its code is there."""
-    return WHOLE_BLOCK.search(text) is not None
-
-
-def _blocks(text: str) -> list[tuple[str, str]]:
-    """Language and code of each."""
-    return WHOLE_BLOCK.findall(text) or re.findall(r"```([^\n]*)\n(.*)", text, re.DOTALL)
-
-
 def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:
     """
     Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; what
     holds it back is told in `sandbox.py`. The caller must have been told to.
+
+    Its blocks are run one after the other, as in a notebook (`cells.py`): one that fails, as an example of use may,
+    does not spoil what stands in the others.
     """
-    return _passes(code_of(text), tests, seconds)
+    return _passes(tuple(code_of(text)), tests, seconds)
 
 
 @lru_cache(maxsize=4096)  # rewrites often end in the same code
-def _passes(code: str, tests: str, seconds: float) -> bool:
+def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        script, work = Path(folder) / "answer.py", Path(folder) / "work"
-        script.write_text(f"{code}\n\n{tests}\n\nraise SystemExit({PASSED})\n", encoding="utf-8", errors="replace")
+        parts, work = Path(folder) / "cells", Path(folder) / "work"
+        parts.mkdir()
         work.mkdir()
-        return sandbox.run(script, work, seconds) == PASSED
+        for number, code in enumerate((*cells, tests)):
+            (parts / f"{number:06}.py").write_text(code, encoding="utf-8", errors="replace")
+        mark = work / secrets.token_hex(16)  # code that ends the process before its tests cannot make it
+        sandbox.run(CELLS, work, seconds, str(parts), str(mark))
+        return mark.is_dir()
 
 
 def differing(first: str, second: str) -> tuple[str, str]:

@@ -1,10 +1,10 @@
 """Run Python code that nobody has read.
 
-In: a script. Out: its exit status. It runs in a process of its own, with limits on seconds, memory and the size of
-files; a supervisor (what this file starts as) ends whatever it leaves running. On Linux the kernel (Landlock) also
-keeps it from changing what is in any file but those in its working folder (from 5.13 on), from TCP (6.7), and from
-signalling processes outside (6.12), and root is root no longer; elsewhere nothing does. It can read whatever its user
-can.
+In: a script and its arguments. Out: its exit status. It runs in a process of its own, with limits on seconds, memory
+and the size of files; a supervisor (what this file starts as) ends whatever it leaves running. On Linux the kernel
+(Landlock) also keeps it from changing what is in any file but those in its working folder (from 5.13 on), from TCP
+(6.7), and from signalling processes outside (6.12), and root is root no longer; elsewhere nothing does. It can read
+whatever its user can.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ NO_NEW_PRIVILEGES, CHILD_SUBREAPER = 38, 36  # of prctl
 TIMED_OUT = 124  # exit status of the supervisor, as of `timeout`
 
 
-def run(script: Path, folder: Path, seconds: float) -> int | None:
+def run(script: Path, folder: Path, seconds: float, *arguments: str) -> int | None:
     """
-    Run `script` in `folder`, the only one it may write to, with no input, no environment, and output to nowhere.
+    Run `script` with `arguments` in `folder`, the only one it may write to, with no input, no environment, and output
+    to nowhere.
 
     Returns:
         `int`: Its exit status; `None` if it did not end within `seconds` (of the clock, and of the processor).
     """
     process = subprocess.Popen(
-        [sys.executable, "-I", __file__, str(script), str(seconds)],
+        [sys.executable, "-I", __file__, str(seconds), str(script), *arguments],
         cwd=folder,
         env={},
         stdin=subprocess.DEVNULL,
@@ -63,15 +64,16 @@ def run(script: Path, folder: Path, seconds: float) -> int | None:
     return None if status == TIMED_OUT else status
 
 
-def _supervise(script: str, seconds: float) -> int:
-    """Run a script in a process of its own and end that, with all that it has started, after some time."""
+def _supervise(seconds: float, command: list[str]) -> int:
+    """Run a script with its arguments in a process of its own and end that, with all that it has started, after some
+    time."""
     if sys.platform.startswith("linux"):  # processes that outlive it become ours
         _kernel().prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if not child:
         os.setsid()
         _confine(os.getcwd(), int(seconds) + 1)
-        _run(script)
+        _run(command)
     status, until = None, time.monotonic() + seconds
     while status is None and time.monotonic() < until:
         time.sleep(0.005)
@@ -81,9 +83,9 @@ def _supervise(script: str, seconds: float) -> int:
     return TIMED_OUT if status is None else status
 
 
-def _run(script: str) -> NoReturn:
-    sys.argv = [script]
-    runpy.run_path(script, run_name="__main__")
+def _run(command: list[str]) -> NoReturn:
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
     sys.exit()
 
 
@@ -160,5 +162,5 @@ def _check(result: int) -> None:
 
 if __name__ == "__main__":
     if os.name == "posix":
-        sys.exit(_supervise(sys.argv[1], float(sys.argv[2])))
-    _run(sys.argv[1])
+        sys.exit(_supervise(float(sys.argv[1]), sys.argv[2:]))
+    _run(sys.argv[2:])

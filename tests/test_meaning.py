@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_selfjudge.codeblocks import has_code
 from hf_selfjudge.meaning import differing, passes_tests, reconvergence, says_no
 
 
@@ -30,6 +31,11 @@ def test_reconvergence():
         ("```\ndef double(x):\n    return 2 * x\n```\nprints\n```\n6\n```", True),
         ("import sys\nsys.exit(0)", False),
         ("import os\nos._exit(0)", False),
+        ("import os\nos._exit(77)", False),
+        ("raise SystemExit(77)", False),
+        ("def double(x):\n    return 2 * x\n\nraise SystemExit", True),
+        ("def double(x):\n    raise SystemExit(77)", False),
+        ("import atexit, os\natexit.register(os._exit, 77)", False),
         ("def double(x):\n    return 2 * x\0", False),
         ("def double(x):\n    return 2 * x  # \ud800", True),
         ("def double(x):\n    return 2 * x  # " + "x" * 200_000, True),
@@ -37,6 +43,90 @@ def test_reconvergence():
 )
 def test_code(answer, passes):
     assert passes_tests(answer, "assert double(2) == 4\nassert double(0) == 0", seconds=2.0) == passes
+
+
+DOUBLE = "def double(x):\n    return 2 * x\n"
+INDENTED = "    ".join(("", *DOUBLE.splitlines(keepends=True)))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"1. Write:\n\n   ```python\n{INDENTED}   ```\n2. Done.",
+        f"- Write:\n    ```python\n{INDENTED}    ```",
+        f"1. Write:\n   ```python\n{INDENTED}```\nDone.",
+        f"The fence is ```. ```sorted``` helps.\n```sorted``` again:\n\n```python\n{DOUBLE}```",
+        f"~~~python\n{DOUBLE}~~~",
+        f"````python\n{DOUBLE}s = '''\n```\n'''\n````",
+        f'```Python3 title="x"\n{DOUBLE}```',
+        f"```{{.python}}\n{DOUBLE}```",
+        f"```double.py\n{DOUBLE}```",
+        f"```python\n{DOUBLE}```".replace("\n", "\r\n"),
+        f"```python\n{DOUBLE}```".replace("    ", "\t"),
+        f"> ```python\n> {DOUBLE.strip().replace(chr(10), chr(10) + '> ')}\n> ```",
+        f"Here it is:\n\n{INDENTED}\nThat is all.",
+        f"```bash\npip install x\n```\n```python\n{DOUBLE}```\n```bash\npython x.py\n```",
+        f"```python\n{DOUBLE}```\n```python\ndef double(x) return\n```",
+        f"```python\n{DOUBLE}```\n```python\ndouble(undefined)\n```",
+        f"```python\n{DOUBLE}```\n```python\nprint(double(int(input())))\n```",
+        f"```python\n{DOUBLE}```\n```python\nimport unittest\nunittest.main()\n```",
+        f"```python\n{DOUBLE}```\n```python\n>>> double(2)\n4\n```",
+        f"```python\n{DOUBLE}```\n```python\nfrom __future__ import annotations\nassert double(2) == 5\n```",
+        f"```\n{DOUBLE}```\n```python\nprint(double(2))\n```",
+        f"```python\n{DOUBLE}\nif __name__ == '__main__':\n    double()\n```",
+        f"```python\n{DOUBLE}\nprint('x' * 10_000_000)\n```",
+        f"```python\n{DOUBLE}\nimport threading\nthreading.Thread(target=threading.Event().wait).start()\n```",
+        "```python\ndef double(x):\n    return x\n```\nBetter:\n```python\ndef double(x):\n    return x + x\n```",
+        "```python\nfrom __future__ import annotations\n```\n```python\ndef double(x: Other):\n    return 2 * x\n```",
+        "```python\nfrom dataclasses import dataclass\n@dataclass\nclass Two:\n    times: 'int' = 2\n```\n"
+        "```python\ndef double(x):\n    return Two().times * x\n```",
+        "```python\nimport inspect, pickle\ndef double(x):\n    return 2 * x\n"
+        "assert pickle.loads(pickle.dumps(double)) is double and 'return' in inspect.getsource(double)\n"
+        "double.checked = True\n```\n```python\nassert double.checked\n```",
+    ],
+)
+def test_right_code_passes_whatever_stands_around_it(answer):
+    assert passes_tests(answer, "assert double(2) == 4")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```python\n{DOUBLE}```\n```python\ndef double(x):\n    return x\n```",  # the last one counts
+        f"```bash\n{DOUBLE}```",
+        f"```python\n{DOUBLE}```\n```python\nwhile True:\n    pass\n```",
+        f"```python\n{DOUBLE}```\n```python\nimport os\nos._exit(0)\n```",
+        "```python\n```\nIt is `double`.",
+    ],
+)
+def test_wrong_code_does_not_pass(answer):
+    assert not passes_tests(answer, "assert double(2) == 4", seconds=2.0)
+
+
+@pytest.mark.parametrize(
+    "tests", ["raise SystemExit", "import os; os._exit(77)", "assert double(2) == 5", "def", "double"]
+)
+def test_tests_must_come_to_their_end(tests):
+    assert passes_tests(DOUBLE, tests) == (tests == "double")
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        (f"```python\n{DOUBLE}```", True),
+        (f"```python\n{DOUBLE}", False),
+        (f"```python\n{DOUBLE}\n\n", False),
+        (f"1. So:\n   ```python\n{INDENTED}", False),
+        (f"1. So:\n   ```python\n{INDENTED}\nDone", True),
+        (f"```python\n{DOUBLE}```\n```python\nprint(", True),
+        (f"```bash\npip install x\n```\n```python\n{DOUBLE}", False),
+        ("The ```sorted``` function", False),
+        ("```python\n```\n", False),
+        (DOUBLE, False),
+    ],
+)
+def test_whole_code(text, whole):
+    assert has_code(text) == whole
 
 
 def test_code_sees_neither_the_folder_nor_the_environment(monkeypatch, tmp_path):

@@ -20,6 +20,12 @@ def test_it_works_in_its_folder(tmp_path):
     assert (tmp_path / "work" / "d" / "a").read_text() == "x"
 
 
+def test_it_gets_its_arguments(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nraise SystemExit(7 if sys.argv == [__file__, 'a b', '-c'] else 1)\n")
+    assert sandbox.run(script, tmp_path, 10.0, "a b", "-c") == 7
+
+
 @pytest.mark.skipif(not sandbox.landlock(), reason="the kernel cannot confine a process")
 @pytest.mark.parametrize(
     "code",
