@@ -1,6 +1,6 @@
 """Find the Python code in Markdown.
 
-In: an answer. Out: the blocks of Python in it, as CommonMark tells blocks.
+In: an answer or a prompt. Out: the blocks of Python in it, as CommonMark tells blocks, and the imports of these.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from markdown_it.token import Token
 MARKDOWN = MarkdownIt("commonmark").disable("inline")
 PYTHON = re.compile(r"[\s{.]*(?:i?python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)
 UNTOLD = ("", "text", "txt", "plaintext", "code")  # what blocks are called that may be Python all the same
+IMPORT_LINES = 100  # of one statement
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ def code_of(text: str) -> list[str]:
     return [text] if _parsed(text) or not indented else indented
 
 
+def imports_of(text: str) -> list[str]:
+    """The import statements in the Python blocks of a prompt; if it has no fences, in the prompt itself."""
+    tokens = MARKDOWN.parse(text)
+    fenced = any(token.type == "fence" for token in tokens)
+    parts = [block.code for block in _python(tokens, text)] if fenced else [text]
+    return [statement for part in parts for statement in _imports(part)]
+
+
 def _python(tokens: list[Token], text: str) -> list[Block]:
     lines = re.sub("\r\n?", "\n", text).split("\n")
     fences = [token for token in tokens if token.type == "fence" and token.content.strip()]
@@ -64,6 +73,26 @@ def _is_whole(fence: Token, lines: list[str]) -> bool:
     code = fence.content.count("\n") + (fence.content[-1:] not in ("", "\n"))  # lines
     # The end of a list or a quotation also ends a block in it.
     return end - start == code + 2 or any(line.strip() for line in lines[end:])
+
+
+def _imports(code: str) -> list[str]:
+    """Those at its top level; line by line if it does not parse, as text around code does not."""
+    tree = _parsed(code)
+    if tree is not None:
+        top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.If, ast.Try))]
+        nodes = [node for statement in top for node in ast.walk(statement)]
+        return [ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    lines, found = code.splitlines(), []
+    for start, line in enumerate(lines):
+        if line.startswith(("import ", "from ")):
+            statement = line
+            for more in lines[start + 1 : start + IMPORT_LINES]:
+                if not ("(" in statement and ")" not in statement or statement.endswith("\\")):
+                    break
+                statement += f"\n{more}"
+            if _parsed(statement) is not None:
+                found.append(statement)
+    return found
 
 
 def _parsed(code: str) -> ast.Module | None:

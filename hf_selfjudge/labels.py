@@ -182,7 +182,7 @@ def label_row(
         numbers = final_number(before), final_number(after)
         flipped = None if None in numbers else numbers[0] != numbers[1]
     elif prompt.check == "tests" and config.allow_code and (ended or (has_code(before) and has_code(after))):
-        passed = [passes_tests(text, prompt.tests) for text in (before, after)]
+        passed = [passes_tests(text, prompt.tests, prompt.said) for text in (before, after)]
         flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
     if config.ask:
         no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)

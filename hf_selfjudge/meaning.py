@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import sandbox
-from .codeblocks import code_of
+from .codeblocks import code_of, imports_of
 from .numerals import last_number
 from .prompts import TooLong, context_of, encode
 
@@ -73,15 +73,21 @@ def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -
     return (Counter(grams) & rest).total() / len(grams)
 
 
-def passes_tests(text: str, tests: str, seconds: float = 10.0) -> bool:
+def passes_tests(text: str, tests: str, said: Sequence[dict] = (), seconds: float = 10.0) -> bool:
     """
     Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; what
     holds it back is told in `sandbox.py`. The caller must have been told to.
 
     Its blocks are run one after the other, as in a notebook (`cells.py`): one that fails, as an example of use may,
     does not spoil what stands in the others.
+
+    Args:
+        said (`Sequence[dict]`): The conversation that is answered ([`Prompt.said`]): what the user's code imports is
+            there for the answer's.
     """
-    return _passes(tuple(code_of(text)), tests, seconds)
+    asked = [message["content"] for message in said if message["role"] == "user"]
+    imports = [statement for part in asked if isinstance(part, str) for statement in imports_of(part)]
+    return _passes((*imports, *code_of(text)), tests, seconds)
 
 
 @lru_cache(maxsize=4096)  # rewrites often end in the same code

@@ -40,7 +40,7 @@ def task_score(prompt: Prompt, text: str, finished: bool, allow_code: bool) -> f
 
     - `number`: whether it ends in the reference's final number. An answer that did not end, or whose number cannot be
       read, has none: 0.
-    - `tests`: whether its code passes. It **runs the code** (`sandbox.py`).
+    - `tests`: whether its code passes, behind the imports of the prompt's. It **runs the code** (`sandbox.py`).
     - `contains`: whether one of the references stands in it, without case, articles and punctuation (as SQuAD
       normalises, https://huggingface.co/papers/1606.05250).
     - `rouge_l`: F1 of the longest common subsequence (https://aclanthology.org/W04-1013), words stemmed; the best
@@ -52,7 +52,7 @@ def task_score(prompt: Prompt, text: str, finished: bool, allow_code: bool) -> f
         right = {final_number(reference) for reference in prompt.references} - {None}
         return float(finished and final_number(text) in right)
     if task == "tests":
-        return float(passes_tests(text, prompt.tests))
+        return float(passes_tests(text, prompt.tests, prompt.said))
     if task == "contains":
         return float(any(_contains(text, right) for right in prompt.references))
     if task == "rouge_l":

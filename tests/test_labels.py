@@ -164,6 +164,14 @@ def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipp
     assert row["flipped"] is flipped
 
 
+def test_code_is_labelled_behind_the_prompts_imports():
+    prompt = Prompt("p", "from math import floor", check="tests", tests="assert f() == 4")
+    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None)
+    words = Speller("def f(): ", "return ", "floor(4.5)", "floor(5)")
+    new = Followed(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], True)
+    assert label_row(None, words, new, [0, 1, 2], True, MiningConfig(allow_code=True))["flipped"] is True
+
+
 @torch.no_grad()
 def test_text_that_is_not_the_targets_own(pair, tokenizer):
     """The yardstick is what the target makes of the text with its own choice in that place."""

@@ -129,6 +129,41 @@ def test_whole_code(text, whole):
     assert has_code(text) == whole
 
 
+USES = "def count(x: List[int]) -> int:\n    return math.floor(len(x))\n"
+IMPORTS = "from typing import (\n    List,\n    Dict,\n)\nimport math\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "passes"),
+    [
+        (f'{IMPORTS}\n\ndef count(x: List[int]) -> int:\n    """How many?"""\n', True),
+        (f"Complete this, please:\n\n{IMPORTS}\n\ndef count(x: List[int]) -> int:", True),
+        (f"Complete:\n```python\n{IMPORTS}\ndef count(x: List[int]) -> int:\n```", True),
+        (f"Complete:\n\n1. this\n   ```\n   {IMPORTS.replace(chr(10), chr(10) + '   ')}\n   ```", True),
+        (f"import no_such_module\nimport taxes are high\n{IMPORTS}", True),
+        (f"try:\n    import no_such_module\nexcept ImportError:\n    import math\n{IMPORTS}", True),
+        ("from __future__ import annotations\nimport math\n", True),
+        (f"from here on (it is\nopen\n\n{IMPORTS}", True),
+        ("How many?", False),
+        (f"```bash\n{IMPORTS}```", False),
+        (f"```python\nx = 1\n```\n{IMPORTS}", False),
+        (f"\0{IMPORTS}", False),
+    ],
+)
+def test_the_prompts_imports_are_there(prompt, passes):
+    said = [{"role": "user", "content": prompt}]
+    assert passes_tests(USES, "assert count([7, 8]) == 2", said) == passes
+    later = [{"role": "system", "content": "x"}, *said, {"role": "assistant", "content": ""}]
+    assert passes_tests(USES, "assert count([7, 8]) == 2", [*later, {"role": "user", "content": "Go."}]) == passes
+
+
+def test_only_imports_are_taken_from_a_prompt():
+    said = [{"role": "user", "content": f"```python\nimport math\n{DOUBLE}```\nIs it right?"}]
+    assert not passes_tests("Yes.", "assert double(2) == 4", said)
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"```python\n{IMPORTS}```"}]
+    assert not passes_tests(USES, "assert count([7]) == 1", [*said, {"role": "user", "content": "?"}])
+
+
 def test_code_sees_neither_the_folder_nor_the_environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SECRET", "1")

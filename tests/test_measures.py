@@ -1,5 +1,7 @@
 """Every measure with an answer that is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -74,6 +76,16 @@ def test_chrf_by_hand():
     # Characters of "ab" and "ac" share 1 of 2, their one pair is not shared: the mean F2 of both orders.
     found = task_score(prompt("translation", references=["ab"]), "ac", True, False)
     assert found == pytest.approx((0.5 + 0) / 2)
+
+
+def test_code_is_scored_behind_the_prompts_imports():
+    code = "```python\ndef f(x: List[int]):\n    return len(x)\n```"
+    asked = Prompt("1", "from typing import List\n\ndef f(x: List[int]):", check="tests", tests="assert f([7]) == 1")
+    assert task_score(asked, code, True, allow_code=True) == 1
+    said = [{"role": "user", "content": asked.text}, {"role": "assistant", "content": "?"}]
+    later = replace(asked, text="Go.", messages=[*said, {"role": "user", "content": "Go."}])
+    assert task_score(later, code, True, allow_code=True) == 1
+    assert task_score(replace(asked, text="Go."), code, True, allow_code=True) == 0
 
 
 def test_code_is_not_run_unasked():
