@@ -240,6 +240,8 @@ class JudgedModel:
             arguments["logits_processor"] = LogitsProcessorList(p for p in processors if not isinstance(p, ours))
             round.prepare(arguments["generation_config"], target.device)
             generators.append(self._wrap(build_generator(**arguments), round))
+            if not target.config.is_encoder_decoder and arguments["model_kwargs"].get("inputs_embeds") is not None:
+                _read_embeddings(generators[0])
             if cache.get_seq_length():
                 _continue_cache(target, generators[0], arguments)
             kept[0].begin(cache)
@@ -383,6 +385,22 @@ def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None
                 f"dimension: `{name}[None]`."
             )
     return inputs if inputs is not None else kwargs.get("input_ids")
+
+
+def _read_embeddings(generator: JudgeCandidateGenerator) -> None:
+    """
+    Let the target read a prompt of embeddings first, without candidates: stock assisted generation leaves these out of
+    its first forward, but not of what it makes of it.
+
+    Raises:
+        ValueError: If drafts come from a model: it cannot read them.
+    """
+    if not isinstance(generator.inner, PromptLookupCandidateGenerator):
+        raise ValueError(
+            "`inputs_embeds` are the target's own, and a draft model cannot read them. Pass `input_ids`, or draft "
+            "with `prompt_lookup_num_tokens`."
+        )
+    generator.waits = True
 
 
 def _continue_cache(target: PreTrainedModel, generator: JudgeCandidateGenerator, arguments: dict) -> None:

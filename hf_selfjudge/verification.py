@@ -6,6 +6,7 @@ how `generate` is called.
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
@@ -150,6 +151,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
         blind (`bool`, defaults to `False`): Set the length that it chooses before each draft, since `inner` does not
             ask it on the way.
         context (`int`, *optional*): Tokens that the target can attend to: candidates beyond are left out.
+
+    Attributes:
+        waits (`bool`): Whether the first round has no candidates: the target's first forward reads embeddings.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         context: int | None = None,
     ):
         self.inner, self.round, self.length, self.blind, self.context = inner, round, length, blind, context
+        self.waits = False
 
     @property
     def requires_model_outputs(self) -> bool:
@@ -175,10 +180,11 @@ class JudgeCandidateGenerator(CandidateGenerator):
         if self.blind:
             set_draft_length(self.inner, self.length.blind())
         since = time.perf_counter()
-        try:
-            candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
-        except ContextFullError:  # from here on the target goes alone
-            candidate_ids, logits = input_ids, None
+        candidate_ids, logits = input_ids, None  # where the target goes alone
+        if not self.waits:
+            with contextlib.suppress(ContextFullError):
+                candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        self.waits = False
         self.draft_seconds = time.perf_counter() - since
         self.round.stats.draft_seconds += self.draft_seconds
         start = input_ids.shape[1]

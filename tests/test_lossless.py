@@ -247,6 +247,21 @@ def test_caches_that_cannot_be_continued(llama, tokenizer, monkeypatch):
     assert "prepare_inputs_for_generation" not in vars(target)
 
 
+def test_prompts_of_embeddings(pair):
+    target, draft = pair
+    ids = torch.tensor([[5, 6, 7, 8] * 4])
+    embeds, judged = target.get_input_embeddings()(ids[:, :12]), JudgedModel(target, Lossless())
+    for prompt in ({"inputs_embeds": embeds}, {"input_ids": ids[:, :12], "inputs_embeds": embeds}):
+        expected = target.generate(**prompt, max_new_tokens=NEW)
+        assert torch.equal(judged.generate(**prompt, prompt_lookup_num_tokens=4, max_new_tokens=NEW), expected)
+        assert judged.stats.drafted
+        for drafts in ({"assistant_model": draft}, {"assistant_early_exit": 1}):
+            with pytest.raises(ValueError, match="`inputs_embeds` are the target's own, and a draft model cannot"):
+                judged.generate(**prompt, **drafts, max_new_tokens=NEW)
+    with pytest.raises(ValueError, match="needs a decoder-only target and `input_ids`"):
+        judged.generate(**prompt, prompt_lookup_num_tokens=4, past_key_values=filled(target, ids, 3))
+
+
 # Vocabularies of two sizes -------------------------------------------------------------------------------------------
 
 
