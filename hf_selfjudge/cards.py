@@ -3,7 +3,6 @@ hand."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from matplotlib.figure import Figure
 
-from .files import shipped, whole, write_json, write_text
+from .files import read_json, read_text, shipped, whole, write_json, write_text
 from .sources import DRAFT_MODEL, LOOKUP, described, fingerprint
 
 
@@ -132,7 +131,7 @@ def write_card(judge: Judge, folder: str | os.PathLike) -> Path:
 def read_results(folder: str | os.PathLike, judge: Judge) -> dict:
     """What was measured of the judge in `folder`; empty if nothing was, or of other weights."""
     path = Path(folder) / RESULTS
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
     return found if found.get("weights") == fingerprint(judge) else {}
 
 
@@ -155,8 +154,8 @@ def add_results(
     folder = Path(folder)
     results = read_results(folder, judge) | {"weights": fingerprint(judge)}
     if quickstart is not None:
-        found = json.loads(Path(quickstart).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not {"pair", "prompts", "runs"} <= found.keys():
+        found = read_json(quickstart)
+        if not {"pair", "prompts", "runs"} <= found.keys():
             raise ValueError(f"`results`: {quickstart} is not a file of `hf-selfjudge quickstart --json`.")
         results["quickstart"] = found
     for bench in map(Path, benches):
@@ -196,7 +195,7 @@ def read_quality(bench: str | os.PathLike) -> dict:
     path = Path(bench) / "quality-results.json"
     if not path.is_file():
         raise FileNotFoundError(f"`bench`: {bench} has no quality-results.json. Make it with `hf-selfjudge bench`.")
-    return json.loads(path.read_text(encoding="utf-8"))["quality"]
+    return read_json(path)["quality"]
 
 
 def family_in(quality: dict, judge: Judge, bench: str | os.PathLike) -> str:
@@ -247,7 +246,7 @@ def published(folder: str | os.PathLike, judge: Judge, repo_id: str) -> dict[str
     pictures += [f"curve-{name}.png" for name in results.get("bench", {})]
     files |= {name: folder / name for name in [*pictures, *([RESULTS] if results else [])]}
     files["README.md"] = render_card(info, repo_id, results).encode()
-    stub = (HUB_CARDS / "custom_generate" / "generate.py").read_text(encoding="utf-8")
+    stub = read_text(HUB_CARDS / "custom_generate" / "generate.py")
     files["custom_generate/generate.py"] = stub.replace("{{ repo_id }}", repo_id).encode()
     files["custom_generate/requirements.txt"] = HUB_CARDS / "custom_generate" / "requirements.txt"
     for bench in results.get("bench", {}).values():

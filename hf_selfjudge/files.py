@@ -1,4 +1,4 @@
-"""Files that survive: whole or not there, and never of two runs.
+"""Text that is read as UTF-8 or refused, and files that survive: whole or not there, and never of two runs.
 
 Knows nothing of what is in them.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 
@@ -25,6 +26,63 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
     yield incomplete
     incomplete.replace(path)
+
+
+def lines_of(path: str | os.PathLike, name: str | None = None) -> Iterator[str]:
+    """
+    The lines of a text file. A byte order mark, which some editors put in front, is skipped.
+
+    Args:
+        name (`str`, *optional*): What to call the file in errors.
+
+    Raises:
+        ValueError: If a line is not UTF-8; names it.
+    """
+    # Bytes that are not UTF-8 become surrogates, so that the line they are in is known.
+    with Path(path).open(encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if "\0" in line or not is_text(line):
+                likely = "UTF-16" if "\0" in line or line[:2] in ("\udcff\udcfe", "\udcfe\udcff") else "Latin-1"
+                raise ValueError(
+                    f"{name or path}:{number}: this is not UTF-8 text, but perhaps {likely}. Save it as UTF-8."
+                )
+            yield line.lstrip("\ufeff")  # in any line: files are joined too
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: not if it has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """All [`lines_of`] a file."""
+    return "".join(lines_of(path))
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in a file; see [`lines_of`] and [`json_object`]."""
+    return json_object(read_text(path), str(path))
+
+
+def json_object(text: str, where: str) -> dict:
+    """
+    Args:
+        where (`str`): Where `text` was found, for errors.
+
+    Raises:
+        ValueError: If `text` is not a JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not a JSON object ({error}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(found).__name__}.")
+    return found
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -71,7 +129,7 @@ def claim(path: Path, settings: dict, notes: dict, free: Collection[str] = ()) -
     if not path.is_file():
         write_json(path, settings | notes)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     if other := [
         f"{key}: {before.get(key)!r} there, {value!r} now"
         for key, value in settings.items()
@@ -95,10 +153,10 @@ class Lines:
         self.path, self.rows = path, []
         if path.is_file():
             content = path.read_bytes()
-            complete = content[: content.rfind(b"\n") + 1]
-            if len(complete) < len(content):
-                os.truncate(path, len(complete))
-            self.rows = [json.loads(line) for line in complete.splitlines()]
+            complete = islice(lines_of(path), content.count(b"\n"))
+            self.rows = [json_object(line, f"{path}:{number}") for number, line in enumerate(complete, start=1)]
+            if (end := content.rfind(b"\n") + 1) < len(content):
+                os.truncate(path, end)
 
     def __iter__(self) -> Iterator[dict]:
         return iter(self.rows)

@@ -6,7 +6,6 @@ number for each candidate. Knows nothing of generation. Saved as `config.json` a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from .cards import plot_reliability, published
 from .features import SCALARS, STATES
-from .files import whole, write_json
+from .files import read_json, whole, write_json
 from .hub import download, upload
 from .replay import Adapter
 from .sources import described, fingerprint
@@ -275,12 +274,9 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it is a {type(content).__name__}")
-    except (ValueError, RecursionError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
-    return content
 
 
 def _read_info(path: Path) -> JudgeInfo:

@@ -8,7 +8,6 @@ yardstick (SelfJudge, https://huggingface.co/papers/2510.02329).
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .codeblocks import has_code
 from .features import SCALARS, candidate_scalars
+from .files import read_json
 from .hub import said
 from .meaning import final_number, passes_tests, reconvergence, says_no
 from .mismatches import Answer, Substitution, eos_tokens, find_looked_up, find_substitutions, sample
@@ -345,7 +345,7 @@ def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
             raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
         shards = shards_of(folder)
         total = int(shards[0].stem.split("-")[-1]) if shards else 0
-        mining.append(json.loads(path.read_text(encoding="utf-8")) | {"shards": [len(shards), total]})
+        mining.append(read_json(path) | {"shards": [len(shards), total]})
         for name in ("target", "target_fingerprint", "draft", "layer"):
             one, other = mining[0].get(name), mining[-1].get(name)
             if one != other:

@@ -5,7 +5,6 @@ In: minutes, what a pilot took, categories and settings. Out: a [`Plan`]. Knows 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import write_json
+from .files import read_json, write_json
 from .settings import Setting
 
 
@@ -74,7 +73,7 @@ def planned(path: Path, asked: dict, pilot: Callable[[], Plan]) -> Plan:
         asked (`dict`): All that it depends on, of JSON's types.
     """
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if before["asked"] == asked:
             return Plan(**before["plan"])
     made = pilot()

@@ -16,7 +16,7 @@ from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .cards import HUB_CARDS, published, read_quality
-from .files import shipped
+from .files import read_text, shipped
 from .hub import HubError, download, said, upload
 from .judge import Judge
 from .labels import load_labels, mining_of, shards_of
@@ -141,7 +141,7 @@ def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
     files: dict[str, Path | bytes] = {name: bench / name for name in (*names, "curve.png") if (bench / name).is_file()}
     answers = {"config_name": "answers", "data_files": "quality.jsonl"}
     data = DatasetCardData(license="other", configs=[answers], tags=["hf_selfjudge", "judge-decoding"])
-    tables = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(bench.glob("*-results.md")))
+    tables = "\n\n".join(read_text(path) for path in sorted(bench.glob("*-results.md")))
     card = f"---\n{data}\n---\n\n# {bench.resolve().name}\n\n![curve](curve.png)\n\n{tables}"
     files["README.md"] = card.encode()
     return upload(repo_id, files, "Upload results", repo_type="dataset", **how)
@@ -167,7 +167,7 @@ def push_space(name: str, repo_id: str, **how) -> CommitInfo:
     files |= {f"{PACKAGE.name}/{path}": content for path, content in package.items()}
     needed = [line for line in requires("hf-selfjudge") if "extra ==" not in line]
     own = files.get("requirements.txt")
-    files["requirements.txt"] = "\n".join([*needed, *(own.read_text().splitlines() if own else []), ""]).encode()
+    files["requirements.txt"] = "\n".join([*needed, *(read_text(own).splitlines() if own else []), ""]).encode()
     return upload(repo_id, files, "Upload Space", repo_type="space", space_sdk="gradio", **how)
 
 

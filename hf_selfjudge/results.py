@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .bench import WITHOUT_RULE, accepted_share
 from .curve import BASE, Grid, compare_rules, falling, interval, separation
-from .files import Lines, whole, write_text
+from .files import Lines, read_json, whole, write_text
 from .meaning import reconvergence, says_no
 from .measures import repetition, similarity, task_score, unchanged
 from .prompts import Prompt
@@ -280,7 +280,7 @@ def heading(path: Path, prompts: str, count: int) -> str:
         prompts (`str`): What to call the prompts.
         count (`int`): How many there were.
     """
-    made = json.loads(path.read_text(encoding="utf-8"))
+    made = read_json(path)
     draft = "prompt lookup" if made["draft"] is None else f"{made['draft']} ({made['draft_dtype']})"
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return (

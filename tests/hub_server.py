@@ -86,13 +86,13 @@ class Store:
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         self.repos: dict[tuple[str, str], Repo] = {}
         if (folder / "index.json").is_file():
-            for row in json.loads((folder / "index.json").read_text()):
+            for row in json.loads((folder / "index.json").read_text(encoding="utf-8")):
                 commits = {oid: Commit(**commit) for oid, commit in row.pop("commits").items()}
                 self.repos[row["kind"], row["name"]] = Repo(**row, commits=commits)
 
     def save(self) -> None:
         temporary = self.folder / "index.incomplete"
-        temporary.write_text(json.dumps([asdict(repo) for repo in self.repos.values()]))
+        temporary.write_text(json.dumps([asdict(repo) for repo in self.repos.values()]), encoding="utf-8")
         temporary.rename(self.folder / "index.json")
 
     def put(self, content: bytes) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_selfjudge.files import Lines, claim, whole, write_json
+from hf_selfjudge.files import Lines, claim, lines_of, read_json, whole, write_json
 
 
 def test_half_a_file_is_no_file(tmp_path):
@@ -36,3 +36,56 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     again = Lines(path)
     again.add({"n": 4})
     assert list(again) == list(Lines(path)) == [{"n": 1}, {"n": 2}, {"n": 4}]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_not_read(tmp_path):
+    """As an editor may have left it: in JSON, in JSON lines, in what a run compares its settings with."""
+    path = tmp_path / "a.json"
+    path.write_bytes(BOM + b'{"x":\r\n1}')
+    assert read_json(path) == {"x": 1}
+    claim(path, {"x": 1}, {})
+    (tmp_path / "a.jsonl").write_bytes(BOM + b'{"n": "\xe2\x80\xa8"}\r\n{"n": 2}\r\n')
+    assert list(Lines(tmp_path / "a.jsonl")) == [{"n": "\u2028"}, {"n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"x": 1}'.encode("utf-16"), ":1: this is not UTF-8 text, but perhaps UTF-16"),
+        ('{"x": 1}'.encode("utf-16-le"), ":1: this is not UTF-8 text, but perhaps UTF-16"),
+        (b'{"x":\n"\xe4"}', ":2: this is not UTF-8 text, but perhaps Latin-1"),
+        (b"\xed\xa0\x80", ":1: this is not UTF-8 text"),  # half of a surrogate pair, written all the same
+        (b"{", ": not a JSON object"),
+        (b"[" * 100_000, ": not a JSON object"),
+        (b"[1]", ": expected a JSON object, got list"),
+    ],
+)
+def test_what_is_no_json_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    for read in (read_json, lambda path: claim(path, {}, {})):
+        with pytest.raises(ValueError, match=f"a.json{message}"):
+            read(path)
+
+
+def test_lines_of_another_encoding_stay_as_they_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    content = '{"n": 1}\n'.encode("utf-16")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.jsonl:1: this is not UTF-8 text"):
+        Lines(path)
+    assert path.read_bytes() == content
+    path.write_bytes(b'{"n": 1}\n{"n"\n')
+    with pytest.raises(ValueError, match="a.jsonl:2: not a JSON object"):
+        Lines(path)
+
+
+def test_lines_are_read_as_they_are_needed(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\n\xff\n")
+    lines = lines_of(tmp_path / "a.txt", "my file")
+    assert next(lines) == "a\n"
+    with pytest.raises(ValueError, match="my file:2: "):
+        next(lines)
