@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,15 +24,15 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from . import chat, files, rows
+from .chat import message_of
+from .files import is_text
+from .rows import normalised
 from .sources import SourceError
 
 
-CHECKS = ("number", "tests", "text")
-# What a row's prompt may be called, in this order.
-COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
-# Spec-Bench has these categories of MT-Bench as one.
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-TABLES = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+NAMED = 5  # prompts that are left out, before the others are only counted
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,15 @@ class Prompt:
         subcategory (`str`, *optional*): What the row itself says, where `category` puts several together (MT-Bench).
         check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
             `tests`), or `"text"`.
-        messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`.
+        messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`, and
+            of tools `tool_calls`, `tool_call_id` and `name`.
         tests (`str`, *optional*): Python code that is run behind the answer's and raises unless that is right. It
             calls the tests that it defines, and does not end the process (as `unittest.main()` does): that is no
             pass.
         references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
             look at them.
         answer (`str`, *optional*): An answer to take instead of the target's own.
+        tools (`list[dict]`, *optional*): The tools that the chat template shall offer, as JSON schemas.
     """
 
     id: str
@@ -65,6 +67,7 @@ class Prompt:
     tests: str | None = None
     references: list[str] | None = None
     answer: str | None = None
+    tools: list[dict] | None = None
 
     @property
     def said(self) -> list[dict]:
@@ -120,7 +123,8 @@ def read_prompts(
     A row has one of `messages` or `conversations` (chat), `prompt` (text or chat), `question`, `instruction` with an
     optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
     `category`, `check`, `tests`, `reference` (text, or several that are right; of `turns`, a list with one for each).
-    A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`.
+    A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`. Chat may have `tool_calls`, and the
+    row `tools`, which go to the chat template.
 
     Args:
         limit (`int`, *optional*): Use only the first ones.
@@ -131,9 +135,13 @@ def read_prompts(
         split (`str`, defaults to `"train"`): Of a dataset.
 
     Raises:
-        ValueError: If there is no prompt, or a row is none; names the row.
+        ValueError: If there is no prompt, a row is none, or something is not UTF-8; names the row.
         SourceError: If `source` does not exist.
     """
+    how = {"column": column, "answer_column": answer_column, "system": system}
+    for option, value in {"source": str(source), **how}.items():
+        if value is not None and not is_text(value):
+            raise ValueError(f"`{option}` {value!r} is not UTF-8 text. Write it in UTF-8.")
     with tempfile.TemporaryDirectory() as folder:
         name = str(source)
         path = Path(folder) / "standard-input.jsonl" if name == "-" else Path(source)
@@ -141,16 +149,16 @@ def read_prompts(
             with path.open("wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
         table = None if path.is_file() and path.suffix not in TABLES else _load_table(path, name, split)
-        how = {"column": column, "answer_column": answer_column, "system": system}
+        content = [_file_digest(path) if path.is_file() else table._fingerprint]
         # What is cached is as good as the code that made it.
-        content = [_file_digest(path) if path.is_file() else table._fingerprint, _file_digest(Path(__file__))]
+        content += [_file_digest(Path(code)) for code in (__file__, rows.__file__, chat.__file__, files.__file__)]
         fingerprint = hashlib.sha256(json.dumps([content[0], how, limit, shuffle]).encode()).hexdigest()
         try:
-            rows = datasets.Dataset.from_generator(
-                _normalised,
+            found = datasets.Dataset.from_generator(
+                normalised,
                 features=datasets.Features(
                     {key: datasets.Value("string") for key in ("id", "text", "category", "check", "subcategory")}
-                    | {key: datasets.Value("string") for key in ("messages", "tests", "references", "answer")}
+                    | {key: datasets.Value("string") for key in ("messages", "tools", "tests", "references", "answer")}
                 ),
                 gen_kwargs={"path": path, "table": table, "plain": name == "-", "how": how},
                 fingerprint=hashlib.sha256(json.dumps([content, how, path.stem]).encode()).hexdigest()[:32],
@@ -158,14 +166,14 @@ def read_prompts(
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
     if shuffle is not None:
-        rows = rows.shuffle(seed=shuffle)
+        found = found.shuffle(seed=shuffle)
     options = {**how, "limit": limit, "shuffle": shuffle, "split": None if split == "train" else split}
     options = {name: value for name, value in options.items() if value is not None}
-    return Prompts(rows.select(range(min(limit or len(rows), len(rows)))), fingerprint, options)
+    return Prompts(found.select(range(min(limit or len(found), len(found)))), fingerprint, options)
 
 
 def _from_row(row: dict) -> Prompt:
-    return Prompt(**row | {name: row[name] and json.loads(row[name]) for name in ("messages", "references")})
+    return Prompt(**row | {name: row[name] and json.loads(row[name]) for name in ("messages", "tools", "references")})
 
 
 def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
@@ -176,11 +184,12 @@ def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
             return datasets.load_from_disk(path)
         repo, _, config = name.partition(":")
         return datasets.load_dataset(repo, config or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
         raise SourceError(
-            f"The prompts {name} could not be read: there is no such file, and as a dataset it says "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__} Give a file (JSON lines, CSV, "
-            "Parquet), a folder or the Hub id of a dataset, or - for standard input."
+            f"The prompts {name} could not be read: {'' if path.is_file() else 'there is no such file, and '}"
+            f"as a dataset it says {str(cause).splitlines()[0] if str(cause) else type(cause).__name__} "
+            "Give a file (JSON lines, CSV, Parquet), a folder or the Hub id of a dataset, or - for standard input."
         ) from error
 
 
@@ -190,118 +199,6 @@ def _file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dict) -> Iterator[dict]:
-    """Rows of any shape as rows of [`Prompt`]."""
-    places: dict[str, str] = {}
-    for number, row in enumerate(table if table is not None else _lines(path, plain), start=1):
-        if row is None:
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            prompt = _prompt_row(row, where, f"{path.stem}-{number}", **how)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: no prompt of a known shape ({error}), found {str(row)[:200]}.") from error
-        if prompt["id"] in places:
-            raise ValueError(f"{where}: the id {prompt['id']!r} was used before, in {places[prompt['id']]}.")
-        places[prompt["id"]] = where
-        yield prompt
-    if not places:
-        raise ValueError(f"The prompts {path.name} are empty. Write one JSON object with `prompt` a line.")
-
-
-def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                yield None
-            elif plain and not line.lstrip().startswith("{"):
-                yield {"prompt": line.strip()}
-            else:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path.name}:{number}: not a JSON object ({error}).") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path.name}:{number}: expected a JSON object, got {type(row).__name__}.")
-                yield row
-
-
-def _prompt_row(
-    row: dict, where: str, default_id: str, column: str | None, answer_column: str | None, system: str | None
-) -> dict:
-    for needed in filter(None, (column, answer_column)):
-        if needed not in row:
-            raise ValueError(f"{where}: has no column `{needed}`, found {sorted(row)}.")
-    column = column or next((name for name in COLUMNS if row.get(name)), None)
-    if column is None:
-        raise ValueError(f"{where}: needs one of `{'`, `'.join(COLUMNS)}`, found {sorted(row)} (or they are empty).")
-    said = row[column]
-    if column == "turns":
-        said = said[0]
-    elif column == "instruction":
-        given = row.get("input") or (row.get("instances") or [{}])[0].get("input", "")
-        said = f"{said}\n\n{given}" if given else said
-    messages = _messages(said, where)
-    if system:
-        messages = [{"role": "system", "content": system}, *messages]
-    text = messages[-1]["content"]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the prompt is empty. Remove the row or give it text.")
-    tests = row.get("tests")
-    tests = "\n".join(tests) if isinstance(tests, list) else tests
-    references = _references(row, column)
-    gsm8k = any("####" in reference for reference in references)
-    check = row.get("check") or ("tests" if tests else "number" if gsm8k else "text")
-    if check not in CHECKS or (check == "tests" and not tests):
-        raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
-    category = str(row.get("category") or "") or default_id.rpartition("-")[0]
-    merged = column == "turns" and category in MT_BENCH
-    return {
-        "id": str(next((row[name] for name in ("id", "question_id") if row.get(name) is not None), default_id)),
-        "text": text,
-        "category": "mt_bench" if merged else category,
-        "subcategory": category if merged else None,
-        "check": check,
-        "messages": json.dumps(messages) if len(messages) > 1 else None,
-        "tests": tests,
-        "references": json.dumps(references) if references else None,
-        "answer": None if answer_column is None or row[answer_column] is None else str(row[answer_column]),
-    }
-
-
-def _references(row: dict, column: str) -> list[str]:
-    """What is right, of the shapes that Spec-Bench and GSM8K have."""
-    right = row.get("reference")
-    if column == "turns" and right:
-        right = right[0]
-    if right is None and "####" in str(row.get("answer", "")):
-        right = row["answer"]
-    return [str(one) for one in (right if isinstance(right, list) else [right]) if one]
-
-
-def _messages(said: str | list, where: str) -> list[dict]:
-    """Chat messages up to the last one of the user."""
-    if isinstance(said, str):
-        return [{"role": "user", "content": said}]
-    messages = []
-    for message in said if isinstance(said, list) else [said]:
-        try:
-            if "from" in message:  # ShareGPT
-                role = {"human": "user", "gpt": "assistant"}.get(message["from"], message["from"])
-                messages.append({"role": role, "content": message["value"]})
-            else:
-                messages.append({"role": message["role"], "content": message["content"]})
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{where}: expected text or chat messages with `role` and `content`, got {message!r}."
-            ) from error
-    while messages and messages[-1]["role"] != "user":
-        messages.pop()
-    if not messages:
-        raise ValueError(f"{where}: the conversation has no message of the user.")
-    return messages
 
 
 def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
@@ -322,11 +219,15 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 
 class TooLong(ValueError):
-    """A prompt that does not fit into the target's context."""
+    """A prompt that does not fit into the context; or none of several does."""
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], context: int | None, max_new_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    context: int | None,
+    max_new_tokens: int,
+    tools: list[dict] | None = None,
 ) -> torch.LongTensor:
     """
     Apply the chat template (plain text where the tokenizer has none).
@@ -335,31 +236,86 @@ def encode(
         prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
         context (`int`, *optional*): Tokens the target can attend to ([`context_of`]).
         max_new_tokens (`int`): Tokens to leave room for.
+        tools (`list[dict]`, *optional*): What the chat template shall offer ([`Prompt.tools`]).
 
     Returns:
         `torch.LongTensor` of shape `(1, prompt_length)`.
 
     Raises:
-        ValueError: If the prompt is empty, or the template does not take its messages.
+        ValueError: If the prompt is empty or not text, or the template does not take its messages.
         TooLong: If it does not fit into the context together with the answer.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not messages[-1]["content"].strip():
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [message_of(message, "`prompt`") for message in said]
+    if not messages or not (messages[-1]["content"] or "").strip():
         raise ValueError("`prompt` is empty. Give it text.")
-    if tokenizer.chat_template:
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
-    else:
-        encoded = tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")
-    input_ids = encoded["input_ids"]
+    if not is_text(json.dumps(messages, ensure_ascii=False, default=str)):
+        raise ValueError("`prompt` has half of a surrogate pair (such as \\ud800), which is no character. Remove it.")
+    input_ids = _applied(tokenizer, messages, tools)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
         raise TooLong(
             f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
             f"target's context of {context} tokens. Shorten the prompt or lower `max_new_tokens`."
         )
     return input_ids
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None) -> torch.LongTensor:
+    """
+    Raises:
+        ValueError: If the template does not take the messages, or would drop what is said of tools.
+    """
+    needed = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
+    if missing := [name for name, needs in needed.items() if needs and name not in template]:
+        raise ValueError(
+            f"`prompt` has `{missing[0]}`, which the tokenizer's chat template does not know. Take another tokenizer "
+            "or remove the prompt."
+        )
+    if not template:
+        return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    except (TemplateError, TypeError, ValueError) as error:  # the last two: of what a template does with a message
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
+
+
+def fitting(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], context: int | None, max_new_tokens: int
+) -> tuple[list[Prompt], list[torch.LongTensor], list[str]]:
+    """
+    [`encode`] many prompts.
+
+    Returns:
+        The prompts that fit, their tokens (`(1, prompt_length)` each), and the ids of those that are too long.
+
+    Raises:
+        ValueError: If one cannot be encoded at all; names it.
+    """
+    kept, rows, left_out = [], [], []
+    for prompt in prompts:
+        try:
+            rows.append(encode(tokenizer, prompt.said, context, max_new_tokens, prompt.tools))
+            kept.append(prompt)
+        except TooLong:
+            left_out.append(prompt.id)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
+    return kept, rows, left_out
+
+
+def none_fits(count: int, context: int, max_new_tokens: int) -> TooLong:
+    """The error where [`fitting`] leaves nothing."""
+    return TooLong(
+        f"`prompts`: all {count} are too long: with `max_new_tokens`={max_new_tokens} each exceeds the context of "
+        f"{context} tokens. Shorten them or lower `max_new_tokens`."
+    )
+
+
+def counted(left_out: Sequence[str]) -> str:
+    """How many prompts were left out, and which."""
+    names = ", ".join(left_out[:NAMED]) + (f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
+    return f"{len(left_out)} prompt{'s' * (len(left_out) != 1)} too long and left out: {names}."
