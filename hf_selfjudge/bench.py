@@ -31,7 +31,7 @@ from .files import Lines, claim
 from .generation import JudgedModel
 from .judge import Judge
 from .mismatches import eos_tokens, greedy, special_tokens, until_eos
-from .prompts import Prompt, context_of, encode
+from .prompts import Prompt, context_of, fitting, none_fits
 from .replay import Replay
 from .rules import Rule
 from .settings import ENSEMBLE, Setting
@@ -233,7 +233,8 @@ def decode(
 ) -> list[dict]:
     """
     Answer every prompt with every setting, with a progress bar. Each answer is written to `MODE.jsonl` in `folder` as
-    it ends; started again, the bench goes on there, and other prompts or settings may be added.
+    it ends; started again, the bench goes on there, and other prompts or settings may be added. Prompts that are too
+    long for [`readable`] are left out ([`fitting`] tells which).
 
     Args:
         draft ([`~transformers.PreTrainedModel`], *optional*): `None` with `config.lookup`.
@@ -244,7 +245,8 @@ def decode(
 
     Raises:
         ValueError: If `folder` holds answers of other models, limits, prompts or judges; if a coin shall be like a
-            judge in `timing` that `quality` has not measured in this folder.
+            judge in `timing` that `quality` has not measured in this folder; if a prompt cannot be encoded.
+        TooLong: If no prompt fits.
     """
     _claim(folder, target, draft, tokenizer, config)
     lines = Lines(folder / f"{config.mode}.jsonl")
@@ -252,8 +254,11 @@ def decode(
     rules = {setting: setting.rule(judges) for setting in settings if setting.judge is not None}
     for rule in rules.values():
         rule.check_target(target)
-    context, special = context_of(target), special_tokens(target, tokenizer)
-    ids = [encode(tokenizer, prompt.said, context, config.max_new_tokens).to(target.device) for prompt in prompts]
+    context, special = readable(target, draft, settings), special_tokens(target, tokenizer)
+    prompts, ids, left_out = fitting(tokenizer, prompts, context, config.max_new_tokens)
+    if not prompts:
+        raise none_fits(len(left_out), context, config.max_new_tokens)
+    ids = [row.to(target.device) for row in ids]
     models = [target] if draft is None else [draft, target]
     first, later = [s for s in settings if s.like is None], [s for s in settings if s.like is not None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
@@ -283,6 +288,14 @@ def decode(
             go(_jobs(first, prompts, ids, config, {}))
             go(_jobs(later, prompts, ids, config, _shares(done.values(), later, lines)))
     return [done[job.key] for job in _jobs(settings, prompts, ids, config, dict.fromkeys(settings))]
+
+
+def readable(target: PreTrainedModel, draft: PreTrainedModel | None, settings: Sequence[Setting]) -> int | None:
+    """Tokens that the models of all settings can attend to, so that all answer the same prompts: the draft's context
+    counts where it answers alone. `None` if there is no limit."""
+    alone = [draft] if any(setting.family == "draft" for setting in settings) else []
+    contexts = [context_of(model) for model in (target, *alone)]
+    return min((context for context in contexts if context is not None), default=None)
 
 
 def accepted_share(lines: Sequence[dict]) -> float:
@@ -367,9 +380,12 @@ def _rule(job: Job, rules: Mapping[Setting, Rule]) -> Rule | None:
 
 
 @torch.no_grad()
-def _keys(model: PreTrainedModel, ids: torch.LongTensor) -> Keys:
-    """The model's cache of `ids` of shape `(1, length)`, every key of it."""
-    cache = DynamicCache()
+def _keys(model: PreTrainedModel, ids: torch.LongTensor) -> Keys | None:
+    """The model's cache of `ids` of shape `(1, length)`, every key of it; `None` if they exceed its context, as they
+    may that of a draft."""
+    context, cache = context_of(model), DynamicCache()
+    if context is not None and ids.shape[1] > context:
+        return None
     if ids.shape[1]:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, logits_to_keep=1)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +15,18 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+import yaml
 from huggingface_hub import CommitInfo
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import training
-from .bench import WITHOUT_RULE, BenchConfig, decode
+from .bench import WITHOUT_RULE, BenchConfig, decode, readable
 from .cards import SHIPPED, add_results, family_in, read_quality, shipped_judge, write_card
 from .evaluation import HeldOutConfig
-from .files import check_writable, write_json, write_text
+from .files import check_writable, read_text, write_json, write_text
 from .generation import JudgedModel
 from .inspection import (
     Labels,
@@ -46,7 +49,7 @@ from .measures import check_tasks, task_of
 from .mining import counts_of, mine, this_process
 from .pairs import judged_writer, load_draft, load_pair
 from .planning import Plan, plan, planned
-from .prompts import Prompt, balanced, read_prompts
+from .prompts import Prompt, balanced, context_of, counted, fitting, none_fits, read_prompts
 from .publish import pull_judge, push_judge, push_labels, push_results, push_space
 from .report import Run, compare, print_answer, print_speed, ratio_of_seconds, results_table, summarise
 from .rereading import reread
@@ -124,10 +127,11 @@ def quickstart(
         check_writable(json_file.parent)
     if train:
         check_writable(output)
-    questions = read_prompts(prompts or PROMPTS / "quickstart.jsonl", limit)
+    asked = read_prompts(prompts or PROMPTS / "quickstart.jsonl", limit)
     source = judge if judge is not None else output / "judge" if train else shipped_judge(pair)
     length, floats = read_length(draft_length), read_dtype(dtype)
     target, draft, tokenizer = load_pair(pair, length, floats)
+    questions, left_out = say_fitting(tokenizer, asked, context_of(target), max_new_tokens)
     if train:
         own = PROMPTS / "train.jsonl"
         mine(target, draft, tokenizer, read_prompts(own), QUICK_MINING, output / "labels", own.name)
@@ -159,6 +163,7 @@ def quickstart(
             {
                 "pair": pair,
                 "prompts": len(questions),
+                "left_out": left_out,
                 "max_new_tokens": max_new_tokens,
                 "draft_length": draft_length,
                 "threshold": judged.threshold,
@@ -272,6 +277,7 @@ def mine_command(
         soft_wrap=True,
         highlight=False,
     )
+    say_left_out(counts["left_out"])
 
 
 @app.command("reread")
@@ -349,7 +355,10 @@ def labels_command(
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 def train(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Train a judge on mined labels and write its card: --labels FOLDERS --output_dir FOLDER; all options: --help."""
-    train_judge(*training.make_parser(prog="hf-selfjudge train").parse_args_and_config(arguments or []))
+    arguments = arguments or []
+    if "--config" in arguments[:-1]:
+        check_yaml(arguments[arguments.index("--config") + 1])
+    train_judge(*training.make_parser(prog="hf-selfjudge train").parse_args_and_config(arguments))
 
 
 @app.command("bench")
@@ -417,6 +426,10 @@ def bench_command(
         if setting.judge is not None:
             setting.rule(judges)  # refuse unknown operating points now
     target, draft, tokenizer = load_pair(pair, length, read_dtype(dtype), with_draft=not lookup)
+    context = readable(target, draft, settings)
+    if context != context_of(target):
+        console.print(f"`draft` answers alone: prompts have to fit into its context of {context} tokens.")
+    questions, left_out = say_fitting(tokenizer, questions, context, max_new_tokens)
 
     def go(questions: list[Prompt], settings: list[Setting], folder: Path) -> list[dict]:
         return decode(target, draft, tokenizer, questions, settings, judges, config, folder)
@@ -461,7 +474,9 @@ def bench_command(
     else:
         found = summarise_timing(lines, questions, settings)
     name = Path(prompts).name if local else f"{prompts} ({split})"
+    name += f" ({len(left_out)} more were too long)" if left_out else ""
     found["heading"] = heading(output / f"{mode}.json", name, len(questions))
+    found["left_out"] = left_out
     write_json(output / f"{mode}-results.json", {mode: found})
     text = f"{found['heading']}\n\n{markdown({mode: found})}"
     write_text(output / f"{mode}-results.md", text)
@@ -623,6 +638,31 @@ def read_dtype(text: str | None) -> torch.dtype | None:
     if text is not None and text not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {text!r}.")
     return None if text is None else DTYPES[text]
+
+
+def check_yaml(path: str) -> None:
+    """`--config`: a file of YAML. The parser behind it names neither the file nor the line."""
+    try:
+        yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`config`: {path} is not YAML ({error}).") from error
+
+
+def say_fitting(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], context: int | None, max_new_tokens: int
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts that fit, and the ids of those that are too long, of which it is told."""
+    kept, _, left_out = fitting(tokenizer, prompts, context, max_new_tokens)
+    if not kept:
+        raise none_fits(len(left_out), context, max_new_tokens)
+    say_left_out(left_out)
+    return kept, left_out
+
+
+def say_left_out(left_out: Sequence[str]) -> None:
+    """Which prompts are too long, if any is."""
+    if left_out:
+        console.print(counted(left_out), soft_wrap=True, highlight=False, markup=False)
 
 
 def train_judge(script_args: training.ScriptArguments, training_args: JudgeConfig) -> None:

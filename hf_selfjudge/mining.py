@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +24,10 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .branches import packs
-from .files import claim, whole, write_json
+from .files import claim, read_json, whole, write_json
 from .labels import MiningConfig, features_of, label_answer, load_labels, shards_of
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
-from .prompts import Prompt, Prompts, TooLong, context_of, encode, fingerprint_of
+from .prompts import Prompt, Prompts, context_of, fingerprint_of, fitting, none_fits
 from .sources import LOOKUP, fingerprint, precision
 from .together import Tally, together
 
@@ -71,7 +70,8 @@ def mine(
 
     Raises:
         ValueError: If `folder` holds labels of other settings, the target is recurrent, the draft has another
-            vocabulary, or there is both a draft and prompt lookup, or neither.
+            vocabulary, there is both a draft and prompt lookup, or neither, or a prompt cannot be encoded.
+        TooLong: If no prompt fits.
         OSError: If `folder` cannot be written.
     """
     if (draft is None) != bool(config.lookup):
@@ -109,6 +109,8 @@ def mine(
             else:
                 progress.advance(bar, end - begin)
     state.wait_for_everyone()
+    if (counts := counts_of(folder)) and not counts["prompts"]:
+        raise none_fits(len(prompts), context_of(target), config.max_new_tokens)
     return load_labels(folder)
 
 
@@ -131,15 +133,9 @@ def _mine_shard(
 ) -> None:
     """Mine and write one shard; `advance` is told how many prompts' worth of work was done."""
     since, tally = time.monotonic(), Tally()
-    fitting, ids = [], []
-    context = context_of(target)
-    for prompt in prompts:
-        try:
-            ids.append(encode(tokenizer, prompt.said, context, config.max_new_tokens).to(target.device))
-            fitting.append(prompt)
-        except TooLong:
-            pass
-    answers = _answers(target, tokenizer, fitting, ids, config, writer, tally)
+    kept, ids, left_out = fitting(tokenizer, prompts, context_of(target), config.max_new_tokens)
+    ids = [row.to(target.device) for row in ids]
+    answers = _answers(target, tokenizer, kept, ids, config, writer, tally)
     advance(len(prompts) - 0.7 * len(answers))  # answering is about a third of the work
 
     def label(model: PreTrainedModel, answer: Answer) -> list[dict]:
@@ -151,8 +147,9 @@ def _mine_shard(
     calls = [lambda model, answer=answer: label(model, answer) for answer in answers]
     rows = list(chain(*together([target], calls, at_once=config.at_once(packed), tally=tally)))
     counts = {
-        "prompts": len(fitting),
-        "too_long": len(prompts) - len(fitting),
+        "prompts": len(kept),
+        "too_long": len(left_out),
+        "left_out": left_out,
         "answer_tokens": sum(len(answer.tokens) for answer in answers),
         "substitutions": len(rows),
         "rewrites": sum("rewritten_ids" in row for row in rows),
@@ -211,10 +208,11 @@ def _answers(
 
 
 def counts_of(folder: str | os.PathLike) -> dict:
-    """What was counted while mining, summed over the shards."""
+    """What was counted while mining, summed over the shards, and the ids of all that were `left_out`."""
     counted = [path for shard in shards_of(folder) if (path := shard.with_suffix(".json")).is_file()]
-    shards = [json.loads(path.read_text(encoding="utf-8")) for path in counted]
-    return {key: sum(shard[key] for shard in shards) for key in shards[0]} if shards else {}
+    shards = [read_json(path) for path in counted]
+    left_out = [name for shard in shards for name in shard.pop("left_out", [])]  # earlier versions named none
+    return {key: sum(shard[key] for shard in shards) for key in shards[0]} | {"left_out": left_out} if shards else {}
 
 
 def _claim(

@@ -22,7 +22,7 @@ from .generation import JudgedModel
 from .hidden import HiddenTap
 from .meaning import reconvergence
 from .mismatches import greedy
-from .prompts import Prompt, context_of, encode
+from .prompts import Prompt, context_of, fitting, none_fits
 from .stats import Stats
 
 
@@ -63,7 +63,8 @@ def compare(
     max_new_tokens: int,
 ) -> Iterator[list[Run]]:
     """
-    Answer each prompt with every decoding, in an order that rotates from prompt to prompt.
+    Answer each prompt with every decoding, in an order that rotates from prompt to prompt. Prompts that are too long
+    are left out ([`fitting`] tells which).
 
     Args:
         target ([`~transformers.PreTrainedModel`]): What all of them decode with.
@@ -72,9 +73,16 @@ def compare(
 
     Yields:
         `list[Run]` in the order of `decodings`, for one prompt at a time.
+
+    Raises:
+        TooLong: If none fits.
+        ValueError: If a prompt cannot be encoded; names it.
     """
     context = context_of(target)
-    rows = [encode(tokenizer, prompt.said, context, max_new_tokens).to(target.device) for prompt in prompts]
+    prompts, rows, left_out = fitting(tokenizer, prompts, context, max_new_tokens)
+    if not prompts:
+        raise none_fits(len(left_out), context, max_new_tokens)
+    rows = [ids.to(target.device) for ids in rows]
     names = list(decodings)
     for name in names:  # warm up, so that no decoding pays for first touches of the weights
         _answer(target, *decodings[name], rows[0], 8)

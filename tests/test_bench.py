@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.bench import BenchConfig, accepted_share, decode
-from hf_selfjudge.prompts import Prompt, encode
+from hf_selfjudge.prompts import Prompt, TooLong, encode
 from hf_selfjudge.report import answer_logprob
 from hf_selfjudge.rules import Coin
 from hf_selfjudge.settings import parse_settings
 
-from .conftest import build, perturbed, random_judge
+from .conftest import VOCAB, build, perturbed, random_judge
 from .test_replay import adapted_judge, adapter
 from .test_rereading import midway_judge
 
@@ -223,3 +224,30 @@ def test_the_models_are_left_as_they_were(models, tokenizer, tmp_path):
     before = [copy.copy(vars(model)) for model in models]
     bench(models, tokenizer, tmp_path)
     assert [vars(model) for model in models] == before
+
+
+@pytest.mark.parametrize("mode", ["quality", "timing"])
+def test_prompts_that_are_too_long_are_left_out(models, tokenizer, tmp_path, mode):
+    """The others are answered as without them, and a bench that is started again finds them so."""
+    config, rules = BenchConfig(mode, max_new_tokens=24), ["lossless", "stock"]
+    asked = [PROMPTS[0], Prompt("long", "a" * 233), PROMPTS[1]]
+    _, _, lines = bench(models, tokenizer, tmp_path, rules, config, asked)
+    assert [line["prompt"] for line in lines] == ["p0", "p0", "p1", "p1"]
+    assert bench(models, tokenizer, tmp_path, rules, config, asked)[2] == lines
+    fits = Prompt("fits", "a" * 232)
+    _, _, lines = bench(models, tokenizer, tmp_path, rules, config, [fits])
+    assert [len(line["tokens"]) for line in lines] == [24, 24]
+    with pytest.raises(TooLong, match="all 1 are too long: with `max_new_tokens`=24 each exceeds the context of 256"):
+        bench(models, tokenizer, tmp_path, rules, config, asked[1:2])
+
+
+def test_the_context_of_a_draft_that_answers_alone_counts_too(tokenizer, tmp_path):
+    target, _ = build_pair("llama")
+    # Its positions are learned: behind the last one there is nothing.
+    draft = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    asked = [Prompt("fits", "a" * 40), Prompt("long", "a" * 41), Prompt("longer", "a" * 65)]
+    for rules, answered in ((["draft", "greedy"], {"fits"}), (["greedy"], {"fits", "long", "longer"})):
+        settings = [setting for setting in parse_settings(rules) if setting.name in rules]  # without lossless
+        lines = decode(target, draft, tokenizer, asked, settings, {}, CONFIG, tmp_path / rules[0])
+        assert {line["prompt"] for line in lines} == answered
+        assert len(lines) == len(answered) * len(settings)

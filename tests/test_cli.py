@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import pytest
 from hf_selfjudge import Judge, Prompt, Stats, cli, load_labels
 from hf_selfjudge.report import Run, ratio_of_seconds
 from hf_selfjudge.sources import fingerprint
+
+from .conftest import random_judge
+from .test_trainer import RESULTS
 
 
 @pytest.fixture
@@ -213,13 +217,104 @@ def test_unwritable_paths_fail_before_the_work(run, prompts_file, tmp_path):
         assert f"cannot write to {below}" in err
 
 
-def test_empty_and_long_prompts(run, judge, pair_folders, tmp_path):
+@pytest.fixture
+def untrained(pair_folders, llama, tmp_path):
+    """A folder of a judge for the pair."""
+    judge = random_judge(llama[0])
+    judge.info = replace(judge.info, target=pair_folders.split(",")[0])
+    judge.save_pretrained(tmp_path / "untrained")
+    return tmp_path / "untrained"
+
+
+def test_empty_and_long_prompts(run, untrained, pair_folders, tmp_path):
     path = tmp_path / "p.jsonl"
-    for content, message in (("", "are empty"), (json.dumps({"prompt": "a" * 250}), "exceeds the target's context")):
+    for content, message in (("", "are empty"), (json.dumps({"prompt": "a" * 250}), "exceeds the context of 256")):
         path.write_text(content)
-        code, _, err = run("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", path)
+        for command in (
+            ("quickstart", "--judge", untrained),
+            ("bench", "--rule", "stock", "--output", tmp_path / "b"),
+        ):
+            code, _, err = run(*command, "--pair", pair_folders, "--prompts", path)
+            assert code == 1
+            assert message in err
+
+
+def test_prompts_that_are_too_long_are_named(run, untrained, pair_folders, tmp_path):
+    """In every command, and what is counted is what was answered."""
+    path, figures, bench = tmp_path / "p.jsonl", tmp_path / "figures.json", tmp_path / "b"
+    rows = [{"id": i, "prompt": "a" * (240 if i % 2 else 5)} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    on = ("--pair", pair_folders, "--prompts", path, "--max-new-tokens", 24, "--dtype", "float32")
+    told = "2 prompts too long and left out: 1, 3."
+    code, out, err = run("quickstart", *on, "--judge", untrained, "--json", figures)
+    assert code == 0, err
+    assert told in out
+    assert "[2/2] 2: " in out
+    assert {key: json.loads(figures.read_text())[key] for key in ("prompts", "left_out")} == {
+        "prompts": 2, "left_out": ["1", "3"],
+    }  # fmt: skip
+    code, out, err = run("mine", *on, "--output", tmp_path / "l", "--per-answer", 4, "--rewrites", 0)
+    assert code == 0, err
+    assert "of 2 prompts in" in out
+    assert told in out
+    for mode, more in (("quality", ("--budget", 60)), ("timing", ()), ("timing", ())):  # and started again
+        code, out, err = run("bench", *on, "--rule", "stock", "--mode", mode, "--output", bench, *more)
+        assert code == 0, err
+        assert told in out
+        found = json.loads((bench / f"{mode}-results.json").read_text())[mode]
+        assert (found["prompts"], found["left_out"]) == (2, ["1", "3"])
+        assert "to 2 prompts of p.jsonl (2 more were too long)" in found["heading"]
+    assert json.loads((bench / "plan-quality.json").read_text())["asked"]["categories"] == {"p": 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"prompt": "\\ud800"}', "p.jsonl:2: `text` has half of a surrogate pair"),
+        (b'{"messages": [{"role": "assistant", "content": null}]}', "p.jsonl:2: expected text or chat messages"),
+        (b'{"prompt": "\xe9"}', "p.jsonl:2: this is not UTF-8 text"),
+    ],
+)
+def test_rows_are_refused_before_models_load(run, tmp_path, monkeypatch, row, message):
+    monkeypatch.setattr(cli, "load_pair", None)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + row + b"\n")
+    for command in (
+        ("quickstart", "--judge", "x"),
+        ("mine", "--output", tmp_path / "l"),
+        ("bench", "--rule", "stock", "--output", tmp_path / "b"),
+    ):
+        code, out, err = run(*command, "--pair", "no,models", "--prompts", path)
         assert code == 1
         assert message in err
+        assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\ufefflabels: [nowhere]".encode(), "nowhere has no mining.json"),
+        ("labels: [nowhere]".encode("utf-16"), "judge.yaml:1: this is not UTF-8 text, but perhaps UTF-16"),
+        (b"folds: 2\nlabels: [\xe9]", "judge.yaml:2: this is not UTF-8 text, but perhaps Latin-1"),
+        (b"labels: [nowhere", "`config`: "),
+    ],
+)
+def test_the_config_of_training_is_read_as_text(run, tmp_path, content, message):
+    (tmp_path / "judge.yaml").write_bytes(content)
+    code, out, err = run("train", "--config", tmp_path / "judge.yaml", "--output_dir", tmp_path / "j")
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_results_that_an_editor_has_saved(run, untrained, tmp_path):
+    (tmp_path / "figures.json").write_bytes(json.dumps(RESULTS).encode("utf-8-sig"))
+    code, _, err = run("card", untrained, "--results", tmp_path / "figures.json")
+    assert code == 0, err
+    (tmp_path / "figures.json").write_bytes(json.dumps(RESULTS).encode("utf-16"))
+    code, _, err = run("card", untrained, "--results", tmp_path / "figures.json")
+    assert code == 1
+    assert "figures.json:1: this is not UTF-8 text, but perhaps UTF-16. Save it as UTF-8." in err
 
 
 @pytest.fixture

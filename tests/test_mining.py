@@ -22,7 +22,7 @@ from hf_selfjudge.inspection import Labels, predictors
 from hf_selfjudge.labels import features_of
 from hf_selfjudge.mining import counts_of
 from hf_selfjudge.mismatches import find_looked_up, read_answers
-from hf_selfjudge.prompts import encode
+from hf_selfjudge.prompts import TooLong, encode
 from hf_selfjudge.rules import Rule
 
 from .conftest import VOCAB, build, perturbed, shortened, tiny_tokenizer
@@ -187,15 +187,30 @@ def test_other_settings_are_refused(llama, tokenizer, tmp_path):
 
 def test_too_long_prompts_are_left_out_and_counted(llama, tokenizer, tmp_path):
     target, draft = llama
-    rows = mine(target, draft, tokenizer, [Prompt("long", "a" * 300), *PROMPTS], CONFIG, tmp_path)
+    long = [Prompt("long", "a" * 300), Prompt("longer", "a" * 400)]
+    rows = mine(target, draft, tokenizer, [long[0], *PROMPTS, long[1]], CONFIG, tmp_path)
     assert {*rows["prompt_id"]} == {"a", "b", "c"}
     counts = counts_of(tmp_path)
-    assert (counts["prompts"], counts["too_long"]) == (3, 1)
+    assert (counts["prompts"], counts["too_long"], counts["left_out"]) == (3, 2, ["long", "longer"])
+    shard = tmp_path / "labels-00000-of-00003.json"  # as earlier versions wrote it
+    shard.write_text(
+        json.dumps({name: value for name, value in json.loads(shard.read_text()).items() if name != "left_out"})
+    )
+    counts = counts_of(tmp_path)
+    assert (counts["too_long"], counts["left_out"]) == (2, ["longer"])
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named(llama, tokenizer, tmp_path):
+    target, draft = llama
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    asked = Prompt("with tools", "a", messages=[call, {"role": "user", "content": "a"}])
+    with pytest.raises(ValueError, match="prompt 'with tools': `prompt` has `tool_calls`"):
+        mine(target, draft, tokenizer, [*PROMPTS[:1], asked], CONFIG, tmp_path)
 
 
 def test_only_too_long_prompts(llama, tokenizer, tmp_path):
     target, draft = llama
-    with pytest.raises(ValueError, match="holds no substitution"):
+    with pytest.raises(TooLong, match="all 1 are too long: .* exceeds the context of 256 tokens"):
         mine(target, draft, tokenizer, [Prompt("long", "a" * 300)], CONFIG, tmp_path)
 
 
