@@ -144,7 +144,10 @@ def quickstart(
 
     decodings = {"greedy": (target, None), "assisted": (target, draft), "judged": (judged, draft)}
     if int8_draft:
-        decodings["judged, int8 draft"] = (judged, load_draft(parse_pair(pair)[1], length, int8=True))
+        decodings["judged, int8 draft"] = (
+            judged,
+            load_draft(parse_pair(pair)[1], length, (target, tokenizer), int8=True),
+        )
     runs: list[Run] = []
     for number, answers in enumerate(compare(target, decodings, tokenizer, questions, max_new_tokens), start=1):
         runs += answers
@@ -616,7 +619,7 @@ def demo(
     target_id, draft_id = parse_pair(pair)
     target, tokenizer = load_model(target_id, read_dtype(dtype))
     found.check_target(target, allow_other_weights=True)
-    draft = load_draft(draft_id, 5, read_dtype(dtype), int8_draft)
+    draft = load_draft(draft_id, 5, (target, tokenizer), read_dtype(dtype), int8_draft)
     page = build(target, draft, tokenizer, found, source, folder)
     page.launch(server_name=host, server_port=port, ssr_mode=False)
 

@@ -217,13 +217,14 @@ def stay_within_context(generator: AssistedCandidateGenerator) -> None:
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give each token the same number."""
+    """Whether a number never is one token of the first tokenizer and another of the second; one may have more."""
     return first is second or _same_vocabulary(first, second, len(first), len(second))
 
 
-@functools.lru_cache(maxsize=8)  # a vocabulary takes a tenth of a second to list
+@functools.lru_cache(maxsize=8)  # large vocabularies take a second
 def _same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, *sizes: int) -> bool:
-    return first.get_vocab() == second.get_vocab()
+    names = {number: token for token, number in first.get_vocab().items()}
+    return all(names.get(number, token) == token for token, number in second.get_vocab().items())
 
 
 def fit_vocabulary(draft: PreTrainedModel, size: int) -> PreTrainedModel:

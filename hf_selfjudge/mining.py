@@ -82,13 +82,17 @@ def mine(
     if len(set(sizes)) > 1:
         raise ValueError(
             f"`draft` has a vocabulary of {sizes[1]} tokens, the target one of {sizes[0]}. Mining compares them token "
-            "by token: use a draft with the target's tokenizer and as many embeddings."
+            "by token: use a draft with the target's tokenizer; `fit_vocabulary` gives it as many embeddings."
         )
     if target._is_stateful:
         raise ValueError(
             f"`target`: {target.config.name_or_path} keeps a state that cannot go back to an earlier token; mining, "
             "like decoding with a draft, needs a cache of keys and values. Choose another target."
         )
+    # All of them, before hours of work on those that come first.
+    fit, _, left_out = fitting(tokenizer, prompts, context_of(target), config.max_new_tokens)
+    if not fit:
+        raise none_fits(len(left_out), context_of(target), config.max_new_tokens)
     state, folder = this_process(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     never, packed = special_tokens(target, tokenizer), packs(target)
@@ -109,8 +113,6 @@ def mine(
             else:
                 progress.advance(bar, end - begin)
     state.wait_for_everyone()
-    if (counts := counts_of(folder)) and not counts["prompts"]:
-        raise none_fits(len(prompts), context_of(target), config.max_new_tokens)
     return load_labels(folder)
 
 

@@ -169,9 +169,11 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+CHARACTERS = string.ascii_lowercase + string.digits + " .,?!:;-+*/()=\n"
+
+
+def tiny_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """One token a character; 0 is unknown, 1 ends the text."""
-    characters = string.ascii_lowercase + string.digits + " .,?!:;-+*/()=\n"
     vocabulary = {"<unk>": 0, "<eos>": 1} | {c: i for i, c in enumerate(characters, start=2)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")

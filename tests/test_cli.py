@@ -2,6 +2,7 @@
 
 import copy
 import json
+import string
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hf_selfjudge import Judge, Prompt, Stats, cli, load_labels
 from hf_selfjudge.report import Run, ratio_of_seconds
 from hf_selfjudge.sources import fingerprint
 
-from .conftest import random_judge
+from .conftest import random_judge, tiny_tokenizer
 from .test_trainer import RESULTS
 
 
@@ -461,3 +462,32 @@ def test_a_bench_that_cannot_be_is_refused_before_models_load(run, questions, tm
     )
     assert code == 1
     assert message in err
+
+
+def test_pairs_whose_embeddings_are_padded_differently(run, llama, tokenizer, prompts_file, tmp_path):
+    """One tokenizer, 64 and 72 rows of embeddings, as in one family; and another tokenizer, which is refused."""
+    target, draft = llama[0], copy.deepcopy(llama[1])
+    draft.resize_token_embeddings(72, mean_resizing=False)
+    other = tiny_tokenizer("zyx" + string.digits)
+    for name, model, words in (("target", target, tokenizer), ("draft", draft, tokenizer), ("other", draft, other)):
+        model.save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    pair = f"{tmp_path / 'target'},{tmp_path / 'draft'}"
+    code, out, err = run("mine", "--pair", pair, "--prompts", prompts_file, "--output", tmp_path / "l", *MINE)
+    assert code == 0, err
+    assert len(load_labels(tmp_path / "l")) > 0
+    code, out, err = run(
+        "bench", "--pair", pair, "--prompts", prompts_file, "--output", tmp_path / "b", "--dtype", "float32",
+        "--max-new-tokens", 16, "--rule", "margin=1", "--rule", "greedy", "--rule", "draft", "--limit", 3,
+    )  # fmt: skip
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "b" / "quality.jsonl").read_text().splitlines()]
+    tokens = {(line["setting"], line["prompt"]): line["tokens"] for line in lines}
+    prompts = {prompt for _, prompt in tokens}
+    assert all(tokens["greedy", prompt] == tokens["lossless", prompt] for prompt in prompts)
+    code, out, err = run(
+        "mine", "--pair", f"{tmp_path / 'target'},{tmp_path / 'other'}", "--prompts", prompts_file,
+        "--output", tmp_path / "l2", *MINE,
+    )  # fmt: skip
+    assert code == 1
+    assert "has another tokenizer than" in err.replace("\n", " ")
