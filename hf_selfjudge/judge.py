@@ -110,10 +110,11 @@ class Judge(torch.nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(candidates,)`: log-odds that accepting the candidate changes the meaning.
         """
-        scalars = (scalars[:, self.columns].float() - self.scalar_mean) / self.scalar_scale
-        centred = hidden[:, self.sides].float() - self.hidden_mean
-        components = torch.einsum("nsh,shc->nsc", centred, self.projection)
-        return self.head(torch.cat([scalars, components.flatten(1)], dim=-1)).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # fp32, also where the target runs in less
+            scalars = (scalars[:, self.columns].float() - self.scalar_mean) / self.scalar_scale
+            centred = hidden[:, self.sides].float() - self.hidden_mean
+            components = torch.einsum("nsh,shc->nsc", centred, self.projection)
+            return self.head(torch.cat([scalars, components.flatten(1)], dim=-1)).squeeze(-1)
 
     # -- which target it belongs to --------------------------------------------------------------------------------
 
