@@ -12,6 +12,7 @@ named with `--config`; `accelerate launch -m hf_selfjudge.cli train …` shares 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -53,7 +54,9 @@ NO_PART = (
     "disable_tqdm",
     "hub_",
     "push_to_hub",
-    "dataloader",
+    "dataloader_num_workers",
+    "dataloader_p",
+    "dataloader_multiprocessing",
     "label_names",
     "use_cpu",
     "local_rank",
@@ -241,6 +244,8 @@ def _chosen(args: JudgeConfig) -> dict:
         value, default = (
             each.value if isinstance(each, Enum) else each for each in (getattr(args, option.name), default)
         )
+        if isinstance(value, dict):
+            value = json.dumps(value)
         if value == default or not isinstance(value, bool | int | float | str | list):
             continue
         if not default and (value is False or value == []):  # what transformers makes of `None` and ""

@@ -376,7 +376,10 @@ def test_what_the_card_says_remakes_the_judge(fitted, tmp_path):
     options = {
         "scalars": ["none"],
         "prior": float("inf"),
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": "cosine_with_restarts",
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "per_device_train_batch_size": 100,
+        "dataloader_drop_last": True,
         "weight_decay": 0.5,
         "seed": 3,
     }
