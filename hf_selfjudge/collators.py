@@ -26,8 +26,10 @@ def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
     `(rows,)`.
 
     Raises:
-        ValueError: If it is known of no row.
+        ValueError: If it is known of no row, or there is none.
     """
+    if not len(labels):
+        raise ValueError("`labels` are empty. Mine some.")
     column = "reconvergence" if args.label == "lost" else args.label
     values = np.array(labels[column][:], dtype=float)
     if np.isnan(values).all():

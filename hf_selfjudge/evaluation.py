@@ -72,7 +72,7 @@ def held_out(
         of.
 
     Raises:
-        ValueError: If there are too few groups.
+        ValueError: If there are too few groups, or nothing can be trained on what is left without one of the parts.
     """
     known, groups = soft_labels(labels, args), np.array(labels[by][:])
     rows = np.flatnonzero(~np.isnan(known))
@@ -86,7 +86,11 @@ def held_out(
     splits = GroupKFold(folds) if folds else LeaveOneGroupOut()
     for number, (train, test) in enumerate(splits.split(rows, groups=groups[rows])):
         part[rows[test]] = number
-        odds[rows[test]] = fit(labels.select(rows[train]), _quiet(args)).odds(labels.select(rows[test]))
+        try:
+            trainer = fit(labels.select(rows[train]), _quiet(args))
+        except ValueError as error:
+            raise ValueError(f"{error} (Held out was part {number + 1} of {folds or count}.)") from error
+        odds[rows[test]] = trainer.odds(labels.select(rows[test]))
     return odds, part
 
 
@@ -96,6 +100,7 @@ def _quiet(args: JudgeConfig) -> JudgeConfig:
     args.disable_tqdm, args.push_to_hub, args.resume_from_checkpoint, args.report_to = True, False, None, []
     args.logging_strategy = args.eval_strategy = IntervalStrategy.NO
     args.save_strategy = SaveStrategy.NO
+    args.eval_on_start = args.load_best_model_at_end = False
     return args
 
 

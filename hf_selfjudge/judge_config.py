@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -13,6 +16,7 @@ from .features import SCALARS, STATES
 LABELS = ("changed", "flipped", "lost", "says_no", "likelihood", "confidence")
 SCORES = ("likelihood", "confidence")  # in nats: what is above a threshold counts as changed
 NONE = ["none"]  # how a command line says that a list is empty
+BY_LENGTH = ("group_by_length", "batch_rebalance")  # sampling strategies that ask how long each text is
 
 
 @dataclass
@@ -22,6 +26,15 @@ class JudgeConfig(TrainingArguments):
 
     This class includes only the parameters that are specific to judges, and those whose defaults differ from
     [`~transformers.TrainingArguments`].
+
+    What cannot be obeyed is refused, with the reason, before anything is trained ([`check_options`]):
+    `label_smoothing_factor`, `neftune_noise_alpha`, `fp16_full_eval`, `bf16_full_eval`, `use_liger_kernel`, `fsdp`,
+    `deepspeed`, `parallelism_config`, `optim_target_modules`, schedule-free optimizers, `optim_args` for an optimizer
+    without any, `label_names`, `length_column_name`, and `fp16` on a CPU; on mined features also
+    `activation_checkpointing`, `include_num_input_tokens_seen`, `inputs` among `include_for_metrics`, and sampling by
+    length. With `push_to_hub`, the judge is published when it is saved: `hub_strategy` is `"end"`, and another one for
+    checkpoints is refused. At evaluation no row is dropped, whatever `dataloader_drop_last` says. As
+    `metric_for_best_model`, `false_accept_rate` is the better the lower, unless `greater_is_better` is set.
 
     Parameters:
         > Parameters that control the label
@@ -137,7 +150,13 @@ class JudgeConfig(TrainingArguments):
         self.scalars, self.states = ([] if names == NONE else names for names in (self.scalars, self.states))
         if self.num_train_epochs:
             self.max_steps = -1
+        if self.metric_for_best_model is not None and self.metric_for_best_model.endswith("false_accept_rate"):
+            self.greater_is_better = bool(self.greater_is_better)  # transformers takes all but losses for scores
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(f"`label_names`: the label is chosen by `label`, got {self.label_names}. Leave it out.")
         if self.push_to_hub:
+            if self.hub_strategy in ("checkpoint", "all_checkpoints"):
+                raise ValueError("`hub_strategy`: checkpoints are not published, only the judge. Leave it out.")
             self.hub_strategy = "end"  # what is published is the judge, not the folder with its checkpoints
         for name, known in (("scalars", SCALARS), ("states", STATES)):
             if unknown := set(getattr(self, name)) - set(known):
@@ -150,3 +169,92 @@ class JudgeConfig(TrainingArguments):
         # Rows are small, and on a machine without a GPU there is nothing to pin them for.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
+
+
+def check_options(args: JudgeConfig, through_model: bool, evaluates: bool, own_metrics: bool) -> None:
+    """
+    Args:
+        through_model (`bool`): Whether the target itself is read.
+        evaluates (`bool`): Whether there are labels to evaluate on.
+        own_metrics (`bool`): Whether the measures at evaluation are the caller's.
+
+    Raises:
+        ValueError: If one of the options would not be obeyed; names it, and says why.
+    """
+    plain = args.optim.startswith(("adamw_torch", "adafactor"))
+    every = (args.save_strategy == "steps", args.load_best_model_at_end, args.save_steps != args.eval_steps)
+    measures = "the measures need the log-odds of all rows at once. Pass `compute_metrics` of your own"
+    whole = "a judge is small, and stays whole on each device: start several processes without it, they share the rows"
+    text = "on mined features no text is read. Leave it out, or train through the model"
+    rules = {
+        "label_smoothing_factor": (args.label_smoothing_factor, "labels are soft already. Leave it out"),
+        "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "no noise shall be in the target's states"),
+        "fp16_full_eval": (args.fp16_full_eval, "a judge is kept in fp32. Load the target in another type"),
+        "bf16_full_eval": (args.bf16_full_eval, "a judge is kept in fp32. Load the target in another type"),
+        "fp16": (args.fp16 and args.device.type == "cpu", "a CPU has no such training. Leave it out, or use `bf16`"),
+        "use_liger_kernel": (args.use_liger_kernel, "kernels go into the target before it is passed. Leave it out"),
+        **{name: (getattr(args, name), whole) for name in ("fsdp", "deepspeed", "parallelism_config")},
+        "optim_target_modules": (args.optim_target_modules, "no whole matrices of the target are trained"),
+        "optim": (args.optim.startswith("schedule_free"), "its weights in training are not those to keep"),
+        "optim_args": (args.optim_args and plain, f"{args.optim.value} does not look at it"),
+        "length_column_name": (args.length_column_name != "length", "lengths are counted, no column is looked at"),
+        "activation_checkpointing": (args.activation_checkpointing and not through_model, text),
+        "include_num_input_tokens_seen": (args.include_num_input_tokens_seen != "no" and not through_model, text),
+        "include_for_metrics": ("inputs" in args.include_for_metrics and not through_model, text),
+        "train_sampling_strategy": (args.train_sampling_strategy in BY_LENGTH and not through_model, text),
+        "eval_on_start": (args.eval_on_start and not evaluates, "there is no `eval_dataset`. Pass one"),
+        "save_strategy": (
+            args.save_strategy == "best" and args.eval_strategy == "no",
+            "nothing says which is best. Set an `eval_strategy`",
+        ),
+        "save_steps": (
+            all(every),
+            f"the best judge might not be among the saved. Set it to `eval_steps` ({args.eval_steps})",
+        ),
+        "batch_eval_metrics": (args.batch_eval_metrics and not own_metrics, measures),
+        "eval_do_concat_batches": (not args.eval_do_concat_batches and not own_metrics, measures),
+    }
+    for option, (refused, reason) in rules.items():
+        if refused:
+            raise ValueError(f"`{option}` is refused: {reason}.")
+    for option in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"`{option}` must be 1 or more, got {getattr(args, option)}.")
+    if not 0 < args.learning_rate < math.inf:
+        raise ValueError(f"`learning_rate` must be a number above 0, got {args.learning_rate}.")
+    if not 0 <= args.weight_decay < math.inf:
+        raise ValueError(f"`weight_decay` must be a number, 0 or more, got {args.weight_decay}.")
+
+
+def check_steps(args: JudgeConfig, rows: int, known: np.ndarray) -> None:
+    """
+    Args:
+        rows (`int`): Rows to train on; through the model, answers.
+        known (`np.ndarray`): Their labels.
+
+    Raises:
+        ValueError: If nothing could be learned from them: there would be no step, or all labels are the same.
+    """
+    asked = args.max_steps if args.max_steps >= 0 else args.num_train_epochs
+    if not 0 < asked < math.inf or (args.dataloader_drop_last and rows < args.train_batch_size * args.world_size):
+        raise ValueError(f"Training needs a step, and an end: {steps_of(args, rows)}.")
+    if np.ptp(known) == 0:
+        raise ValueError(f"`label`: it is {known[0]:g} in all {len(known)} rows, so there is nothing to tell apart.")
+
+
+def steps_of(args: JudgeConfig, rows: int) -> str:
+    """What the number of steps depends on."""
+    return (
+        f"`max_steps` is {args.max_steps} and `num_train_epochs` {args.num_train_epochs:g}, there are {rows} rows for "
+        f"batches of {args.train_batch_size} on each of {args.world_size} processes, and `dataloader_drop_last` is "
+        f"{args.dataloader_drop_last}"
+    )
+
+
+def without_text(args: JudgeConfig) -> JudgeConfig:
+    """The same training on mined features, where options about texts have no meaning."""
+    args = copy.copy(args)
+    args.activation_checkpointing, args.include_num_input_tokens_seen = False, "no"
+    if args.train_sampling_strategy in BY_LENGTH:
+        args.train_sampling_strategy = "random"
+    return args

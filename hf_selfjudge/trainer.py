@@ -7,6 +7,7 @@ trained with the judge.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
@@ -32,6 +32,7 @@ from transformers import (
     set_seed,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer import OPTIMIZER_NAME
 
 from .cards import write_card
 from .collators import (
@@ -43,8 +44,8 @@ from .collators import (
     layer_of,
     soft_labels,
 )
-from .judge import ADAPTER, WEIGHTS, Judge, JudgeInfo
-from .judge_config import JudgeConfig
+from .judge import Judge, JudgeInfo
+from .judge_config import JudgeConfig, check_options, check_steps, steps_of
 from .mismatches import special_tokens
 from .replay import Adapter
 from .rereading import StateReader
@@ -124,12 +125,21 @@ class TargetWithJudge(torch.nn.Module):
         states = self.reader(places=places, **text)
         return self.judge(scalars.flatten(0, 1), states.flatten(0, 1)).view(places.shape)
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """As of [`~transformers.PreTrainedModel`]. Without an adapter no activation of the target is kept anyway."""
+        if isinstance(self.target, PeftModel):
+            base = self.target.get_base_model()
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
 
 class JudgeTrainer(Trainer):
     """
     Trainer for judges.
 
     This class is a wrapper around the [`~transformers.Trainer`] class and inherits all of its attributes and methods.
+    Options that would not be obeyed are refused, see [`JudgeConfig`].
 
     Example:
 
@@ -165,11 +175,12 @@ class JudgeTrainer(Trainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the target, for training through the model. If `None`, it is loaded with the target.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
-            Metrics at evaluation. Will default to [`judge_metrics`].
+            Metrics at evaluation. Will default to [`judge_metrics`]. `batch_eval_metrics`,
+            `eval_do_concat_batches=False` and `preprocess_logits_for_metrics` need one of your own.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use.
+            Optimizer and scheduler to use. The optimizer must be of all that is trained.
         optimizer_cls_and_kwargs (`tuple`, *optional*):
             Optimizer class and keyword arguments to use.
         preprocess_logits_for_metrics (`Callable`, *optional*):
@@ -177,6 +188,8 @@ class JudgeTrainer(Trainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to train in the target. If `None`, the head alone is trained.
     """
+
+    loss_is_scaled_for_ga = True  # see `compute_loss`
 
     def __init__(
         self,
@@ -198,6 +211,9 @@ class JudgeTrainer(Trainer):
             args = JudgeConfig(f"{_name_of(model)}-Judge", **({} if isinstance(model, Judge) else through))
         if not isinstance(train_dataset, datasets.Dataset):
             raise TypeError(f"`train_dataset` must be a `Dataset` of labels, got `{type(train_dataset).__name__}`.")
+        if preprocess_logits_for_metrics is not None and compute_metrics is None:
+            raise ValueError("`preprocess_logits_for_metrics` needs a `compute_metrics` that takes what it returns.")
+        check_options(args, not isinstance(model, Judge), eval_dataset is not None, compute_metrics is not None)
         set_seed(args.seed)
         if isinstance(model, str):
             model, tokenizer = load_model(model, torch.bfloat16)
@@ -215,6 +231,8 @@ class JudgeTrainer(Trainer):
             tokens = (processing_class.pad_token_id, processing_class.eos_token_id) if processing_class else ()
             data_collator = DataCollatorForJudge(next((t for t in tokens if t is not None), 0))
         known = soft_labels(train_dataset, args)
+        rows = self._prepare_dataset(train_dataset, args)
+        check_steps(args, len(rows), known[~np.isnan(known)])
         if not self.judge.projection.any() and not self.judge.scalar_mean.any():
             fit_projection(self.judge, self._mined(train_dataset, known), args.seed)
         self.label_count = int((~np.isnan(known)).sum())
@@ -227,7 +245,7 @@ class JudgeTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator or DataCollatorForSubstitutions(),
-            train_dataset=prepare(train_dataset, args),
+            train_dataset=rows,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics or judge_metrics,
@@ -236,8 +254,11 @@ class JudgeTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
         self._metrics = {"train": defaultdict(list)}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by a launcher
+            raise ValueError("FSDP and DeepSpeed would not be obeyed: a judge stays whole on each device. Use DDP.")
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer, self.model)
 
     @staticmethod
     def _with_adapter(model: Judge | TargetWithJudge, peft_config: PeftConfig) -> TargetWithJudge:
@@ -274,9 +295,82 @@ class JudgeTrainer(Trainer):
         return Substitutions(dataset, known)
 
     def train(self, *args, **kwargs):
-        """What was measured of the judge before, and the thresholds chosen there, are forgotten."""
+        """
+        What was measured of the judge before, and the thresholds chosen there, are forgotten.
+
+        Raises:
+            ValueError: If no step was taken, the loss or a weight is not finite, or there is no best judge to load.
+        """
         self.judge.info = replace(self.judge.info, threshold=UNCHOSEN, training={}, operating_points={})
-        return super().train(*args, **kwargs)
+        self._metrics["train"].clear()
+        output = super().train(*args, **kwargs)
+        if not self.state.global_step:
+            raise ValueError(f"No step was taken: {steps_of(self.args, len(self.train_dataset))}.")
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            raise ValueError("`load_best_model_at_end`: no judge was evaluated and saved, so there is no best one.")
+        self._complete_judge()
+        return output
+
+    def _complete_judge(self) -> None:
+        """Give the judge its adapter, as it is now."""
+        for name, value in self.model.named_parameters():
+            if value.requires_grad and not value.isfinite().all():
+                raise ValueError(f"`learning_rate`: {name} is not finite any more. Lower it.")
+        if self._has_adapter():
+            self.judge.adapter = adapter_of(self.model.target)
+            self.judge.info = replace(self.judge.info, adapter=True)
+
+    def _has_adapter(self) -> bool:
+        return self.through_model and isinstance(self.model.target, PeftModel)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise ValueError(f"`learning_rate`: the loss is {loss:g} after {self.state.global_step} steps. Lower it.")
+        return loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor:
+        """Labels in all batches of a step; with `average_tokens_across_devices` their mean over the processes, whose
+        gradients are averaged."""
+        count = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
+        count = torch.as_tensor(count, dtype=torch.float, device=device)
+        return self.accelerator.reduce(count, "mean") if self.args.average_tokens_across_devices else count
+
+    def _get_dataloader(
+        self,
+        dataset: torch.utils.data.Dataset,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> torch.utils.data.DataLoader:
+        """At evaluation every row counts, and they stay in order."""
+        options = self.args
+        if not is_training:
+            self.args = copy.copy(options)
+            self.args.dataloader_drop_last, self.args.train_sampling_strategy = False, "random"
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.args = options
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
+        """What is missing or no number is never beaten: the last judge would pass for the best."""
+        name = self.args.metric_for_best_model
+        if name is not None and not np.isfinite(metrics.get(f"eval_{name.removeprefix('eval_')}", np.nan)):
+            raise ValueError(
+                f"`metric_for_best_model`: after {self.state.global_step} steps there is no number for {name!r}, only "
+                f"for {', '.join(sorted(metrics))} (see `judge_metrics`). Choose one of these."
+            )
+        return super()._determine_best_metric(metrics, trial)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "places", "substitutes", "scalars", "hidden", "labels"]
@@ -288,27 +382,37 @@ class JudgeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross-entropy with soft labels, nats; in training with the prior's share of a row on top."""
+        """Mean cross-entropy with soft labels over all batches of a step, nats; in training with the prior's share of
+        a row on top."""
         labels = inputs["labels"]
         odds = model(**{name: value for name, value in inputs.items() if name != "labels"})
         known = labels != IGNORED
-        loss = binary_cross_entropy_with_logits(odds[known], labels[known])
+        step = self.model.training and num_items_in_batch is not None
+        count = num_items_in_batch if step else known.sum()
+        loss = binary_cross_entropy_with_logits(odds[known], labels[known], reduction="sum") / count
         if self.model.training:
-            loss = loss + self.judge.head.weight.square().sum() / (2 * self.args.prior * self.label_count)
+            prior = self.judge.head.weight.square().sum() / (2 * self.args.prior * self.label_count)
+            loss = loss + prior / self.current_gradient_accumulation_steps
             for name, value in _agreement(odds[known].detach(), labels[known]).items():
                 self._metrics["train"][name].append(value)
         return (loss, {"logits": odds}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of training; `evaluate` has metrics of its own
-            logs = logs | {name: float(np.nanmean(values)) for name, values in self._metrics["train"].items()}
+            logs = logs | {name: float(np.mean(values)) for name, values in self._metrics["train"].items()}
             self._metrics["train"].clear()
         super().log(logs, start_time)
 
     def odds(self, labels: datasets.Dataset) -> np.ndarray:
         """What the judge says of rows of labels: log-odds of shape `(rows,)`; NaN where the label is not known."""
         dataset, known = self._prepare_dataset(labels, self.args), soft_labels(labels, self.args)
-        predictions, odds = self.predict(dataset).predictions, np.full(len(known), np.nan)
+        odds, predictions = np.full(len(known), np.nan), []
+        self.model.eval()
+        with torch.no_grad():  # not `predict`, whose options are about what the measures are given
+            for inputs in self.get_test_dataloader(dataset):
+                del inputs["labels"]
+                some = self.accelerator.pad_across_processes(self.model(**self._prepare_inputs(inputs)), dim=1)
+                predictions += self.accelerator.gather_for_metrics(some).cpu().numpy().tolist()
         if self.through_model:
             for rows, values in zip(dataset["rows"], predictions, strict=True):
                 odds[rows] = values[: len(rows)]
@@ -319,10 +423,9 @@ class JudgeTrainer(Trainer):
     # -- files -----------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.through_model and isinstance(self.model.target, PeftModel):
-            self.judge.adapter = adapter_of(self.model.target)
-            self.judge.info = replace(self.judge.info, adapter=True)
-        self.judge.save_pretrained(output_dir or self.args.output_dir)
+        self._complete_judge()
+        if self.args.should_save:
+            self.judge.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
@@ -350,9 +453,11 @@ class JudgeTrainer(Trainer):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
-        **kwargs,
     ) -> CommitInfo | None:
-        """Publish the judge with its card as `args.hub_model_id`, by default under the name of the output folder."""
+        """
+        Publish the judge with its card as `args.hub_model_id`, by default under the name of the output folder. It
+        waits for the end, and has a message of its own: `commit_message` and `blocking` are not looked at.
+        """
         if not self.is_world_process_zero():
             return None
         repo = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
@@ -361,12 +466,30 @@ class JudgeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.judge.load_state_dict(load_file(folder / WEIGHTS))
-        if self.through_model and isinstance(self.model.target, PeftModel):
-            set_peft_model_state_dict(self.model.target, load_file(folder / ADAPTER))
+        if not (folder / OPTIMIZER_NAME).is_file():
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint`: {folder} has no {OPTIMIZER_NAME}. It is no checkpoint, or one of "
+                "`save_only_model`, from which training cannot go on as it was. Name another one."
+            )
+        saved = Judge.from_pretrained(folder)
+        here = replace(self.judge.info, adapter=self._has_adapter())
+        for name in ("target_fingerprint", "layer", "scalars", "states", "components", "adapter"):
+            if getattr(saved.info, name) != getattr(here, name):
+                raise ValueError(
+                    f"`resume_from_checkpoint`: {folder} is of another judge, whose {name} is "
+                    f"{getattr(saved.info, name)!r}, not {getattr(here, name)!r}."
+                )
+        if self._has_adapter() and saved.adapter.config != adapter_of(self.model.target).config:
+            raise ValueError(f"`resume_from_checkpoint`: {folder} has an adapter of another `peft_config`.")
+        self._load_weights(saved)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_weights(Judge.from_pretrained(self.state.best_model_checkpoint))
+
+    def _load_weights(self, saved: Judge) -> None:
+        self.judge.load_state_dict(saved.state_dict())
+        if self._has_adapter():
+            set_peft_model_state_dict(self.model.target, saved.adapter.tensors)
 
 
 def _name_of(model: Judge | TargetWithJudge | PreTrainedModel | str) -> str:
@@ -374,6 +497,20 @@ def _name_of(model: Judge | TargetWithJudge | PreTrainedModel | str) -> str:
     if isinstance(model, PreTrainedModel):
         model = model.config.name_or_path
     return (model if isinstance(model, str) else _judge_of(model).info.target).split("/")[-1]
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: If it is of other parameters than those that are trained.
+    """
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, value in model.named_parameters():
+        if value.requires_grad and id(value) not in given:
+            raise ValueError(
+                f"`optimizers`: {name} is to be trained, but the optimizer does not have it. Make it of the "
+                "parameters of `model`, or pass `optimizer_cls_and_kwargs`."
+            )
 
 
 def _judge_of(model: Judge | TargetWithJudge) -> Judge:
@@ -449,23 +586,24 @@ def fit_projection(judge: Judge, rows: Substitutions, seed: int) -> None:
 
 
 def _agreement(odds: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
-    """At a threshold of 0.5: accuracy, share accepted, and the mean label of the accepted (NaN if there is none)."""
+    """At a threshold of 0.5: accuracy, share accepted, and the mean label of the accepted if there are any."""
     accepted = odds < 0
-    return {
+    measured = {
         "accuracy": float(((label < 0.5) == accepted).float().mean()),
         "accept_rate": float(accepted.float().mean()),
-        "false_accept_rate": float(label[accepted].mean()),
     }
+    return measured | ({"false_accept_rate": float(label[accepted].mean())} if accepted.any() else {})
 
 
 def judge_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
-    `accuracy`, `accept_rate` and `false_accept_rate` (the mean label among the accepted) at a threshold of 0.5, and
-    `auroc` for labels above 0.5 (NaN where all or none are).
+    `accuracy`, `accept_rate` and `false_accept_rate` (the mean label among the accepted; left out where nothing is
+    accepted) at a threshold of 0.5, and `auroc` for labels above 0.5 (left out where all or none are).
     """
     odds, labels = (torch.tensor(values).flatten() for values in (prediction.predictions, prediction.label_ids))
     odds, labels = odds[labels != IGNORED], labels[labels != IGNORED]
-    return _agreement(odds, labels) | {"auroc": auc(labels.numpy() > 0.5, odds.numpy())}
+    area = auc(labels.numpy() > 0.5, odds.numpy())
+    return _agreement(odds, labels) | ({} if np.isnan(area) else {"auroc": area})
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from .cards import plot_reliability, write_card
 from .collators import soft_labels
 from .evaluation import HeldOutConfig, calibrate, calibrated, evaluate, held_out
 from .judge import Judge
-from .judge_config import NONE, SCORES, JudgeConfig
+from .judge_config import NONE, SCORES, JudgeConfig, without_text
 from .labels import folders_of, load_labels, mining_of
 from .replay import apart
 from .sources import load_model
@@ -126,6 +126,12 @@ class ScriptArguments:
             raise ValueError(f"`resamples` must be 1 or more, got {self.resamples}.")
         if self.lora_layers < 0:
             raise ValueError(f"`lora_layers` must be 0 or more, got {self.lora_layers}.")
+        for name in ("lora_r", "lora_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        for name in ("lora_learning_rate", "lora_epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, got {getattr(self, name)}.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`dtype` must be one of bfloat16, float16, float32, got {self.dtype!r}.")
 
@@ -136,8 +142,10 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
 
     Raises:
         FileNotFoundError: If a folder has no labels.
-        ValueError: If the folders are of different models or layers, have too few prompts, or no row with this label.
+        ValueError: If the folders are of different models or layers, have too few prompts, or no row with this label;
+            or an option asks for labels to evaluate on.
     """
+    _check_unmeasured(training_args)
     folders = folders_of(script_args.labels)
     mining = mining_of(folders)
     sets = [load_labels(folder) for folder in folders]
@@ -184,6 +192,21 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
     return judge
 
 
+def _check_unmeasured(args: JudgeConfig) -> None:
+    """
+    Raises:
+        ValueError: If an option asks for labels to evaluate on.
+    """
+    chosen = {"eval_strategy": args.eval_strategy != "no", "save_strategy": args.save_strategy == "best"}
+    chosen |= {name: getattr(args, name) for name in ("eval_on_start", "load_best_model_at_end")}
+    for name, wanted in chosen.items():
+        if wanted:
+            raise ValueError(
+                f"`{name}` asks for labels to evaluate on, but this script measures the judge on each of its `folds`. "
+                "Leave it out, or use `JudgeTrainer`."
+            )
+
+
 def _how(script_args: ScriptArguments, mining: dict) -> Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer]:
     """What trains a judge on rows of labels: the head on mined features, and then an adapter too if there shall be
     one."""
@@ -195,6 +218,8 @@ def _how(script_args: ScriptArguments, mining: dict) -> Callable[[datasets.Datas
             )
         target, tokenizer = load_model(mining["target"], getattr(torch, script_args.dtype))
         count = target.config.get_text_config().num_hidden_layers
+        if script_args.lora_layers > count:
+            raise ValueError(f"`lora_layers` is {script_args.lora_layers}, but the target has {count} layers.")
         adapter = LoraConfig(
             r=script_args.lora_r,
             lora_alpha=2 * script_args.lora_r,
@@ -204,8 +229,9 @@ def _how(script_args: ScriptArguments, mining: dict) -> Callable[[datasets.Datas
         )
 
     def fit(labels: datasets.Dataset, args: JudgeConfig) -> JudgeTrainer:
-        head = copy.copy(args)
+        head = args
         if script_args.lora_layers:  # what is saved and resumed is the longer part
+            head = without_text(args)
             head.resume_from_checkpoint, head.save_strategy = None, SaveStrategy.NO
         trainer = _train(JudgeTrainer(new_judge(mining, args), head, train_dataset=labels))
         if not script_args.lora_layers:

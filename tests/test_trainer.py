@@ -250,10 +250,15 @@ def lora(**options):
     )
 
 
-def through(target, answers, folder, peft_config=None, **options):
+def through(target, answers, folder, peft_config=None, eval_dataset=None, **options):
     options = {"components": 4, "max_steps": 6, "per_device_train_batch_size": 4} | options
     return JudgeTrainer(
-        target, config(folder, **options), train_dataset=answers, processing_class=Tokens(), peft_config=peft_config
+        target,
+        config(folder, **options),
+        train_dataset=answers,
+        eval_dataset=eval_dataset,
+        processing_class=Tokens(),
+        peft_config=peft_config,
     )
 
 
@@ -261,6 +266,7 @@ class Tokens:
     """All that is asked of a tokenizer here."""
 
     pad_token_id, eos_token_id, all_special_ids, added_tokens_decoder = 0, None, [1], {}
+    model_input_names = ("input_ids",)
 
 
 def test_every_trainable_parameter_changes_and_every_other_does_not(target, answers, tmp_path):
@@ -339,7 +345,11 @@ def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
     made |= {"hidden_size": TINY, "target_fingerprint": fingerprint(target)}
     (folder / "mining.json").write_text(json.dumps(made))
     options = {"folds": 2, "lora_layers": 2, "lora_r": 2, "lora_epochs": 2.0, "lora_learning_rate": 0.01}
-    judge = main(script(folder, **options), config(tmp_path / "judge", components=4))
+    # What is about text is for the part that reads some.
+    of_text = {"activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
+    with pytest.raises(ValueError, match="`lora_layers` is 4, but the target has 3 layers"):
+        main(script(folder, folds=2, lora_layers=4), config(tmp_path / "judge", components=4))
+    judge = main(script(folder, **options), config(tmp_path / "judge", components=4, **of_text))
     loaded = Judge.from_pretrained(tmp_path / "judge")
     assert loaded.info == judge.info
     assert {layer for layer, _ in loaded.adapter.products()} == {1, 2}
@@ -473,6 +483,310 @@ def test_the_script_reads_yaml_and_the_command_line(tmp_path):
     script_args, training_args = make_parser().parse_args_and_config(arguments)
     assert script_args.labels == ["a", "b"]
     assert (training_args.components, training_args.learning_rate) == (32, 0.01)
+
+
+# -- options of transformers' trainer: obeyed or refused -------------------------------------------------------------
+
+
+def on_features(folder, output, rows=range(180), own=None, **options):
+    """A trainer of the head; `own` are its other arguments."""
+    options = {"components": 8, "max_steps": 12, "per_device_train_batch_size": 64} | options
+    args = config(output, **options)
+    labels = load_labels(folder).select(rows)
+    return JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=labels, **(own or {}))
+
+
+STEPWISE = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is refused: labels are soft already"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` is refused"),
+        ({"fp16_full_eval": True}, "`fp16_full_eval` is refused: a judge is kept in fp32"),
+        ({"bf16_full_eval": True}, "`bf16_full_eval` is refused: a judge is kept in fp32"),
+        ({"fp16": True}, "`fp16` is refused: a CPU"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel` is refused"),
+        ({"fsdp": True}, "`fsdp` is refused: a judge is small"),
+        ({"parallelism_config": {"tp_size": 2}}, "`parallelism_config` is refused: a judge is small"),
+        ({"optim_target_modules": ["head"]}, "`optim_target_modules` is refused"),
+        ({"optim": "schedule_free_adamw"}, "`optim` is refused"),
+        ({"optim_args": "momentum=0.9"}, "`optim_args` is refused: adamw_torch.* does not look at it"),
+        ({"length_column_name": "tokens"}, "`length_column_name` is refused"),
+        ({"activation_checkpointing": True}, "`activation_checkpointing` is refused: on mined features"),
+        ({"include_num_input_tokens_seen": "all"}, "`include_num_input_tokens_seen` is refused: on mined features"),
+        ({"include_for_metrics": ["inputs"]}, "`include_for_metrics` is refused: on mined features"),
+        ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is refused: on mined features"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "`train_sampling_strategy` is refused: on mined features"),
+        ({"eval_on_start": True}, "`eval_on_start` is refused: there is no `eval_dataset`"),
+        ({"eval_strategy": "steps"}, "didn't pass an `eval_dataset`"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "`save_strategy` is refused"),
+        (STEPWISE | {"save_steps": 4, "load_best_model_at_end": True}, r"`save_steps` is refused: .* \(2\)"),
+        ({"batch_eval_metrics": True}, "`batch_eval_metrics` is refused: the measures need"),
+        ({"eval_do_concat_batches": False}, "`eval_do_concat_batches` is refused: the measures need"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be 1 or more, got 0"),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be 1 or more, got 0"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be 1 or more, got 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be a number above 0, got 0.0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be a number above 0, got -1.0"),
+        ({"learning_rate": float("inf")}, "`learning_rate` must be a number above 0, got inf"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be a number, 0 or more, got -1.0"),
+        ({"max_steps": 0}, "`max_steps` is 0 and `num_train_epochs` 0"),
+        ({"max_steps": -1}, "`max_steps` is -1 and `num_train_epochs` 0"),
+        ({"num_train_epochs": -1.0}, "`max_steps` is -1 and `num_train_epochs` -1"),
+        ({"num_train_epochs": float("inf")}, "`max_steps` is -1 and `num_train_epochs` inf"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 181},
+            "180 rows for batches of 181 on each of 1 processes, and `dataloader_drop_last` is True",
+        ),
+        ({"label_names": ["changed"]}, "`label_names`: the label is chosen by `label`"),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "`hub_strategy`: checkpoints are not published"),
+    ],
+    ids=str,
+)
+def test_options_that_would_not_be_obeyed_are_refused(fitted, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        on_features(fitted[0], tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ({"bf16": True}, False),  # the head is in fp32 whatever the target is in
+        ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True}, False),
+        ({"auto_find_batch_size": True}, False),
+        ({"average_tokens_across_devices": False}, False),
+        ({"remove_unused_columns": False}, False),
+        ({"logging_first_step": True, "logging_nan_inf_filter": False}, False),
+        ({"full_determinism": False, "torch_empty_cache_steps": 1}, False),
+        ({"per_device_train_batch_size": 32, "gradient_accumulation_steps": 2, "num_train_epochs": 1.0}, True),
+        ({"weight_decay": 1.0}, True),
+        ({"max_grad_norm": 0.01}, True),
+        ({"optim": "adafactor"}, True),
+        ({"optim": "sgd", "optim_args": "momentum=0.9"}, True),
+        ({"warmup_steps": 5}, True),
+        ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}, True),
+        ({"train_sampling_strategy": "sequential"}, True),
+        ({"dataloader_drop_last": True}, True),
+        ({"data_seed": 3}, True),
+        ({"seed": 3}, True),
+        ({"per_device_train_batch_size": 1000}, True),
+    ],
+    ids=str,
+)
+def test_options_are_obeyed(fitted, tmp_path, options, other):
+    """Those that change what comes out do, and the others do not."""
+    weights = []
+    for folder, chosen in (("plain", {}), ("chosen", options)):
+        judging = on_features(fitted[0], tmp_path / folder, **chosen)
+        judging.train()
+        judging.save_model()
+        weights.append(Judge.from_pretrained(tmp_path / folder).head.weight)  # takes fp32 only
+    assert torch.equal(*weights) != other
+
+
+def test_the_end_of_training_is_looked_at(fitted, tmp_path):
+    judging = on_features(fitted[0], tmp_path / "a")
+    judging.args.max_steps = 0
+    with pytest.raises(ValueError, match="No step was taken: `max_steps` is 0"):
+        judging.train()
+    judging = on_features(fitted[0], tmp_path / "b", learning_rate=1e38)
+    with pytest.raises(ValueError, match="`learning_rate`: the loss is (nan|inf) after 1 steps"):
+        judging.train()
+    with pytest.raises(ValueError, match="`learning_rate`: head.weight is not finite any more"):
+        judging.save_model()
+    judging = on_features(fitted[0], tmp_path / "c", learning_rate=1e38, max_steps=1, lr_scheduler_type="constant")
+    with torch.no_grad():
+        judging.judge.head.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="`learning_rate`: "):
+        judging.train()
+    assert not list(tmp_path.glob("*/model.safetensors"))
+    judging = on_features(fitted[0], tmp_path / "d")
+    judging.args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match="`load_best_model_at_end`: no judge was evaluated and saved"):
+        judging.train()
+
+
+def test_a_launcher_cannot_shard_a_judge(fitted, tmp_path, monkeypatch):
+    made = JudgeTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        made(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(JudgeTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed would not be obeyed"):
+        on_features(fitted[0], tmp_path)
+
+
+def test_labels_that_tell_nothing_are_refused(fitted, tmp_path):
+    labels = load_labels(fitted[0])
+    judge = new_judge(mining_of([fitted[0]])[0], config(tmp_path))
+    same = np.flatnonzero(np.array(labels["changed"][:]) == 0)
+    with pytest.raises(ValueError, match=r"`label`: it is 0 in all \d+ rows"):
+        JudgeTrainer(judge, config(tmp_path), train_dataset=labels.select(same))
+    with pytest.raises(ValueError, match="`labels` are empty"):
+        JudgeTrainer(judge, config(tmp_path), train_dataset=labels.select([]))
+
+
+def test_an_optimizer_must_be_of_what_is_trained(fitted, tmp_path):
+    other = torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="`optimizers`: head.weight is to be trained"):
+        on_features(fitted[0], tmp_path, own={"optimizers": (other, None)})
+    args = config(tmp_path, max_steps=2)
+    judge = new_judge(mining_of([fitted[0]])[0], args)
+    optimizer = torch.optim.SGD(judge.parameters(), lr=0.1)
+    judging = JudgeTrainer(
+        judge, args, train_dataset=load_labels(fitted[0]), optimizers=(optimizer, None), compute_metrics=len
+    )
+    judging.train()
+    assert judge.head.weight.any()
+    with pytest.raises(ValueError, match="`preprocess_logits_for_metrics` needs a `compute_metrics`"):
+        on_features(fitted[0], tmp_path, own={"preprocess_logits_for_metrics": lambda odds, labels: odds.sigmoid()})
+
+
+def test_what_is_undefined_is_left_out_and_is_not_the_best(fitted, tmp_path):
+    labels = load_labels(fitted[0])
+    same = labels.select(np.flatnonzero(np.array(labels["changed"][:]) == 0)[:20])
+    options = STEPWISE | {"eval_on_start": True, "logging_first_step": True, "load_best_model_at_end": True}
+    judging = on_features(fitted[0], tmp_path / "loss", own={"eval_dataset": same}, **options)
+    judging.train()
+    assert "eval_false_accept_rate" not in judging.state.log_history[0]  # a new judge accepts nothing
+    for path in (tmp_path / "loss").glob("*/trainer_state.json"):
+        assert "NaN" not in path.read_text()
+    options["metric_for_best_model"] = "auroc"
+    judging = on_features(fitted[0], tmp_path / "auroc", own={"eval_dataset": same}, **options)
+    with pytest.raises(ValueError, match="`metric_for_best_model`: after 2 steps there is no number for 'auroc'"):
+        judging.train()
+
+
+def test_the_best_judge_is_the_one_with_the_fewest_false_accepts(target, answers, tmp_path):
+    """Head and adapter are those of the best step, also in the judge that is never saved."""
+    options = {"max_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "eval_a_false_accept_rate"}
+    evaluated = {"a": answers.select(range(18)), "b": answers.select(range(18, 36))}
+    judging = through(target, answers, tmp_path, lora(), eval_dataset=evaluated, **STEPWISE | options)
+    judging.train()
+    rates = {e["step"]: e[name] for e in judging.state.log_history if (name := "eval_a_false_accept_rate") in e}
+    best = min(rates, key=rates.get)
+    assert best < 4  # not what it ended with
+    saved = Judge.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert torch.equal(judging.judge.head.weight, saved.head.weight)
+    assert judging.judge.info.adapter
+    for name, value in saved.adapter.tensors.items():
+        assert torch.equal(judging.judge.adapter.tensors[name], value), name
+
+
+def test_training_goes_on_from_its_own_checkpoints_only(fitted, target, answers, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    on_features(fitted[0], tmp_path / "own", **options).train()
+    on_features(fitted[0], tmp_path / "bare", save_only_model=True, **options).train()
+    here, bare = tmp_path / "own/checkpoint-6", tmp_path / "bare/checkpoint-6"
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        on_features(fitted[0], tmp_path / "x").train(resume_from_checkpoint=True)
+    for folder in (bare, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint`: .* has no optimizer.pt"):
+            on_features(fitted[0], tmp_path / "x").train(resume_from_checkpoint=str(folder))
+    other = on_features(fitted[0], tmp_path / "x", states=STATES[::-1])
+    with pytest.raises(ValueError, match="of another judge, whose states is"):
+        other.train(resume_from_checkpoint=str(here))
+    through(target, answers, tmp_path / "lora", lora(lora_alpha=8), save_strategy="steps", save_steps=3).train()
+    folder = str(tmp_path / "lora/checkpoint-3")
+    with pytest.raises(ValueError, match="of another judge, whose adapter is True, not False"):
+        through(build("llama", num_hidden_layers=3), answers, tmp_path / "x").train(resume_from_checkpoint=folder)
+    other = through(build("llama", num_hidden_layers=3), answers, tmp_path / "x", lora(lora_alpha=4))
+    with pytest.raises(ValueError, match="an adapter of another `peft_config`"):
+        other.train(resume_from_checkpoint=folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}], ids=str
+)
+def test_every_row_counts_at_evaluation_and_stays_in_order(target, answers, tmp_path, options):
+    few = answers.select(range(6))
+    chosen = through(target, answers, tmp_path, eval_dataset=few, per_device_eval_batch_size=5, **options)
+    chosen.train()
+    plain = through(chosen.model, answers, tmp_path, per_device_eval_batch_size=5)
+    np.testing.assert_allclose(chosen.odds(answers), plain.odds(answers), rtol=1e-5)
+    assert chosen.evaluate()["eval_loss"] > 0
+
+
+def test_odds_do_not_depend_on_what_evaluation_does(fitted, tmp_path):
+    """Options about the measures do not change what the judge says."""
+    options = {"prediction_loss_only": True, "eval_do_concat_batches": False, "per_device_eval_batch_size": 50}
+    own = {"compute_metrics": len, "preprocess_logits_for_metrics": lambda odds, labels: odds.sigmoid()}
+    chosen = on_features(fitted[0], tmp_path, own=own, **options)
+    chosen.train()
+    plain = on_features(fitted[0], tmp_path)
+    plain.train()
+    labels = load_labels(fitted[0])
+    np.testing.assert_allclose(chosen.odds(labels), plain.odds(labels), rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_are_one_batch(answers, tmp_path):
+    """Also where answers have a different number of labels."""
+    uneven = answers.select([i for i in range(36) if i % 3 == 0 or i < 15])
+    weights = []
+    for size, steps in ((12, 1), (5, 3)):
+        judging = through(
+            build("llama", num_hidden_layers=3),
+            uneven,
+            tmp_path,
+            lora(),
+            **{"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "prior": 0.01},
+            **{"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "logging_steps": 1},
+        )
+        judging.train()
+        losses = [entry["loss"] for entry in judging.state.log_history if "loss" in entry]
+        weights.append((torch.cat([p.detach().flatten() for p in judging.judge.head.parameters()]), losses))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_are_computed_again(answers, tmp_path):
+    """With `activation_checkpointing` a layer runs twice a step, and what comes out is the same."""
+    heads, counts = [], []
+    for chosen in (False, True):
+        own, calls = build("llama", num_hidden_layers=3), []
+        judging = through(own, answers, tmp_path, lora(), activation_checkpointing=chosen)
+        own.model.layers[2].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        judging.train()
+        heads.append(judging.judge.head.weight)
+        counts.append(len(calls))
+    assert counts == [6, 12]
+    torch.testing.assert_close(*heads)
+
+
+def test_a_trained_judge_has_its_adapter(target, answers, tmp_path):
+    judging = through(target, answers, tmp_path, lora(), include_num_input_tokens_seen="all")
+    judging.train()
+    assert judging.judge.info.adapter
+    assert any(value.any() for value in judging.judge.adapter.tensors.values())
+    assert judging.state.num_input_tokens_seen > 0
+
+
+def test_the_script_refuses_before_it_trains(fitted, tmp_path):
+    folder = fitted[0]
+    for options, message in (
+        ({"eval_strategy": "steps"}, "`eval_strategy` asks for labels to evaluate on"),
+        ({"eval_on_start": True}, "`eval_on_start` asks for labels to evaluate on"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "`save_strategy` asks for labels"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 200},
+            r"192 rows for batches of 200 .* \(Held out was part 1 of 5.\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(script(folder), config(tmp_path / "x", **options))
+    for options, message in (
+        ({"lora_r": 0}, "`lora_r` must be 1 or more, got 0"),
+        ({"lora_batch": 0}, "`lora_batch` must be 1 or more, got 0"),
+        ({"lora_epochs": 0}, "`lora_epochs` must be a number above 0, got 0"),
+        ({"lora_learning_rate": -1.0}, "`lora_learning_rate` must be a number above 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script(folder, **options)
+    assert not (tmp_path / "x").exists()
 
 
 def test_every_option_is_documented():
