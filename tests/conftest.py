@@ -181,6 +181,36 @@ def tiny_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
 
 
+WORDS = ("the", "sky", "looks", "blue", "because")
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Decodes as Llama's does: `▁` is a space, dropped where a text begins, and characters may come as bytes."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.ascii_letters]
+    vocabulary += [f"▁{word}" for word in WORDS]
+    index = {token: i for i, token in enumerate(vocabulary)}
+    core = Tokenizer(models.BPE(index, [], unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Decodes as GPT-2's does: a token is some bytes."""
+    vocabulary = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"Ġ{word}" for word in WORDS)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session", params=[llama_tokenizer, byte_tokenizer])
+def byte_decoder(request):
+    """A tokenizer for which decoding a part is no part of the decoding."""
+    return request.param()
+
+
 @pytest.fixture(scope="session")
 def pair_folders(tmp_path_factory, llama, tokenizer):
     """The tiny Llama pair on disk, as `TARGET,DRAFT`."""
