@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from matplotlib.figure import Figure
 
-from .files import read_json, read_text, shipped, whole, write_json, write_text
+from .files import json_object, json_text, read_json, read_text, shipped, whole, write_json, write_text
+from .names import is_hub_id, public_name, public_text
 from .sources import DRAFT_MODEL, LOOKUP, described, fingerprint
+from .texts import in_code, in_markdown, in_python, in_shell, one_line
 
 
 if TYPE_CHECKING:
@@ -62,15 +63,16 @@ def render_card(info: JudgeInfo, name: str, results: dict) -> str:
         name (`str`): What the judge is loaded by: a folder's name, or a repo id.
         results (`dict`): Content of its `results.json`; empty if nothing was measured yet.
     """
+    on_hub = is_hub_id(info.target)
     data = ModelCardData(
         library_name="hf_selfjudge",
         license="apache-2.0",
-        base_model=[info.target],
-        base_model_relation="adapter",
+        base_model=[info.target] if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         pipeline_tag="text-generation",
         tags=[
             *("hf_selfjudge", "speculative-decoding", "judge-decoding", "custom_generate"),
-            f"base_model:adapter:{info.target}",
+            *([f"base_model:adapter:{info.target}"] if on_hub else []),
             *(["lora"] if info.adapter else []),
             "arxiv:2510.02329",
         ],
@@ -83,11 +85,16 @@ def render_card(info: JudgeInfo, name: str, results: dict) -> str:
         name=name,
         info=info,
         **{part: info.training[part] for part in PARTS if part in info.training},
+        on_hub=on_hub,
         lookup=info.draft == LOOKUP,
         copy=described(info.target_fingerprint),
         label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
-        quote=shlex.quote,
+        md=in_markdown,
+        code=in_code,
+        python=in_python,
+        shell=in_shell,
+        one_line=one_line,
         limit=lambda threshold: threshold if isinstance(threshold, str) else f"{threshold:.3f}",
         interval=lambda value: "–" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value),
         shares=lambda value: "–" if value is None else " / ".join(f"{share:.3f}" for share in value.values()),
@@ -132,7 +139,16 @@ def read_results(folder: str | os.PathLike, judge: Judge) -> dict:
     """What was measured of the judge in `folder`; empty if nothing was, or of other weights."""
     path = Path(folder) / RESULTS
     found = read_json(path) if path.is_file() else {}
-    return found if found.get("weights") == fingerprint(judge) else {}
+    if found.get("weights") != fingerprint(judge):
+        return {}
+    if "quickstart" in found:
+        found["quickstart"] |= {"pair": _public_pair(found["quickstart"]["pair"], here=False)}
+    return found
+
+
+def _public_pair(pair: str, here: bool) -> str:
+    """`--pair` with [`public_name`]s."""
+    return ",".join(public_name(name.strip(), here) for name in pair.split(","))
 
 
 def add_results(
@@ -157,7 +173,7 @@ def add_results(
         found = read_json(quickstart)
         if not {"pair", "prompts", "runs"} <= found.keys():
             raise ValueError(f"`results`: {quickstart} is not a file of `hf-selfjudge quickstart --json`.")
-        results["quickstart"] = found
+        results["quickstart"] = found | {"pair": _public_pair(found["pair"], here=True)}
     for bench in map(Path, benches):
         found = read_quality(bench)
         if "comparisons_unchanged" not in found:
@@ -195,7 +211,14 @@ def read_quality(bench: str | os.PathLike) -> dict:
     path = Path(bench) / "quality-results.json"
     if not path.is_file():
         raise FileNotFoundError(f"`bench`: {bench} has no quality-results.json. Make it with `hf-selfjudge bench`.")
-    return read_json(path)["quality"]
+    return json_object(public_file(path), str(path))["quality"]
+
+
+def public_file(path: Path) -> str:
+    """Content of a bench's file, with a [`public_name`] in the place of each path of a model."""
+    about = [path.with_name(f"{mode}.json") for mode in ("quality", "timing")]
+    made = [read_json(file) for file in about if file.is_file()]
+    return public_text(read_text(path), [run[name] for run in made for name in ("target", "draft")])
 
 
 def family_in(quality: dict, judge: Judge, bench: str | os.PathLike) -> str:
@@ -240,11 +263,13 @@ def published(folder: str | os.PathLike, judge: Judge, repo_id: str) -> dict[str
     """
     folder, info = Path(folder), judge.info
     results = read_results(folder, judge)
-    names = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
-    files: dict[str, Path | bytes] = {name: folder / name for name in names[: 4 if info.adapter else 2]}
+    names = ["model.safetensors", *(["adapter_model.safetensors"] if info.adapter else [])]
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    files |= {name: json_text(content).encode() for name, content in judge.configs().items()}
     pictures = ["reliability.png"] if "held_out" in info.training else []
     pictures += [f"curve-{name}.png" for name in results.get("bench", {})]
-    files |= {name: folder / name for name in [*pictures, *([RESULTS] if results else [])]}
+    files |= {name: folder / name for name in pictures}
+    files |= {RESULTS: json_text(results).encode()} if results else {}
     files["README.md"] = render_card(info, repo_id, results).encode()
     stub = read_text(HUB_CARDS / "custom_generate" / "generate.py")
     files["custom_generate/generate.py"] = stub.replace("{{ repo_id }}", repo_id).encode()

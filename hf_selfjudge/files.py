@@ -93,7 +93,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: dict) -> None:
     """The same. NaN is refused: other readers of JSON do not take it."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: dict) -> str:
+    """What [`write_json`] writes."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def check_writable(folder: Path) -> None:

@@ -23,6 +23,7 @@ from .cards import plot_reliability, published
 from .features import SCALARS, STATES
 from .files import read_json, whole, write_json
 from .hub import download, upload
+from .names import is_hub_id, public_mining, public_name
 from .replay import Adapter
 from .sources import described, fingerprint
 
@@ -43,11 +44,11 @@ class JudgeInfo:
     What a judge is and which models it belongs to; the content of `config.json`.
 
     Args:
-        target (`str`): Hub id of the target.
+        target (`str`): Hub id of the target; of one from a folder, its [`public_name`].
         target_fingerprint (`str`): Of its weights, see [`fingerprint`].
         hidden_size (`int`): Of the target.
         vocab_size (`int`): Of the target.
-        draft (`str`): Hub id of the draft whose mismatches it was trained on.
+        draft (`str`): The same of the draft whose mismatches it was trained on.
         special_tokens (`list[int]`): Tokens that are never accepted against the target, nor overruled.
         components (`int`): Dimensions kept of each hidden state.
         threshold (`float` or `str`): See [`JudgeRule`]; no name.
@@ -74,6 +75,14 @@ class JudgeInfo:
     operating_points: dict[str, dict] = field(default_factory=dict)
     adapter: bool = False
     training: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        # A judge's files are made to be shared, and those of earlier versions hold paths.
+        for name in ("target", "draft"):
+            object.__setattr__(self, name, public_name(getattr(self, name), here=False))
+        if "mining" in self.training:
+            mining = [public_mining(made, here=False) for made in self.training["mining"]]
+            object.__setattr__(self, "training", self.training | {"mining": mining})
 
 
 class Judge(torch.nn.Module):
@@ -132,13 +141,14 @@ class Judge(torch.nn.Module):
             "vocabulary": (info.vocab_size, config.vocab_size),
         }
         weights = {
-            "id": (info.target, target.config.name_or_path),
+            "id": (info.target, public_name(target.config.name_or_path)),
             "fingerprint": (info.target_fingerprint, fingerprint(target)),
         }
         different = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+        other = {name: pair for name, pair in weights.items() if pair[0] != pair[1]}
         # A folder is not an id: the same model may lie anywhere, and another one too. Its fingerprint tells.
-        other = {n: p for n, p in weights.items() if p[0] != p[1] and not (n == "id" and Path(p[1]).is_dir())}
-        if "fingerprint" in other and not allow_other_weights and target.config.name_or_path != info.target:
+        same_id = "id" not in other and is_hub_id(info.target)
+        if "fingerprint" in other and not allow_other_weights and not same_id:
             different |= other
         if not different:
             if "fingerprint" in other:
@@ -156,6 +166,13 @@ class Judge(torch.nn.Module):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
+    def configs(self) -> dict[str, dict]:
+        """Content of its JSON files: of `config.json`, and of `adapter_config.json` if it has an adapter."""
+        found = {CONFIG: asdict(self.info)}
+        if self.adapter is not None:  # PEFT notes the path that the target was loaded from
+            found[ADAPTER_CONFIG] = self.adapter.config | {"base_model_name_or_path": self.info.target}
+        return found
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """
         Write `config.json` and `model.safetensors`, and an adapter as PEFT does, each under a temporary name first.
@@ -167,11 +184,11 @@ class Judge(torch.nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         # All is written before any of it is renamed.
         with whole(folder / CONFIG) as config, whole(folder / WEIGHTS) as weights:
-            write_json(config, asdict(self.info))
+            write_json(config, self.configs()[CONFIG])
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
             if self.adapter is not None:
                 with whole(folder / ADAPTER_CONFIG) as adapter_config, whole(folder / ADAPTER) as adapter:
-                    write_json(adapter_config, self.adapter.config)
+                    write_json(adapter_config, self.configs()[ADAPTER_CONFIG])
                     save_file(self.adapter.tensors, adapter)
 
     def push_to_hub(self, repo_id: str, **how) -> CommitInfo:
@@ -287,7 +304,7 @@ def _read_info(path: Path) -> JudgeInfo:
             raise ValueError(f"this version of hf_selfjudge does not know {', '.join(sorted(unknown))}")
         info = JudgeInfo(**content)
         _check_info(info)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
     for name, known in (("scalars", SCALARS), ("states", STATES)):
         if unknown := set(getattr(info, name)) - set(known):

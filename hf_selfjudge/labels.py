@@ -27,6 +27,7 @@ from .files import read_json
 from .hub import said
 from .meaning import final_number, passes_tests, reconvergence, says_no
 from .mismatches import Answer, Substitution, eos_tokens, find_looked_up, find_substitutions, sample
+from .names import public_mining
 from .rewrites import Followed, follow
 
 
@@ -347,7 +348,7 @@ def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
         total = int(shards[0].stem.split("-")[-1]) if shards else 0
         mining.append(read_json(path) | {"shards": [len(shards), total]})
         for name in ("target", "target_fingerprint", "draft", "layer"):
-            one, other = mining[0].get(name), mining[-1].get(name)
+            one, other = public_mining(mining[0]).get(name), public_mining(mining[-1]).get(name)
             if one != other:
                 raise ValueError(
                     f"`labels`: the folders are of different models or layers ({name}: {one!r} and {other!r}). Take "

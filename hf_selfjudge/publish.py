@@ -5,6 +5,7 @@ In: folders that the other commands wrote. Out: repos, each in one commit; and a
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import tempfile
@@ -15,11 +16,13 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from .cards import HUB_CARDS, published, read_quality
-from .files import read_text, shipped
+from .cards import HUB_CARDS, public_file, published, read_quality
+from .files import json_text, read_text, shipped
 from .hub import HubError, download, said, upload
 from .judge import Judge
 from .labels import load_labels, mining_of, shards_of
+from .names import is_hub_id, public_mining
+from .texts import in_markdown, in_shell
 
 
 SPACES = shipped("spaces")
@@ -108,20 +111,25 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> Co
         if name in {part for part, _, _ in parts}:
             raise ValueError(f"`labels`: two folders are named {name!r}. Rename one of them.")
         files |= {f"{name}/{path.name}": path for path in shards_of(folder)}
-        files[f"{name}/mining.json"] = folder / "mining.json"
+        made = public_mining(made)
+        del made["shards"]  # not of the file
+        files[f"{name}/mining.json"] = json_text(made).encode()
         parts.append((name, made, len(load_labels(folder))))
     data = DatasetCardData(
         license="other",
-        configs=[{"config_name": name, "data_files": f"{name}/*.parquet"} for name, _, _ in parts],
+        configs=[{"config_name": name, "data_files": f"{glob.escape(name)}/*.parquet"} for name, _, _ in parts],
         tags=["hf_selfjudge", "judge-decoding", "arxiv:2510.02329"],
     )
     card = DatasetCard.from_template(
         data,
         template_path=str(HUB_CARDS / "labels_card.md"),
-        target=mining[0]["target"],
-        draft=mining[0]["draft"],
+        target=parts[0][1]["target"],
+        draft=parts[0][1]["draft"],
         parts=parts,
         repo_id=repo_id,
+        on_hub=is_hub_id(parts[0][1]["target"]),
+        md=in_markdown,
+        shell=in_shell,
     )
     files["README.md"] = str(card).encode()
     return upload(repo_id, files, "Upload labels", repo_type="dataset", **how)
@@ -137,12 +145,15 @@ def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
     """
     bench = Path(bench)
     read_quality(bench)
-    names = [f"{mode}{end}" for mode in ("quality", "timing") for end in (".json", ".jsonl", "-results.json")]
-    files: dict[str, Path | bytes] = {name: bench / name for name in (*names, "curve.png") if (bench / name).is_file()}
+    modes = ("quality", "timing")
+    names = [*(f"{mode}.jsonl" for mode in modes), "curve.png"]
+    files: dict[str, Path | bytes] = {name: bench / name for name in names if (bench / name).is_file()}
+    described = [bench / f"{mode}{end}" for mode in modes for end in (".json", "-results.json")]
+    files |= {path.name: public_file(path).encode() for path in described if path.is_file()}
     answers = {"config_name": "answers", "data_files": "quality.jsonl"}
     data = DatasetCardData(license="other", configs=[answers], tags=["hf_selfjudge", "judge-decoding"])
-    tables = "\n\n".join(read_text(path) for path in sorted(bench.glob("*-results.md")))
-    card = f"---\n{data}\n---\n\n# {bench.resolve().name}\n\n![curve](curve.png)\n\n{tables}"
+    tables = "\n\n".join(public_file(path) for path in sorted(bench.glob("*-results.md")))
+    card = f"---\n{data}\n---\n\n# {in_markdown(bench.resolve().name)}\n\n![curve](curve.png)\n\n{tables}"
     files["README.md"] = card.encode()
     return upload(repo_id, files, "Upload results", repo_type="dataset", **how)
 

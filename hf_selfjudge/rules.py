@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .features import candidate_scalars, entropy
 from .judge import PER_TOKEN, Judge, limit_of
+from .names import public_name
 from .replay import Midway, Replay
 
 
@@ -268,10 +269,11 @@ class JudgeRule(Rule):
         return self._replays[id(decoder)][1]
 
     def check_draft(self, draft: PreTrainedModel) -> None:
-        if draft.config.name_or_path != self.judge.info.draft:
+        name = public_name(draft.config.name_or_path)
+        if name != self.judge.info.draft:
             logger.warning_once(
-                f"The judge was trained on mismatches of {self.judge.info.draft}, the draft is "
-                f"{draft.config.name_or_path}. It works with any draft; how well was measured with the former only."
+                f"The judge was trained on mismatches of {self.judge.info.draft}, the draft is {name}. It works with "
+                "any draft; how well was measured with the former only."
             )
 
     def odds(self, rows: Rows) -> torch.Tensor:

@@ -47,6 +47,7 @@ from .collators import (
 from .judge import Judge, JudgeInfo
 from .judge_config import JudgeConfig, check_options, check_steps, steps_of
 from .mismatches import special_tokens
+from .names import public_mining, public_name
 from .replay import Adapter
 from .rereading import StateReader
 from .sources import HalfLinear, fingerprint, load_model, resolve_model
@@ -62,6 +63,7 @@ def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
     Args:
         mining (`Mapping`): How its labels were mined, see [`mining_of`].
     """
+    mining = public_mining(mining)
     of = {name: mining[name] for name in ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft")}
     return Judge(
         JudgeInfo(
@@ -496,7 +498,7 @@ def _name_of(model: Judge | TargetWithJudge | PreTrainedModel | str) -> str:
     """The last part of the target's name."""
     if isinstance(model, PreTrainedModel):
         model = model.config.name_or_path
-    return (model if isinstance(model, str) else _judge_of(model).info.target).split("/")[-1]
+    return public_name(model if isinstance(model, str) else _judge_of(model).info.target).split("/")[-1]
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
@@ -528,7 +530,7 @@ def _judge_for(
     config = target.config.get_text_config()
     return Judge(
         JudgeInfo(
-            target=target.config.name_or_path,
+            target=public_name(target.config.name_or_path),
             target_fingerprint=fingerprint(target),
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -549,7 +551,7 @@ def adapter_of(model: PeftModel) -> Adapter:
         ValueError: If it is no plain LoRA in numbered layers, which is all that can be replayed.
     """
     config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
-    config |= {"inference_mode": True, "base_model_name_or_path": model.get_base_model().config.name_or_path}
+    config |= {"inference_mode": True}
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False).items()
     return Adapter(config, {name: value.detach().cpu().contiguous() for name, value in tensors})
 

@@ -35,6 +35,7 @@ from .evaluation import HeldOutConfig, calibrate, calibrated, evaluate, held_out
 from .judge import Judge
 from .judge_config import NONE, SCORES, JudgeConfig, without_text
 from .labels import folders_of, load_labels, mining_of
+from .names import public_mining
 from .replay import apart
 from .sources import load_model
 from .trainer import JudgeTrainer, TargetWithJudge, new_judge
@@ -66,6 +67,11 @@ NO_PART = (
     "do_",
     "prediction_loss",
     "restore",
+    "accelerator_config",
+    "deepspeed",
+    "fsdp",
+    "project",
+    "trackio_",
 )
 
 
@@ -175,7 +181,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         judge.info,
         threshold=float(expit(threshold)),
         training={
-            "mining": mining,
+            "mining": [public_mining(made) for made in mining],
             "fit": {
                 **asdict(config),
                 **{"slope": slope, "intercept": intercept},

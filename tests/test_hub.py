@@ -1,5 +1,6 @@
 """Judges, labels, results and Spaces on a Hub of this machine: the real client, over HTTP."""
 
+import copy
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.cli.extensions import ExtensionManifest
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from hf_selfjudge import (
@@ -30,17 +32,20 @@ from hf_selfjudge import (
     mining_of,
     new_judge,
 )
-from hf_selfjudge.cards import add_results, read_results
+from hf_selfjudge.cards import add_results, read_results, write_card
 from hf_selfjudge.hub import HubError
 from hf_selfjudge.labels import folders_of
 from hf_selfjudge.playground import folder_of
 from hf_selfjudge.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
+from hf_selfjudge.results import heading
 from hf_selfjudge.sources import fingerprint
+from hf_selfjudge.texts import in_markdown
+from hf_selfjudge.training import ScriptArguments, main
 
 from .conftest import random_judge
 from .hub_server import Fault, Hub
 from .test_replay import adapted_judge, adapter
-from .test_trainer import write_labels
+from .test_trainer import RESULTS, write_labels
 
 
 REPO = "me/tiny-judge"
@@ -287,6 +292,170 @@ def test_a_space_has_the_package_with_it(hub, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [Path(line).relative_to(space).parts[0] for line in done.stdout.splitlines()] == ["hf_selfjudge"] * 2
+
+
+# -- names of this machine -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def private(llama, tokenizer, tmp_path, monkeypatch):
+    """A target and a draft in folders of somebody's home: their whole paths."""
+    home = tmp_path / "kim-private"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    references = [home / "models of mine" / name for name in ("target", "draft")]
+    for path, model in zip(references, llama, strict=True):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return tuple(map(str, references))
+
+
+def labels_of_private(folder, private):
+    write_labels(folder)
+    path = folder / "mining.json"
+    made = json.loads(path.read_text()) | {
+        **{"target": private[0], "draft": private[1], "prompts_name": f"{private[0]}/p.jsonl"},
+        "written_by": f"{Path(private[0]).parents[1] / 'judge'}, weights 0123, threshold 0.3",
+    }
+    path.write_text(json.dumps(made))
+    return folder
+
+
+def bench_of_private(folder, private, judge):
+    folder.mkdir()
+    row = {
+        **dict.fromkeys(("tokens_per_round", "speed", "retention"), [1.5, 1.4, 1.6]), "judged_share": 0.1,
+        "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
+    }  # fmt: skip
+    made = {
+        **{"target": private[0], "draft": private[1], "dtype": "float32", "draft_dtype": "float32", "draft_length": 5},
+        **{"max_new_tokens": 8, "machine": "x86_64", "versions": {}},
+    }
+    (folder / "quality.json").write_text(json.dumps(made))
+    quality = {
+        **{"heading": heading(folder / "quality.json", "p.jsonl", 3), "prompts": 3, "dataset": "openai/gsm8k"},
+        **{"judges": {"judge:j": fingerprint(judge)}, "comparisons": [], "comparisons_unchanged": []},
+        **{"settings": [{"setting": "judge:j=0.5", "family": "judge:j", **row}], "categories": {}},
+    }
+    quality["heading"] += f" By an earlier version: {private[0]}."
+    (folder / "quality-results.json").write_text(json.dumps({"quality": quality}))
+    (folder / "quality-results.md").write_text(in_markdown(quality["heading"]))
+    (folder / "quality.jsonl").write_text("{}\n")
+    (folder / "curve.png").write_bytes(b"a picture")
+    return folder
+
+
+def tells_of_this_machine(files, tmp_path):
+    names = {name for name in files if "kim" in name or str(tmp_path) in name}
+    return names | {name for name, content in files.items() for private in (b"kim-", b"of mine", bytes(tmp_path))
+                    if private in content}  # fmt: skip
+
+
+def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
+    labels = labels_of_private(tmp_path / "labels", private)
+    folder = tmp_path / "tiny-judge"
+    options = {"components": 4, "max_steps": 5, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 5}
+    judge = main(ScriptArguments([str(labels)], resamples=10), JudgeConfig(str(folder), **options))
+    assert (judge.info.target, judge.info.draft) == ("./target", "./draft")
+    bench = bench_of_private(tmp_path / "gsm8k", private, judge)
+    figures = tmp_path / "figures.json"
+    figures.write_text(json.dumps(RESULTS | {"pair": ",".join(private)}))
+    add_results(folder, judge, figures, [bench])
+    write_card(judge, folder)
+    shared = [path for path in folder.rglob("*") if path.name in ("README.md", "config.json", "results.json")]
+    assert len(shared) == 5  # of a checkpoint, too
+    assert not tells_of_this_machine({path.name: path.read_bytes() for path in shared}, tmp_path)
+    push_judge(folder, REPO)
+    judge.push_to_hub("me/other")
+    push_labels([labels], "me/labels")
+    push_results(bench, "me/results")
+    repos = [hub.files(REPO), hub.files("me/other")]
+    repos += [hub.files(name, kind="datasets") for name in ("me/labels", "me/results")]
+    for files in repos:
+        assert len(files) >= 4
+        assert not tells_of_this_machine(files, tmp_path)
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    card = ModelCard(repos[0]["README.md"].decode())
+    card.validate()
+    data = card.data.to_dict()
+    assert not {"base_model", "base_model_relation"} & data.keys()
+    assert not [tag for tag in data["tags"] if "target" in tag]
+    assert "This base model is not on the Hub under this name" in card.text
+    assert "huggingface.co/./" not in card.text
+    assert "\n./target (float32) with ./draft (float32), 5 drafted tokens" in card.text
+    assert "mine --pair ./target,./draft --dtype float32 --prompts ./p.jsonl" in card.text
+    assert "--judge ./judge --output labels/1  # answers by ./judge, weights 0123" in card.text
+    assert 'load_model("./target")' in card.text
+    assert json.loads(repos[0]["results.json"])["quickstart"]["pair"] == "./target,./draft"
+    assert "This target is not on the Hub under this name" in repos[2]["README.md"].decode()
+    made = json.loads(repos[2]["labels/mining.json"])
+    assert (made["target"], made["draft"], made["prompts_name"]) == ("./target", "./draft", "./p.jsonl")
+    assert "shards" not in made
+    # What was fetched is the same as what is here.
+    assert len(mining_of([labels, *folders_of(["me/labels"])])) == 2
+
+
+def test_a_judge_of_an_earlier_version_is_published_without_its_paths(hub, private, llama, tmp_path):
+    """It has paths in its files. It works where it was made, and what is published has none."""
+    folder, target = tmp_path / "old", copy.copy(llama[0])
+    target.config = copy.deepcopy(target.config)
+    target.config.name_or_path = private[0]
+    made = adapter(target)
+    adapted_judge(llama[0], made).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"target": private[0], "draft": private[1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(made.config | {"base_model_name_or_path": private[0]}))
+    judge = Judge.from_pretrained(folder)
+    judge.check_target(target)
+    for push in (lambda: push_judge(folder, REPO), lambda: judge.push_to_hub(REPO)):
+        push()
+        files = hub.files(REPO)
+        assert not tells_of_this_machine(files, tmp_path)
+        assert json.loads(files["config.json"])["target"] == "./target"
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "./target"
+    mining = {"target": private[0], "draft": private[1], "written_by": f"{private[0]}, weights 01, threshold 0.3"}
+    told = replace(judge.info, training={"mining": [mining]}).training["mining"]
+    assert told == [{"target": "./target", "draft": "./draft", "written_by": "./target, weights 01, threshold 0.3"}]
+
+
+def test_names_that_mean_harm_leave_the_card_whole(hub, tmp_path):
+    """Of a folder, a category, a file of prompts: text in the card, whatever is in it."""
+    name = "`x` | *y* <script>"
+    labels = write_labels(tmp_path / "[a] | labels")
+    path = labels / "mining.json"
+    system = "Say it in\n```\ncode's words"
+    made = json.loads(path.read_text()) | {"prompts_name": name, "prompts_options": {"system": system}}
+    path.write_text(json.dumps(made))
+    folder = tmp_path / "judge $(touch harm)"
+    options = {"components": 4, "max_steps": 5, "disable_tqdm": True}
+    judge = main(ScriptArguments([str(labels)], resamples=10), JudgeConfig(str(folder), **options))
+    bench = bench_of_private(tmp_path / "a | bench", (name, name), judge)
+    quality = json.loads((bench / "quality-results.json").read_text())
+    quality["quality"]["categories"] = {name: {"prompts": 3, "retention_by": "same"}}
+    quality["quality"]["settings"][0]["setting"] = f"judge:{name}=0.5"
+    (bench / "quality-results.json").write_text(json.dumps(quality))
+    add_results(folder, judge, benches=[bench])
+    push_judge(folder, REPO)
+    push_labels([labels], "me/labels")
+    push_results(bench, "me/results")
+    texts = [write_card(judge, folder).read_text(), hub.files(REPO)["README.md"].decode()]
+    texts += [hub.files(repo, kind="datasets")["README.md"].decode() for repo in ("me/labels", "me/results")]
+    for text in texts:
+        card = ModelCard(text)
+        card.validate(repo_type="dataset" if "configs" in card.data.to_dict() else "model")
+        html = MarkdownIt("gfm-like", {"linkify": False}).render(card.text)
+        assert "<script" not in html
+        assert "<em>" not in html
+        for table in html.split("<table>")[1:]:
+            rows = [row.count("<td") + row.count("<th>") + row.count("<th ") for row in table.split("<tr>")[1:]]
+            assert len(set(rows)) == 1
+        if text in texts[:2]:
+            assert "<p>The judge is published under Apache-2.0" in html  # behind all that is code
+    (command,) = re.findall("^hf-selfjudge mine .*$", texts[0], re.MULTILINE)
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, cwd=tmp_path)
+    words = done.stdout.decode().split("\0")
+    assert words[words.index("--prompts") + 1] == name
+    assert words[words.index("--system") + 1] == system
+    assert "--output_dir 'judge $(touch harm)'" in texts[0]
 
 
 # -- what goes wrong on the way --------------------------------------------------------------------------------------

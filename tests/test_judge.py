@@ -2,11 +2,13 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_selfjudge import Judge, JudgedModel, JudgeRule
+from hf_selfjudge.names import is_hub_id, public_name
 
 from .conftest import build, perturbed, random_judge
 
@@ -122,6 +124,48 @@ def test_other_weights_of_the_same_target(caplog):
     assert not caplog.records
     JudgedModel(other, JudgeRule(judge))
     assert "made on other weights of tiny/copied than those of `target`" in caplog.text
+
+
+def test_a_folder_is_no_id(tmp_path, monkeypatch):
+    """Two folders of one name hold what they hold: the fingerprint tells."""
+    target, other = build("llama"), perturbed(build("llama"))
+    for folder, model in (("a", target), ("b", other)):
+        (tmp_path / folder / "copied").mkdir(parents=True)
+        model.config.name_or_path = str(tmp_path / folder / "copied")
+    judge = random_judge(target)
+    assert judge.info.target == "./copied"
+    JudgedModel(target, JudgeRule(judge))
+    with pytest.raises(ValueError, match=r"What differs: fingerprint: judge '\w+', target '\w+'\. Load \./copied"):
+        JudgedModel(other, JudgeRule(judge))
+    JudgedModel(other, JudgeRule(judge, allow_other_weights=True))
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        *((id, id) for id in ("gpt2", "Qwen/Qwen2.5-0.5B", "me/a.b_c-d", "prompt lookup", "", "~")),
+        *(
+            (folder, "./it")
+            for folder in ("/home/kim/it", "/home/kim/it/", "~/it", "./it", "../it", "a/b/it", "a//it")
+        ),
+        *((folder, "./it") for folder in (r"C:\Users\kim\it", r"kim\it", "kim smith/it", "-kim/it")),
+        *((folder, "./folder") for folder in ("/", "/home/kim", "~/..", "../..")),
+        ("me/it.", "./it."),
+    ],
+)
+def test_public_names(monkeypatch, reference, name):
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("/home/kim"))
+    assert public_name(reference, here=False) == name
+    assert public_name(name, here=False) == name
+    assert is_hub_id(name) == (name in ("gpt2", "Qwen/Qwen2.5-0.5B", "me/a.b_c-d"))
+
+
+def test_a_folder_that_is_called_like_an_id(tmp_path, monkeypatch):
+    (tmp_path / "models" / "gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "models")
+    assert public_name("gpt2") == public_name("./gpt2") == "./gpt2"
+    assert public_name("gpt2", here=False) == "gpt2"
+    assert public_name(".") == "./models"
 
 
 def test_the_same_weights_under_another_name(llama, tmp_path):
