@@ -27,6 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .evaluation import HeldOutConfig, among_accepted, interval, rank_correlation
 from .files import whole
 from .labels import CHEAP_SCORES, load_labels, mining_of
+from .texts import INCOMPLETE, in_plot, in_terminal, pieces
 from .trainer import auc
 
 
@@ -81,10 +82,13 @@ class Labels:
 
 
 def token_kind(text: str) -> str:
-    """Number, punctuation, space, function word, name (begins with a capital letter) or word."""
+    """Number, punctuation, space, function word, name (begins with a capital letter), word, or a part of a
+    character."""
     word = text.strip()
     if not word:
         return "space"
+    if INCOMPLETE in word:
+        return "part of a character"
     if any(character.isdigit() for character in word):
         return "number"
     if not any(character.isalnum() for character in word):
@@ -209,18 +213,18 @@ def _mean(values: np.ndarray, _) -> float:
 def in_context(labels: Labels, index: int, tokenizer: PreTrainedTokenizerBase) -> Text:
     """One rewritten substitution: the text before it, the two tokens, and how each answer goes on."""
     row = labels.rows[index]
-    position = row["position"]
-    before = tokenizer.decode(row["answer_ids"][max(0, position - CONTEXT) : position])
-    ways = [
-        (tokenizer.decode(ids[position : position + 1]), tokenizer.decode(ids[position + 1 :][:CONTEXT]))
-        for ids in (row["answer_ids"], row["rewritten_ids"])
-    ]
+    position, ways = row["position"], []
+    for ids in (row["answer_ids"], row["rewritten_ids"]):
+        end = min(position + 1 + CONTEXT, len(ids))
+        _, *shown, _ = pieces(tokenizer, ids, [max(0, position - CONTEXT), position, position + 1, end, len(ids)])
+        ways.append(shown)
     changed = "" if row["flipped"] is None else ", the answer changed" if row["flipped"] else ", the answer stayed"
-    text = Text(f"{row['category']}, {row['prompt_id']}: {1 - row['reconvergence']:.0%} lost{changed}\n", style="bold")
-    text.append(f"  … {before}\n".replace("\n", " "), style="dim")
-    for name, style, (token, rest) in zip(("target", "other "), ("green", "magenta"), ways, strict=True):
-        text.append(f"\n  {name} ").append(token.replace("\n", "⏎"), style=f"{style} reverse")
-        text.append(rest.replace("\n", "⏎") + " …", style=style)
+    told = f"{row['category']}, {row['prompt_id']}: {1 - row['reconvergence']:.0%} lost{changed}\n"
+    text = Text().append(in_terminal(told, "bold"))
+    text.append(in_terminal(f"  … {ways[0][0]}\n".replace("\n", " "), "dim"))
+    for name, style, (_, token, rest) in zip(("target", "other "), ("green", "magenta"), ways, strict=True):
+        text.append(f"\n  {name} ").append(in_terminal(token.replace("\n", "⏎"), f"{style} reverse"))
+        text.append(in_terminal(rest.replace("\n", "⏎") + " …", style))
     return text.append("\n")
 
 
@@ -251,7 +255,7 @@ def distributions_table(rows: list[dict], by: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         values = (row[name] for name in CHEAP_SCORES)
-        table.add_row(row[by], *("–" if v is None else "{:.2f} {:.2f} {:.2f}".format(*v) for v in values))
+        table.add_row(in_terminal(row[by]), *("–" if v is None else "{:.2f} {:.2f} {:.2f}".format(*v) for v in values))
     return table
 
 
@@ -262,7 +266,7 @@ def rates_table(rows: list[dict], by: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         counts = (f"{row[key]:,}" for key in ("substitutions", "rewritten", "checked"))
-        table.add_row(row[by], *counts, _shown(row["changed"]), _shown(row["lost"]))
+        table.add_row(in_terminal(row[by]), *counts, _shown(row["changed"]), _shown(row["lost"]))
     return table
 
 
@@ -313,7 +317,7 @@ def plot(labels: Labels, path: str | os.PathLike) -> None:
         for axis, by in zip(column, ("category", "replaced"), strict=False):
             for value in sorted(set(labels.columns[by])):
                 here = usable & (labels.columns[by] == value)
-                axis.hist(values[here], edges, histtype="step", density=True, label=value)
+                axis.hist(values[here], edges, histtype="step", density=True, label=in_plot(value))
             axis.set(title=f"{name}, by {TITLES.get(by, by)}", xlabel="nats", ylabel="density")
         for target, among in (("flipped", "changed answers"), ("lost", "4-grams lost")):
             known = usable & np.isfinite(labels.columns[target])

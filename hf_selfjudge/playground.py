@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import html
+import itertools
 import queue
 import tempfile
 import threading
@@ -29,9 +31,11 @@ from .generation import JudgedModel
 from .hub import HubError
 from .judge import PER_TOKEN, Judge, limit_of
 from .mismatches import special_tokens
+from .names import public_name
 from .prompts import TooLong, context_of, encode
 from .publish import pull_judge
 from .rules import JudgeRule, KLGate, Lossless, Margin, Rows, Rule
+from .texts import in_markdown, in_python, pieces, token_text
 
 
 LONGEST_PROMPT, LONGEST_ANSWER = 4000, 256  # characters, tokens
@@ -190,16 +194,14 @@ def answer(
         worker.join()
 
 
-def coloured(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token]) -> list[tuple[str, str]]:
-    """Text and who decided it; neighbours of one source are decoded together, since a character may be spread over
-    several tokens."""
-    parts: list[tuple[str, list[int]]] = []
-    for token in tokens:
-        if not parts or parts[-1][0] != token.source:
-            parts.append((token.source, []))
-        parts[-1][1].append(token.id)
-    texts = [(tokenizer.decode(ids, skip_special_tokens=True), NAMES[source]) for source, ids in parts]
-    return [(text, name) for text, name in texts if text]
+def coloured(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token], growing: bool = False
+) -> list[tuple[str, str]]:
+    """Text and who decided it, see [`pieces`]; neighbours of one source are one."""
+    runs = [(source, len(list(same))) for source, same in itertools.groupby(token.source for token in tokens)]
+    ends = list(itertools.accumulate(count for _, count in runs))
+    texts = pieces(tokenizer, [token.id for token in tokens], ends, growing)
+    return [(text, NAMES[source]) for text, (source, _) in zip(texts, runs, strict=True) if text]
 
 
 def figures(progress: Progress) -> str:
@@ -216,25 +218,24 @@ def figures(progress: Progress) -> str:
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token]) -> list[list[str]]:
     """Judged tokens as rows of a table: place, token, what the target would have said, cost."""
-    return [
-        [place, repr(tokenizer.decode([token.id])), repr(tokenizer.decode([token.instead])), round(token.cost, 3)]
-        for place, token in enumerate(tokens, start=1)
-        if token.source == "judged"
-    ]
+    ids, rows = [token.id for token in tokens], []
+    for place, token in enumerate(tokens):
+        if token.source == "judged":
+            both = (repr(token_text(tokenizer, ids[:place], choice)) for choice in (token.id, token.instead))
+            rows.append([place + 1, *both, round(token.cost, 3)])
+    return rows
 
 
 def differences(
-    tokenizer: PreTrainedTokenizerBase, first: Sequence[Token], second: Sequence[Token]
+    tokenizer: PreTrainedTokenizerBase, first: Sequence[Token], second: Sequence[Token], growing: bool = False
 ) -> tuple[list[tuple[str, str | None]], list[tuple[str, str | None]]]:
-    """Two answers, with the tokens that only one of them has marked."""
+    """Two answers, with the tokens that only one of them has marked; see [`pieces`]."""
     a, b = ([token.id for token in tokens] for tokens in (first, second))
-    left, right = [], []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        mark = None if kind == "equal" else "differs"
-        for parts, ids in ((left, a[i:j]), (right, b[k:m])):
-            if text := tokenizer.decode(ids, skip_special_tokens=True):
-                parts.append((text, mark))
-    return left, right
+    found = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    marks = [None if kind == "equal" else "differs" for kind, *_ in found]
+    left = pieces(tokenizer, a, [j for _, _, j, _, _ in found], growing)
+    right = pieces(tokenizer, b, [m for *_, m in found], growing)
+    return tuple([(text, mark) for text, mark in zip(side, marks, strict=True) if text] for side in (left, right))
 
 
 def picture(rounds: dict[str, Sequence[int]]) -> Figure:
@@ -331,6 +332,8 @@ def build(
         folder (`Path`, *optional*): The judge's, for its curve.
     """
     context, special = context_of(target), special_tokens(target, tokenizer)
+    references = target.config.name_or_path, draft.config.name_or_path, name
+    target_name, draft_name, judge_name = (in_python(public_name(reference)) for reference in references)
 
     def prepared(
         prompt: str, rule: str, threshold: float, temperature: float, length: int
@@ -346,19 +349,20 @@ def build(
             ids = encode(tokenizer, prompt, context, int(length)).to(target.device)
             return rule_of(rule, threshold, judge), ids
         except TooLong as error:
-            raise gr.Error(f"The prompt is longer than the model can read. {error}") from error
+            raise gr.Error(html.escape(f"The prompt is longer than the model can read. {error}", False)) from error
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error), False)) from error  # what it says is shown as HTML
 
     def generate(prompt: str, rule: str, threshold: float, temperature: float, length: int):
         """Judged text as it comes: coloured parts, figures, and the judged tokens."""
         made, ids = prepared(prompt, rule, threshold, temperature, length)
         for progress in answer(target, draft, made, special, ids, int(length), temperature):
             tokens = progress.tokens
-            yield coloured(tokenizer, tokens), figures(progress), rows_of(tokenizer, tokens)
+            yield coloured(tokenizer, tokens, growing=True), figures(progress), rows_of(tokenizer, tokens)
+        yield coloured(tokenizer, tokens), figures(progress), rows_of(tokenizer, tokens)
 
-    def marked(done: dict[str, Progress]):
-        return differences(tokenizer, *(progress.tokens for progress in done.values()))
+    def marked(done: dict[str, Progress], growing: bool = False):
+        return differences(tokenizer, *(progress.tokens for progress in done.values()), growing)
 
     def compare(prompt: str, rule: str, threshold: float, length: int):
         """Lossless and judged, one after the other: both texts with the differences marked, and their rounds."""
@@ -368,7 +372,7 @@ def build(
         for label, decoding in ways.items():
             for progress in answer(target, draft, decoding, special, ids, int(length)):
                 done[label] = progress
-                yield *marked(done), gr.skip(), gr.skip()
+                yield *marked(done, growing=True), gr.skip(), gr.skip()
         lines = [f"**{label}**: {figures(progress)}" for label, progress in done.items()]
         bars = picture({label: progress.rounds for label, progress in done.items()})
         yield *marked(done), bars, "\n\n".join(lines)
@@ -376,9 +380,10 @@ def build(
     def code(rule: str, threshold: float, temperature: float, length: int) -> str:
         """What to copy for these settings."""
         sampling = f", do_sample=True, temperature={temperature:g}" if temperature else ", do_sample=False"
+        from_judge = f"JudgedModel.from_pretrained(target, {judge_name}, threshold="
         loaded = {
-            "judge": f'JudgedModel.from_pretrained(target, "{name}", threshold={threshold:g})',
-            "judge per token": f'JudgedModel.from_pretrained(target, "{name}", threshold="{threshold:g}{PER_TOKEN}")',
+            "judge": f"{from_judge}{threshold:g})",
+            "judge per token": f'{from_judge}"{threshold:g}{PER_TOKEN}")',
             "lossless": "JudgedModel(target, Lossless(), special_tokens=special_tokens(target, tokenizer))",
             "margin": f"JudgedModel(target, Margin({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
             "KL gate": f"JudgedModel(target, KLGate({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
@@ -388,8 +393,8 @@ def build(
         names = "JudgedModel, load_model" if judging else "JudgedModel, load_model, special_tokens"
         return (
             f"from hf_selfjudge import {names}\n{rules}\n"
-            f'target, tokenizer = load_model("{target.config.name_or_path}")\n'
-            f'draft, _ = load_model("{draft.config.name_or_path}")\njudged = {loaded}\n'
+            f"target, tokenizer = load_model({target_name})\n"
+            f"draft, _ = load_model({draft_name})\njudged = {loaded}\n"
             'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
             "inputs = tokenizer.apply_chat_template(\n"
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
@@ -474,7 +479,7 @@ def _curve(judge: Judge, folder: Path | None) -> None:
     if not benches:
         gr.Markdown("Nothing was measured of this judge yet. `hf-selfjudge bench` and `hf-selfjudge card` do that.")
     for name, bench in benches.items():
-        gr.Markdown(f"### {name}\n\n{bench['heading']}")
+        gr.Markdown(f"### {in_markdown(name)}\n\n{in_markdown(bench['heading'])}")
         if (picture_file := folder / f"curve-{name}.png").is_file():
             gr.Image(str(picture_file), show_label=False, interactive=False)
         rows = [

@@ -6,6 +6,7 @@ take turns prompt by prompt, since a shared machine is never equally fast for lo
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .meaning import reconvergence
 from .mismatches import greedy
 from .prompts import Prompt, context_of, fitting, none_fits
 from .stats import Stats
+from .texts import in_terminal, pieces
 
 
 COLOURS = {"target": "default", "matched": "green", "judged": "bold yellow"}
@@ -172,7 +174,7 @@ def ratio_of_seconds(runs: list[Run], slow: str, fast: str, resamples: int = 200
 
 def results_table(rows: list[dict], title: str) -> Table:
     """The summary as a table for the console."""
-    table = Table(title=title)
+    table = Table(title=in_terminal(title, "table.title"))
     headings = (
         "decoding",
         "tokens/s",
@@ -187,7 +189,7 @@ def results_table(rows: list[dict], title: str) -> Table:
         table.add_column(heading, justify="left" if heading == "decoding" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["decoding"], f"{row['tokens_per_second']:.2f}", f"{row['seconds_per_answer']:.1f}",
+            in_terminal(row["decoding"]), f"{row['tokens_per_second']:.2f}", f"{row['seconds_per_answer']:.1f}",
             f"{row['tokens_per_answer']:.0f}", f"{row['tokens_per_round']:.2f}", f"{row['judged_share']:.1%}",
             f"{row['agreement']:.3f}", f"{row['logprob_per_token']:.3f}",
         )  # fmt: skip
@@ -199,26 +201,21 @@ def print_speed(console: Console, runs: list[Run], rows: list[dict]) -> None:
     for row in rows:
         if "draft_share" in row:
             ratio, low, high = ratio_of_seconds(runs, "assisted", row["decoding"])
-            console.print(
+            told = (
                 f"{row['decoding']}: {ratio:.2f} times as fast as assisted [{low:.2f}, {high:.2f}]; of its time "
                 f"{row['draft_share']:.0%} drafting, {row['verify_share']:.0%} verifying, {row['rule_share']:.1%} in "
-                "the rule.",
-                highlight=False,
-                soft_wrap=True,
+                "the rule."
             )
+            console.print(in_terminal(told), soft_wrap=True)
 
 
 def print_answer(console: Console, run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """A judged answer, each token coloured by who decided it."""
-    # Tokens of one source are decoded together: a character may be spread over several tokens.
-    text, start = Text(), 0
-    sources = run.stats.sources
-    for end in range(1, len(sources) + 1):
-        if end == len(sources) or sources[end] != sources[start]:
-            text.append(
-                tokenizer.decode(run.tokens[start:end], skip_special_tokens=True), style=COLOURS[sources[start]]
-            )
-            start = end
+    runs = [(source, len(list(same))) for source, same in itertools.groupby(run.stats.sources)]
+    ends = list(itertools.accumulate(count for _, count in runs))
+    text = Text()
+    for (source, _), piece in zip(runs, pieces(tokenizer, run.tokens, ends), strict=True):
+        text.append(in_terminal(piece, COLOURS[source]))
     legend = Text("target's own choice  ")
     legend.append("draft, matched  ", style=COLOURS["matched"]).append("draft, judged", style=COLOURS["judged"])
-    console.print(Text(f"\n{run.prompt.text}", style="dim"), text, legend, sep="\n")
+    console.print(in_terminal(f"\n{run.prompt.text}", "dim"), text, legend, sep="\n")

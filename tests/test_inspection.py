@@ -5,6 +5,7 @@ import io
 import datasets
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from hf_selfjudge.evaluation import HeldOutConfig
@@ -15,6 +16,7 @@ from hf_selfjudge.inspection import (
     distributions_table,
     examples,
     in_context,
+    plot,
     predictors,
     predictors_table,
     rates,
@@ -121,11 +123,62 @@ def test_tables(mixed):
     assert "0.000" in text
 
 
+def test_pieces_in_context(byte_decoder):
+    """They are parts of the answers, whatever their tokens are alone."""
+    ids = byte_decoder("the sky 😀 is blue")["input_ids"]
+    place = len(byte_decoder("the sky 😀")["input_ids"]) - 1  # the last part of the character
+    other = byte_decoder("the sky 😁 was")["input_ids"]
+    made = row(0, "p", flipped=True, lost=1.0, token=ids[place]) | {
+        "answer_ids": ids, "rewritten_ids": other, "position": place, "substitute": other[place],
+    }  # fmt: skip
+    labels = labels_of([made], byte_decoder)
+    text = in_context(labels, 0, byte_decoder).plain
+    assert text.splitlines()[1:] == ["  … the sky  ", "  target 😀 is blue …", "  other  😁 was …"]
+    assert labels.columns["replaced"].tolist() == ["part of a character"]
+
+
+def test_long_answers_in_context(tokenizer):
+    answer = tokenizer("x" * 30 + "abc" + "y" * 30)["input_ids"]
+    made = row(0, "p", lost=1.0) | {"answer_ids": answer, "rewritten_ids": answer, "position": 31}
+    lines = in_context(labels_of([made], tokenizer), 0, tokenizer).plain.splitlines()
+    assert lines[1] == "  … " + "x" * 23 + "a "
+    assert lines[2] == "  target bc" + "y" * 23 + " …"
+
+
+def test_categories_are_text(tokenizer, tmp_path):
+    """They are shown as they are, and not taken for markup, emoji, formulas or what a legend leaves out."""
+    names = ["[/INST] follow", "[math]", ":smile:", r"$\frac$ and $", "_private", "\x1b[31mred"]
+    rows = [row(i, f"p{i}-[b]", lost=0.5, score=float(i % 7), category=name) for name in names for i in range(30)]
+    made = labels_of(rows, tokenizer)
+    for console in (Console(width=300, file=io.StringIO()), Console(width=300, file=io.StringIO(), markup=False)):
+        console.print(rates_table(rates(made, "category", CONFIG), "category"))
+        console.print(distributions_table(distributions(made, "category"), "category"))
+        console.print(in_context(made, 0, tokenizer))
+        text = console.file.getvalue()
+        assert "[/INST] follow, p0-[b]" in text
+        for name in names[:-1]:
+            assert text.count(name) >= 2
+        assert text.count("␛[31mred") == 2
+        assert "\x1b" not in text
+    drawn = []
+
+    def watched(self, *arguments, **options):
+        legend = draw(self, *arguments, **options)
+        drawn.append([label.get_text() for label in legend.get_texts()])
+        return legend
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = Axes.legend
+        patch.setattr(Axes, "legend", watched)
+        plot(made, tmp_path / "p.png")
+    assert len(drawn[0]) == len(names)
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
         (" 12", "number"), ("x1", "number"), (".\n", "punctuation"), ("\n", "space"), (" the", "function word"),
-        (" Paris", "name"), (" walk", "word"),
+        (" Paris", "name"), (" walk", "word"), ("\ufffd", "part of a character"),
     ],
 )  # fmt: skip
 def test_kinds_of_token(text, kind):

@@ -1,5 +1,6 @@
 """The page, on the tiny pair: it streams what `generate` gives, and visitors do not get in each other's way."""
 
+import copy
 import gc
 import threading
 import time
@@ -103,6 +104,42 @@ def test_what_is_shown(parts, prompt):
     assert Noting(JudgeRule(judge)).special_tokens == judge.info.special_tokens
 
 
+def shown_tokens(tokenizer, text, judged=None):
+    ids = tokenizer(text)["input_ids"]
+    instead = tokenizer("x")["input_ids"][-1]
+    sources = ["judged" if place == judged else ("matched", "target")[place % 2] for place in range(len(ids))]
+    return [
+        Token(i, source, *([instead, 0.1] if source == "judged" else []))
+        for i, source in zip(ids, sources, strict=True)
+    ]
+
+
+def test_what_is_shown_are_pieces_of_the_answer(byte_decoder):
+    text = "the sky looks 😀 blue because ä"
+    tokens = shown_tokens(byte_decoder, text, judged=5)
+    assert "".join(part for part, _ in coloured(byte_decoder, tokens)) == text
+    shown = ""
+    for end in range(len(tokens) + 1):
+        now = "".join(part for part, _ in coloured(byte_decoder, tokens[:end], growing=True))
+        assert now.startswith(shown)
+        assert "\ufffd" not in now
+        shown = now
+    other = "the sky is 😁 blue but ä"
+    left, right = differences(byte_decoder, tokens, shown_tokens(byte_decoder, other))
+    assert ["".join(part for part, _ in side) for side in (left, right)] == [text, other]
+    assert ("😀" in "".join(part for part, mark in left if mark), left[0][1]) == (True, None)
+
+
+def test_a_judged_token_stands_beside_the_choice_as_both_are_in_the_text(byte_decoder):
+    text = "the sky 😀"
+    sky, smile = len(byte_decoder("the ")["input_ids"]), len(byte_decoder(text)["input_ids"]) - 1
+    for place, shown in ((sky, "'s'"), (smile, "'😀'")):
+        ((at, token, choice, cost),) = rows_of(byte_decoder, shown_tokens(byte_decoder, text, judged=place))
+        assert (at, token, choice, cost) == (place + 1, shown, "'x'", 0.1)
+    ((_, part, *_),) = rows_of(byte_decoder, shown_tokens(byte_decoder, text, judged=smile - 1))
+    assert "\ufffd" not in part
+
+
 @pytest.fixture
 def page(parts, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
@@ -187,6 +224,30 @@ def test_mistakes_are_told_in_words(page, arguments, message):
     client = Client(page.local_url, verbose=False)
     with pytest.raises(Exception, match=message):
         client.predict(*arguments, api_name="/generate")
+
+
+def test_what_a_mistake_tells_of_the_prompt_is_text(parts, monkeypatch):
+    """Errors are shown as HTML."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    target, draft, tokenizer, judge = parts
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception(messages[0].content) }}"
+    made = build(target, draft, strict, judge, "me/tiny-judge")
+    made.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)
+    try:
+        with pytest.raises(Exception, match="the chat template does not take .*&lt;img src=x&gt;"):
+            Client(made.local_url, verbose=False).predict("<img src=x>", "judge", 0.5, 0, 24, api_name="/generate")
+    finally:
+        made.close()
+
+
+def test_the_code_to_copy_tells_nothing_of_this_machine(parts, tmp_path):
+    target, draft, tokenizer, judge = parts
+    made = build(target, draft, tokenizer, judge, f'{tmp_path}/my "judge"')
+    code = next(function.fn for function in made.fns.values() if function.name == "code")
+    text = code("judge", 0.5, 0, 24)
+    assert str(tmp_path) not in text
+    assert 'from_pretrained(target, "./my \\"judge\\"", threshold=0.5)' in text
 
 
 def test_compare(page):
