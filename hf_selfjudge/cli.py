@@ -68,10 +68,11 @@ from .results import (
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
 from .sources import DRAFT_MODEL, LOOKUP, SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
+from .texts import in_markdown, in_terminal
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(width=max(110, Console().width))
+console = Console(width=max(110, Console().width), markup=False, emoji=False)  # data is text
 
 PROMPTS = Path(__file__).parent / "data"
 MINING = MiningConfig()
@@ -152,7 +153,7 @@ def quickstart(
     for number, answers in enumerate(compare(target, decodings, tokenizer, questions, max_new_tokens), start=1):
         runs += answers
         speeds = ", ".join(f"{run.decoding} {len(run.tokens) / run.seconds:.1f} tokens/s" for run in answers)
-        console.print(f"[{number}/{len(questions)}] {answers[0].prompt.id}: {speeds}", highlight=False)
+        console.print(in_terminal(f"[{number}/{len(questions)}] {answers[0].prompt.id}: {speeds}"))
     print_answer(console, max((r for r in runs if r.decoding == "judged"), key=lambda r: r.stats.judged), tokenizer)
     rows = summarise(runs)
     console.print()
@@ -481,7 +482,7 @@ def bench_command(
     found["heading"] = heading(output / f"{mode}.json", name, len(questions))
     found["left_out"] = left_out
     write_json(output / f"{mode}-results.json", {mode: found})
-    text = f"{found['heading']}\n\n{markdown({mode: found})}"
+    text = f"{in_markdown(found['heading'])}\n\n{markdown({mode: found})}"
     write_text(output / f"{mode}-results.md", text)
     if spec_bench:
         write_spec_bench(lines, questions, tokenizer, output / "spec-bench")
@@ -695,9 +696,7 @@ def main() -> None:
     try:
         app()
     except (SourceError, ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"hf-selfjudge: {error}", style="red", highlight=False, markup=False
-        )
+        Console(stderr=True, soft_wrap=True).print(in_terminal(f"hf-selfjudge: {error}", "red"))
         sys.exit(1)
 
 

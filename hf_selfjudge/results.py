@@ -25,8 +25,11 @@ from .curve import BASE, Grid, compare_rules, falling, interval, separation
 from .files import Lines, read_json, whole, write_text
 from .meaning import reconvergence, says_no
 from .measures import repetition, similarity, task_score, unchanged
+from .names import public_name
 from .prompts import Prompt
 from .settings import COIN, JUDGE, PLAIN, Setting
+from .sources import LOOKUP
+from .texts import in_markdown, in_plot
 
 
 # Measures that retention is built on, the first that tells something in a category; chosen by what `separation` shows.
@@ -281,12 +284,12 @@ def heading(path: Path, prompts: str, count: int) -> str:
         count (`int`): How many there were.
     """
     made = read_json(path)
-    draft = "prompt lookup" if made["draft"] is None else f"{made['draft']} ({made['draft_dtype']})"
+    draft = LOOKUP if made["draft"] is None else f"{public_name(made['draft'])} ({made['draft_dtype']})"
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return (
-        f"{made['target']} ({made['dtype']}) with {draft}, {made['draft_length']} drafted tokens, answers of at most "
-        f"{made['max_new_tokens']} tokens to {count} prompts of {prompts}; {made['machine']}; {versions}; "
-        f"{time.strftime('%Y-%m-%d')}. In brackets: 95 % bootstrap intervals over prompts."
+        f"{public_name(made['target'])} ({made['dtype']}) with {draft}, {made['draft_length']} drafted tokens, "
+        f"answers of at most {made['max_new_tokens']} tokens to {count} prompts of {prompts}; {made['machine']}; "
+        f"{versions}; {time.strftime('%Y-%m-%d')}. In brackets: 95 % bootstrap intervals over prompts."
     )
 
 
@@ -307,7 +310,7 @@ def markdown(results: dict) -> str:
             ],
         ))  # fmt: skip
         kept = (f"{name} by {c['retention_by'] or 'nothing'} ({c['prompts']})" for name, c in categories.items())
-        parts.append(f"Retention of {', '.join(kept)}, prompts in brackets.")
+        parts.append(in_markdown(f"Retention of {', '.join(kept)}, prompts in brackets."))
         parts.append(_table(
             ("× lossless / retention", *categories),
             [(row["setting"], *(_both(row["by_category"][name]) for name in categories)) for row in rows],
@@ -341,7 +344,7 @@ def markdown(results: dict) -> str:
         parts.append(_table(
             ("measure", "prompts", *(f"lossless − {key}" for key in keys)),
             [
-                (row["measure"] + ("\\*" if row["measure"] in RELATIVE else ""), str(row["prompts"]), *(
+                (row["measure"] + ("*" if row["measure"] in RELATIVE else ""), str(row["prompts"]), *(
                     _show(row[key], 3) if isinstance(row[key], list | None) else f"{row[key]:.2f}" for key in keys
                 ))
                 for row in found["separation"]
@@ -366,7 +369,7 @@ def markdown(results: dict) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines)
 
 
 def _show(value: list[float] | None, digits: int = 2) -> str:
@@ -397,8 +400,9 @@ def plot(quality: dict, path: Path) -> None:
             mine = [point for row, point in zip(rows, points, strict=True) if row["family"] in (family, BASE)]
             x, y = np.array(sorted(mine, key=lambda point: point[1][0])).transpose(1, 0, 2)
             axis.errorbar(
-                x[:, 0], y[:, 0], xerr=abs(x[:, 1:] - x[:, :1]).T, yerr=abs(y[:, 1:] - y[:, :1]).T, label=family,
-                marker="o", markersize=4, linewidth=2 if family.startswith(JUDGE) else 1, elinewidth=0.4,
+                x[:, 0], y[:, 0], xerr=abs(x[:, 1:] - x[:, :1]).T, yerr=abs(y[:, 1:] - y[:, :1]).T,
+                label=in_plot(family), marker="o", markersize=4, linewidth=2 if family.startswith(JUDGE) else 1,
+                elinewidth=0.4,
             )  # fmt: skip
         axis.set_xlabel(name)
         axis.set_ylabel("tokens a round (lossless = 1)")

@@ -1,6 +1,7 @@
 """The command line from end to end on the tiny pair: mine, train, quickstart, card."""
 
 import copy
+import io
 import json
 import string
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from hf_selfjudge import Judge, Prompt, Stats, cli, load_labels
-from hf_selfjudge.report import Run, ratio_of_seconds
+from hf_selfjudge.report import Run, print_answer, ratio_of_seconds, results_table
 from hf_selfjudge.sources import fingerprint
 
-from .conftest import random_judge, tiny_tokenizer
+from .conftest import build, random_judge, tiny_tokenizer
 from .test_trainer import RESULTS
 
 
@@ -156,6 +158,32 @@ def test_int8_draft_and_auto_length(run, judge, pair_folders, prompts_file, tmp_
     assert results["speed_against_assisted"]["assisted"] == [1, 1, 1]
 
 
+def test_answers_are_printed_as_they_are(byte_decoder):
+    """In pieces that join to the answer, and never as markup."""
+    text = "the [/INST] sky :smile: 😀 looks blue \x1b[31m"
+    ids = byte_decoder(text)["input_ids"]
+    stats = Stats(sources=[("target", "matched", "judged")[i % 3] for i in range(len(ids))])
+    made = Run("judged", Prompt("[b]", "[red]why :smile:"), ids, 1.0, 1, -1.0, 1.0, stats)
+    for options in ({}, {"markup": False, "emoji": False}):
+        console = Console(file=io.StringIO(), width=200, **options)
+        print_answer(console, made, byte_decoder)
+        shown = console.file.getvalue()
+        assert text.replace("\x1b", "␛") + "\n" in shown
+        assert "[red]why :smile:" in shown
+        console.print(results_table([], "[bold] :smile:"))
+        assert "[bold] :smile:" in console.file.getvalue()
+
+
+def test_what_a_command_names_is_text(run, tmp_path):
+    name = "[/INST] :smile: [red]x"
+    code, out, err = run("labels", tmp_path / name)
+    assert (code, f"{tmp_path / name} has no mining.json" in err) == (1, True)
+    random_judge(build("llama")).save_pretrained(tmp_path / name / "judge")
+    code, out, err = run("card", tmp_path / name / "judge")
+    assert code == 0, err
+    assert out.strip() == f"Card written to {tmp_path / name / 'judge' / 'README.md'}"
+
+
 def test_ratio_of_seconds():
     seconds = {"a": (2.0, 4.0), "b": (1.0, 4.0)}
     runs = [
@@ -176,7 +204,7 @@ def test_quickstart_trains(run, pair_folders, tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     code, out, err = run(*arguments)
     assert code == 0, err
-    assert Judge.from_pretrained(output / "judge").info.target == pair_folders.split(",")[0]
+    assert Judge.from_pretrained(output / "judge").info.target == "./target"
     assert (output / "judge" / "README.md").is_file()
 
 

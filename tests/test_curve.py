@@ -1,8 +1,13 @@
 """Speed against quality, with answers that are known."""
 
+import io
+
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
+from rich.console import Console
+from rich.markdown import Markdown
 
 from hf_selfjudge.curve import Grid, area_between, compare_rules, draws, falling, interval, separation, speed_at
 from hf_selfjudge.results import markdown, operating_points, plot, summarise_quality
@@ -176,6 +181,31 @@ def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
     drawn.clear()
     plot(found, tmp_path / "one.png")
     assert len(drawn) == 2
+
+
+def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
+    """Of a judge's folder, of a category."""
+    judge, category = r"judge:$\frac$ | *x*", "a | <b>"
+    settings = ["lossless", "margin=1", f"{judge}=0.5"]
+    scores = {"agreement": np.ones((3, 4))}
+    categories = np.array([category, "[x](y)"]).repeat(2)
+    rounds = np.array([[10.0] * 4, [5] * 4, [4] * 4])
+    made = Grid(
+        settings, ["lossless", "margin", judge], categories, np.full((3, 4), 40.0), rounds, scores, resamples=9
+    )
+    line = {"tokens": [1], "lengths": [1], "judged": 0, "asked": 0, "draft_forwards": 1, "finished": True}
+    found = summarise_quality(made, [line | {"setting": name} for name in settings])
+    text = markdown({"quality": found})
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert f"<td>{judge}=0.5</td>" in html
+    assert "<th>a | &lt;b&gt;</th>" in html
+    assert "[x](y) by agreement (2), a | &lt;b&gt; by agreement (2)" in html
+    assert "compared with the lossless answer itself" in html.partition("<p>* ")[2]
+    shown = io.StringIO()
+    Console(file=shown, width=250).print(Markdown(text))
+    assert f"{judge}=0.5" in shown.getvalue()
+    plot(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def row(setting, speed, retention):
