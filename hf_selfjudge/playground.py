@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gradio as gr
@@ -189,6 +189,9 @@ def answer(
             progress.rounds.append(len(kept))
             progress.seconds = time.perf_counter() - since
             yield progress
+        # A draft that the end of the text cuts off is followed by no token of the target.
+        decided = zip(progress.tokens, judged.stats.sources, strict=True)
+        progress.tokens[:] = [replace(token, source=source) for token, source in decided]
     finally:
         stop.set()
         worker.join()

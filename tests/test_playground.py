@@ -27,7 +27,7 @@ from hf_selfjudge.playground import (
 )
 from hf_selfjudge.rules import KLGate, Lossless, Margin
 
-from .conftest import Pace, random_judge
+from .conftest import Pace, perturbed, random_judge
 
 
 @pytest.fixture
@@ -53,6 +53,19 @@ def test_streamed_text_is_what_generate_gives(parts, prompt):
         for token in last.judged:
             assert token.instead != token.id
             assert 0 <= token.cost <= (0.5 if isinstance(rule, JudgeRule) else 1.0)
+
+
+def test_who_decided_is_told_where_the_end_of_the_text_cuts_a_draft(parts, prompt):
+    target, draft = copy.copy(parts[0]), perturbed(parts[0], noise=0.0)
+    free = target.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :].tolist()
+    for end in dict.fromkeys(free):
+        target.generation_config = copy.deepcopy(parts[0].generation_config)
+        target.generation_config.eos_token_id = end
+        *_, last = answer(target, draft, Lossless(), [], prompt, 20)
+        judged = JudgedModel(target, Lossless())
+        judged.generate(prompt, assistant_model=draft, max_new_tokens=20)
+        assert [token.source for token in last.tokens] == judged.stats.sources
+        assert [token.id for token in last.tokens] == free[: free.index(end) + 1]
 
 
 def test_whoever_stops_listening_stops_it(parts, prompt):
