@@ -82,7 +82,8 @@ def in_markdown(text: str) -> str:
     """In a sentence, a heading or a cell of a table."""
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("\\", "&#92;")):
         text = text.replace(character, entity)
-    return re.sub(r"[`*~|$]|\](?=[\[(])|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text))
+    # An underscore within a word is one.
+    return re.sub(r"[`*~|$]|\](?=[\[(])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
 
 
 def in_code(text: str) -> str:

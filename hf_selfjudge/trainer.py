@@ -481,7 +481,9 @@ class JudgeTrainer(Trainer):
                     f"`resume_from_checkpoint`: {folder} is of another judge, whose {name} is "
                     f"{getattr(saved.info, name)!r}, not {getattr(here, name)!r}."
                 )
-        if self._has_adapter() and saved.adapter.config != adapter_of(self.model.target).config:
+        own = adapter_of(self.model.target).config if self._has_adapter() else {}
+        # A judge's files call the target by its public name.
+        if own and saved.adapter.config != own | {"base_model_name_or_path": saved.info.target}:
             raise ValueError(f"`resume_from_checkpoint`: {folder} has an adapter of another `peft_config`.")
         self._load_weights(saved)
 

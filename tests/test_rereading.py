@@ -99,7 +99,7 @@ def test_a_judge_of_these_labels_looks_there(llama, tokenizer, tmp_path):
     np.testing.assert_allclose(through.odds(labels), trainer.odds(labels), atol=2e-2)
 
 
-@pytest.mark.parametrize("how", ["draft", "guidance", "early exit"])
+@pytest.mark.parametrize("how", ["draft", "processor", "early exit"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
     """In every round, whatever was dropped before, and whoever ran the target's layers in between."""
@@ -107,7 +107,7 @@ def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
     draft = {"assistant_model": perturbed(target, 0.05)}
     options = {
         "draft": draft,
-        "guidance": draft | {"guidance_scale": 1.5},
+        "processor": draft | {"logits_processor": [lambda ids, scores: scores + target(ids[:, -4:]).logits[:, -1]]},
         "early exit": {"assistant_early_exit": 1},
     }[how]
 
