@@ -335,7 +335,9 @@ class JudgedModel:
         if draft is None or own is None or other is None or not same_tokens(own, other):
             return kwargs
         fitted = fit_vocabulary(draft, self.target.config.get_text_config().vocab_size)
-        return kwargs | {"assistant_model": fitted, "assistant_tokenizer": None}
+        return {name: value for name, value in kwargs.items() if name != "assistant_tokenizer"} | {
+            "assistant_model": fitted
+        }
 
     def _check(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         config = self.target.config.get_text_config()

@@ -293,6 +293,10 @@ def test_equal_tokenizers_need_no_translation(llama, tokenizer, size, own):
             )
             assert judged.stats.tokens == output.shape[1] - ids.shape[1] == NEW
             assert not constraint or not {3, 63} & {*new_tokens(output, ids)}
+        batch = judged.generate(
+            ids.repeat(2, 1), assistant_model=draft, max_new_tokens=NEW, do_sample=True, pad_token_id=0, **two
+        )
+        assert batch.shape == (2, ids.shape[1] + NEW)
 
 
 def test_samples_with_a_smaller_vocabulary_follow_the_target():
