@@ -191,10 +191,11 @@ def answer(
     if family == ENSEMBLE:
         (how.assistant_ensemble_weight,) = job.setting.values
     model, stats = (models[0] if family == "draft" else target), Stats()
+    model.generation_config = how  # what `how` leaves open is not filled in from the model's own
     if rule is not None:
         model = JudgedModel(target, rule, config.draft_length, special)
     since = time.perf_counter()
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, **drafts)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **drafts)
     seconds = time.perf_counter() - since
     tokens, finished = until_eos(output[0, ids.shape[1] :], eos_tokens(target))
     own = recorders[-1]

@@ -6,6 +6,7 @@ target's cache of it) and the [`Substitution`]s to look at. Knows nothing of wha
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,8 @@ class Substitution:
 
 
 def greedy(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding, whatever penalties and sampling the model's own `generation_config` carries."""
+    """Plain greedy decoding. `generate` fills in what it leaves open from the model's own `generation_config`, so that
+    it has to stand in the place of that one ([`decoding_greedily`])."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -92,6 +94,14 @@ def greedy(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=pad_token(model),
     )
+
+
+def decoding_greedily(model: PreTrainedModel, max_new_tokens: int) -> PreTrainedModel:
+    """A copy of a model, with the same weights, that decodes greedily whatever penalties, sampling and limits its own
+    `generation_config` carries."""
+    model = copy.copy(model)
+    model.generation_config = greedy(model, max_new_tokens)
+    return model
 
 
 def eos_tokens(model: PreTrainedModel) -> list[int]:
@@ -143,11 +153,8 @@ def target_answers(
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         cache = DynamicCache()  # keeps every key, also where attention sees a window only
         with HiddenTap(model, lambda hidden, logits: seen.append(_likeliest(logits[0, -1:], runners_up))):
-            output = model.generate(
-                row,
-                attention_mask=torch.ones_like(row),
-                past_key_values=cache,
-                generation_config=greedy(target, max_new_tokens),
+            output = decoding_greedily(model, max_new_tokens).generate(
+                row, attention_mask=torch.ones_like(row), past_key_values=cache
             )
         tokens, finished = until_eos(output[0, row.shape[1] :], eos_tokens(target))
         best, choices = (torch.cat(rows)[: len(tokens)] for rows in zip(*seen, strict=True))

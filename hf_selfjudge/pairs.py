@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .drafting import fit_vocabulary, same_tokens
 from .generation import JudgedModel
 from .mining import Writer
-from .mismatches import eos_tokens, greedy, until_eos
+from .mismatches import decoding_greedily, eos_tokens, until_eos
 from .sources import load_model, parse_pair
 
 
@@ -70,11 +70,11 @@ def judged_writer(judged: JudgedModel, draft: PreTrainedModel | None, lookup: in
     drafts = {} if draft is None else {"assistant_model": draft}
 
     def write(prompts: Sequence[torch.LongTensor], max_new_tokens: int) -> list[torch.LongTensor]:
-        width, config = max(row.shape[1] for row in prompts), greedy(judged.target, max_new_tokens)
+        width, target = max(row.shape[1] for row in prompts), decoding_greedily(judged.target, max_new_tokens)
         ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in prompts])
         mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in prompts])
-        config.prompt_lookup_num_tokens = lookup or None
-        rows = judged.generate(ids, attention_mask=mask, generation_config=config, **drafts)
+        target.generation_config.prompt_lookup_num_tokens = lookup or None
+        rows = judged.on(target).generate(ids, attention_mask=mask, **drafts)
         return [until_eos(row[width:], eos_tokens(judged.target))[0] for row in rows]
 
     return write

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .generation import JudgedModel
 from .hidden import HiddenTap
 from .meaning import reconvergence
-from .mismatches import greedy
+from .mismatches import decoding_greedily
 from .prompts import Prompt, context_of, fitting, none_fits
 from .stats import Stats
 from .texts import in_terminal, pieces
@@ -111,15 +111,12 @@ def _answer(
     max_new_tokens: int,
 ) -> tuple[list[int], float, int, Stats]:
     assistant = {} if draft is None else {"assistant_model": draft}
+    greedily = decoding_greedily(target, max_new_tokens)
+    model = model.on(greedily) if isinstance(model, JudgedModel) else greedily
     forwards: list[None] = []
     start = time.perf_counter()
     with HiddenTap(target, lambda hidden, logits: forwards.append(None)):
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=greedy(target, max_new_tokens),
-            **assistant,
-        )
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **assistant)
     seconds = time.perf_counter() - start
     stats = model.stats if isinstance(model, JudgedModel) else Stats()
     return output[0, ids.shape[1] :].tolist(), seconds, len(forwards), stats

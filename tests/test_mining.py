@@ -1,5 +1,6 @@
 """The mining job on tiny random models: shards, kills, processes, memory."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -21,9 +22,11 @@ from hf_selfjudge.evaluation import HeldOutConfig
 from hf_selfjudge.inspection import Labels, predictors
 from hf_selfjudge.labels import features_of
 from hf_selfjudge.mining import counts_of
-from hf_selfjudge.mismatches import find_looked_up, read_answers
+from hf_selfjudge.mismatches import find_looked_up, read_answers, target_answers
+from hf_selfjudge.pairs import judged_writer
 from hf_selfjudge.prompts import TooLong, encode
-from hf_selfjudge.rules import Rule
+from hf_selfjudge.report import compare
+from hf_selfjudge.rules import Lossless, Rule
 
 from .conftest import VOCAB, build, perturbed, shortened, tiny_tokenizer
 from .test_matrix import build as build_any
@@ -322,6 +325,30 @@ def test_memory_does_not_grow_with_prompts(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks[count] = int(done.stdout.split()[-1])
     assert peaks[400] < 1.05 * peaks[100], peaks
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"no_repeat_ngram_size": 2}, {"suppress_tokens": [5, 6, 7]}, {"sequence_bias": [[[9], 9.0]]}, {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"guidance_scale": 2.0},
+        {"return_dict_in_generate": True}, {"stop_strings": ["a"]}, {"do_sample": True, "temperature": 2.0},
+    ],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_answers_are_greedy_whatever_the_models_own_config_says(llama, tokenizer, own):
+    target, draft = copy.copy(llama[0]), llama[1]
+    target.generation_config = copy.deepcopy(target.generation_config)
+    target.generation_config.update(**own)
+    ids = [encode(tokenizer, prompt.said, 256, 24) for prompt in PROMPTS]
+    answers = target_answers(target, PROMPTS, ids, 24)
+    for answer, row in zip(answers, ids, strict=True):
+        assert torch.equal(answer.ids[None], llama[0].generate(row, max_new_tokens=24))
+        assert torch.equal(answer.choices[:, 0], answer.tokens)
+    written = judged_writer(JudgedModel(target, Lossless()), draft, 0)(ids, 24)
+    assert all(torch.equal(one, answer.tokens) for one, answer in zip(written, answers, strict=True))
+    for runs in compare(target, {"greedy": (target, None), "assisted": (target, draft)}, tokenizer, PROMPTS, 24):
+        assert [run.tokens for run in runs] == [written.pop(0).tolist()] * 2
 
 
 def test_a_draft_with_a_short_context(tokenizer, tmp_path):
