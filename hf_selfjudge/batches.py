@@ -64,7 +64,7 @@ def generate_rows(
             options["streamer"] = streamers[row]
         single.target.generation_config = row_config  # the stand-in's own
         options["attention_mask"] = torch.ones_like(prompts[row])
-        processors = [copied(processor) for processor in logits_processor or ()]  # what they remember is a row's own
+        processors = copied(logits_processor or ())  # what they remember is a row's own
         return single.generate(prompts[row], None, processors, **options), single.stats
 
     models = [target] if draft is None else [draft, target]
@@ -111,7 +111,6 @@ def _check(judged: JudgedModel, rows: int, asked: dict, rest: dict, for_each: di
     alone = [name for name in ("output_attentions", "output_hidden_states", "assistant_early_exit") if asked.get(name)]
     alone += [name for name in ("num_beams", "num_return_sequences") if (asked.get(name) or 1) > 1]
     alone += [name for name in ("speculation_type", "past_key_values") if asked.get(name) is not None]
-    alone += ["guidance_scale"] if (asked.get("guidance_scale") or 1) != 1 else []
     alone += ["assistant_tokenizer"] if "assistant_tokenizer" in rest and asked.get("do_sample") else []
     alone += [name for name, value in rest.items() if isinstance(value, torch.Tensor)]
     if alone:

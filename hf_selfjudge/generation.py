@@ -32,7 +32,7 @@ from .batches import generate_rows, merged
 from .drafting import AutoLength, FastDraft, fit_vocabulary, same_tokens, set_draft_length, stay_within_context
 from .hidden import HiddenTap
 from .judge import Judge
-from .processors import ConstrainedScores, JudgeLogitsProcessor, TrialProcessor, on_trial
+from .processors import ConstrainedScores, JudgeLogitsProcessor, Trial
 from .prompts import context_of
 from .replay import Replaying
 from .rules import JudgeRule, Rule
@@ -45,6 +45,8 @@ from .verification import JudgeCandidateGenerator, Round
 # Candidate generators whose drafts come without logits, and the one among their children whose drafts have them.
 WITHOUT_LOGITS = (PromptLookupCandidateGenerator, AssistedCandidateGeneratorDifferentTokenizers)
 WITH_LOGITS = UniversalSpeculativeDecodingGenerator
+# Methods of the target that are overridden for the time of a call, in the order in which `generate` calls them.
+OVERRIDDEN = ("_get_logits_processor", "_get_stopping_criteria", "_get_candidate_generator")
 
 
 class JudgedModel:
@@ -95,7 +97,8 @@ class JudgedModel:
         if not isinstance(rule, Rule):
             hint = " Wrap it: `JudgeRule(judge)`." if isinstance(rule, Judge) else " Use one of hf_selfjudge.rules."
             raise TypeError(f"`rule` must be a Rule, got {type(rule).__name__}.{hint}")
-        if draft_length not in (None, "auto") and not (isinstance(draft_length, int) and draft_length > 0):
+        numbered = isinstance(draft_length, int) and not isinstance(draft_length, bool) and draft_length > 0
+        if draft_length not in (None, "auto") and not numbered:
             raise ValueError(f"`draft_length` must be a number of tokens, 'auto' or None, got {draft_length!r}.")
         rule.check_target(target)
         pack_again(target)
@@ -225,21 +228,18 @@ class JudgedModel:
             return LogitsProcessorList([*build_processors(**arguments), last])
 
         def token_by_token(**arguments) -> StoppingCriteriaList:
-            criteria = build_criteria(**arguments)
-            if generators:  # of a draft that is the target itself
-                return criteria
-            kept.append(KeptTokens(criteria, round, streamer))
+            kept.append(KeptTokens(build_criteria(**arguments), round, streamer))
             return kept[0]
 
         def wrap(**arguments) -> JudgeCandidateGenerator:
             processors, cache = arguments["logits_processor"], arguments["model_kwargs"]["past_key_values"]
-            processors[:] = on_trial(processors)  # the list that decoding goes through
-            round.trials = [processor for processor in processors if isinstance(processor, TrialProcessor)]
+            round.trial = Trial(processors)
             # The draft gets the target's processors, but not these.
             ours = (ConstrainedScores, JudgeLogitsProcessor)
             arguments["logits_processor"] = LogitsProcessorList(p for p in processors if not isinstance(p, ours))
             round.prepare(arguments["generation_config"], target.device)
             generators.append(self._wrap(build_generator(**arguments), round))
+            _return_states(generators[0], arguments)
             if not target.config.is_encoder_decoder and arguments["model_kwargs"].get("inputs_embeds") is not None:
                 _read_embeddings(generators[0])
             if cache.get_seq_length():
@@ -247,16 +247,13 @@ class JudgedModel:
             kept[0].begin(cache)
             return generators[0]
 
-        target._get_logits_processor, target._get_stopping_criteria = with_judge, token_by_token
-        target._get_candidate_generator = wrap
+        vars(target).update(zip(OVERRIDDEN, (with_judge, token_by_token, wrap), strict=True))
         processors = LogitsProcessorList([*(logits_processor or []), ConstrainedScores(round)])
         try:
             with HiddenTap(target, round.observe, None if replay is None else replay.entering):
                 output = target.generate(inputs, generation_config, processors, **kwargs)
         finally:  # what refers to itself would keep caches until the next garbage collection
-            for override in ("_get_logits_processor", "_get_stopping_criteria", "_get_candidate_generator"):
-                delattr(target, override)
-            vars(target).pop("prepare_inputs_for_generation", None)
+            _without_overrides(target)
             if generators and kept[0].cache is not None:
                 kept[0].cache.undo()
         if not generators:
@@ -381,12 +378,40 @@ def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None
                 f"`{name}` must be a tensor of shape `(prompts, tokens)`, got {type(value).__name__}. Tokenize with "
                 "`return_tensors='pt'`."
             )
-        if value is not None and value.dim() < 2:
+        if value is not None and (value.dim() < 2 or (value.dim() > 2 and name == "input_ids")):
             raise ValueError(
                 f"`{name}` has shape {tuple(value.shape)}, expected `(prompts, tokens)`. For one prompt add a "
                 f"dimension: `{name}[None]`."
             )
     return inputs if inputs is not None else kwargs.get("input_ids")
+
+
+def _return_states(generator: JudgeCandidateGenerator, arguments: dict) -> None:
+    """
+    Where hidden states or attentions are returned, let the target read the prompt without candidates: stock assisted
+    generation returns states of the prompt as those of the first candidates.
+
+    Args:
+        arguments (`dict`): Of `_get_candidate_generator`.
+
+    Raises:
+        ValueError: If it would return others than the target alone does.
+    """
+    config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
+    asked = [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name)]
+    if not config.return_dict_in_generate or not asked:
+        return
+    cache = kwargs["past_key_values"]
+    reasons = {
+        "attention has a window": config.output_attentions and any(cache.is_sliding),
+        "the prompt is in `past_key_values` or `inputs_embeds`": cache.get_seq_length()
+        or kwargs.get("inputs_embeds") is not None,
+        "drafts are made of the target's states": generator.requires_model_outputs,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise ValueError(f"`{asked[-1]}` cannot be returned with a draft where {reason}. Decode without a draft.")
+    generator.waits = True
 
 
 def _read_embeddings(generator: JudgeCandidateGenerator) -> None:
@@ -427,7 +452,7 @@ def _continue_cache(target: PreTrainedModel, generator: JudgeCandidateGenerator,
             "draft, pass all tokens of the prompt, of which the cache holds all but the last at most."
         )
     if generator.requires_model_outputs or isinstance(generator.round.replaying, Replaying):
-        reader = type(generator.inner if generator.requires_model_outputs else generator.round.rule).__name__
+        reader = type(generator.inner).__name__ if generator.requires_model_outputs else "the judge's adapter"
         raise ValueError(
             f"`past_key_values` holds {held} tokens, which {reader} would have to see too. Start with an empty cache."
         )
@@ -445,11 +470,20 @@ def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares the weights. Early exit drafts with fewer layers by changing the config for a while; threads
     that verify must not see it, and an exception must not leave it so."""
     model = copy.copy(model)
+    _without_overrides(model)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.assistant_early_exit = None  # its own drafts would have drafts
     model._modules = dict(model._modules)
     base = copy.copy(getattr(model, model.base_model_prefix))
     setattr(model, model.base_model_prefix, base)
     model.config = base.config = copy.copy(base.config)
     return model
+
+
+def _without_overrides(model: PreTrainedModel) -> None:
+    """Give a copy of the target, or a copy of that, its class's own methods back."""
+    for name in (*OVERRIDDEN, "prepare_inputs_for_generation"):
+        vars(model).pop(name, None)
 
 
 class _Own(threading.local):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
+from types import CellType, FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,78 +66,118 @@ class JudgeLogitsProcessor(LogitsProcessor):
         return scores
 
 
-class TrialProcessor(LogitsProcessor):
+class Trial:
     """
-    Asks a copy of a processor about tokens that may still be rejected, and the processor itself about those that were
-    kept. So a processor that remembers what it was asked (a grammar, a counter) sees each token of the text once, in
-    order, as in plain decoding.
+    Asks copies of processors about tokens that may still be rejected, and the processors themselves about those that
+    were kept. So a processor that remembers what it was asked (a grammar, a counter) sees each token of the text once,
+    in order, as in plain decoding.
+
+    What a processor remembers must be its own: attributes, or variables that a function closes over; not those of a
+    class, of a Python module or of a model.
 
     Args:
-        processor ([`~transformers.LogitsProcessor`]): Models and tokenizers among its attributes are shared with the
-            copies.
+        processors (`list[LogitsProcessor]`): Those that decoding goes through. Of the ones that may remember something
+            an entry is replaced with a [`TrialProcessor`].
 
     Raises:
-        ValueError: If it cannot be copied.
+        ValueError: If one cannot be copied, or not be used with a draft.
     """
 
-    def __init__(self, processor: LogitsProcessor):
-        self.processor = processor
+    def __init__(self, processors: list[LogitsProcessor]):
+        if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors):
+            raise ValueError(
+                "`guidance_scale` cannot be used with a draft: guidance needs a second forward of the target for "
+                "every candidate, so that a draft would save nothing. Leave out one of the two."
+            )
+        # Those of transformers look at the text alone, but for this one (and guidance).
+        places = [
+            place
+            for place, processor in enumerate(processors)
+            if isinstance(processor, SynthIDTextWatermarkLogitsProcessor)
+            or not type(processor).__module__.startswith(("transformers.", __name__))
+        ]
+        self.processors = [processors[place] for place in places]
+        for number, place in enumerate(places):
+            processors[place] = TrialProcessor(self, number)
+        copied(self.processors)  # refuse now what would fail later
         self.begin()
-        copied(processor)  # refuse now what would fail later
 
     def begin(self) -> None:
         """A draft or a verification begins behind the kept text."""
-        self.trial: LogitsProcessor | None = None
-        self.asked: dict[int, tuple[torch.LongTensor, torch.FloatTensor]] = {}  # by the length of the text
+        self.copies: list[LogitsProcessor] | None = None
+        # For each processor: by the length of the text, what it was asked.
+        self.asked: list[dict[int, tuple[torch.LongTensor, torch.FloatTensor]]] = [{} for _ in self.processors]
+
+    def ask(self, number: int, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """What the copy of a processor makes of a row."""
+        if self.copies is None:
+            self.copies = copied(self.processors)
+        self.asked[number][input_ids.shape[1]] = input_ids, scores.clone()  # it may write into them
+        return self.copies[number](input_ids, scores)
+
+    def keep(self, place: int) -> None:
+        """The token in this place of the text was kept."""
+        for processor, asked in zip(self.processors, self.asked, strict=True):
+            processor(*asked[place])
+
+
+class TrialProcessor(LogitsProcessor):
+    """Stands for one of the processors of a [`Trial`]."""
+
+    def __init__(self, trial: Trial, number: int):
+        self.trial, self.number = trial, number
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.trial is None:
-            self.trial = copied(self.processor)
-        self.asked[input_ids.shape[1]] = input_ids, scores.clone()  # it may write into them
-        return self.trial(input_ids, scores)
-
-    def keep(self, start: int, end: int) -> None:
-        """The tokens from place `start` up to `end` of the text were kept."""
-        for place in range(start, end):
-            self.processor(*self.asked[place])
+        return self.trial.ask(self.number, input_ids, scores)
 
 
-def copied(processor: LogitsProcessor) -> LogitsProcessor:
+def copied(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
     """
-    A copy with a memory of its own.
+    Copies with a memory of their own; what several remember together, their copies do too. Models and tokenizers are
+    shared with the originals.
 
     Raises:
         ValueError: If there can be none.
     """
-    attributes = getattr(processor, "__dict__", {}).values()
-    shared = {id(value): value for value in attributes if isinstance(value, torch.nn.Module | PreTrainedTokenizerBase)}
+    memo: dict[int, object] = {}
+    return [_copied(processor, memo) for processor in processors]
+
+
+def _copied(processor: LogitsProcessor, memo: dict[int, object]) -> LogitsProcessor:
     try:
-        return copy.deepcopy(processor, shared)
+        for value in getattr(processor, "__dict__", {}).values():
+            if isinstance(value, torch.nn.Module | PreTrainedTokenizerBase):
+                memo[id(value)] = value
+            elif isinstance(value, FunctionType):
+                memo[id(value)] = _copied_function(value, memo)
+        if isinstance(processor, FunctionType):
+            return _copied_function(processor, memo)
+        other = copy.deepcopy(processor, memo)
+        if other is processor:
+            raise TypeError("its copy is the same object")
     except Exception as error:  # whatever an object says that does not want to be copied
         raise ValueError(
             f"`logits_processor`: {type(processor).__name__} cannot be copied ({error}). With a draft, a processor is "
-            "also asked about tokens that are then rejected, which only a copy of it may remember. Give it "
-            "`__deepcopy__`, or decode without a draft."
+            "also asked about tokens that are then rejected, which only a copy of it may remember. Give it a "
+            "`__deepcopy__` that returns a copy, or decode without a draft."
         ) from error
+    return other
 
 
-def on_trial(processors: list[LogitsProcessor]) -> list[LogitsProcessor]:
-    """
-    The same processors; those that may remember what they were asked as [`TrialProcessor`]. Those of transformers do
-    not, but for two.
-
-    Raises:
-        ValueError: If one cannot be used with a draft.
-    """
-    if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors):
-        raise ValueError(
-            "`guidance_scale` cannot be used with a draft: guidance needs a second forward of the target for every "
-            "candidate, so that a draft would save nothing. Leave out one of the two."
-        )
-    return [
-        TrialProcessor(processor)
-        if isinstance(processor, SynthIDTextWatermarkLogitsProcessor)
-        or not type(processor).__module__.startswith(("transformers.", __name__))
-        else processor
-        for processor in processors
-    ]
+def _copied_function(function: FunctionType, memo: dict[int, object]) -> FunctionType:
+    """A copy that closes over copies. `copy` itself takes functions as they are."""
+    if function.__closure__ is None:
+        return function
+    cells = []
+    for cell in function.__closure__:
+        if id(cell) not in memo:
+            value = cell.cell_contents
+            shared = isinstance(value, torch.nn.Module | PreTrainedTokenizerBase | ModuleType)
+            memo[id(cell)] = CellType(value if shared else copy.deepcopy(value, memo))
+            memo[-id(cell)] = cell  # kept, so that no other can have its number
+        cells.append(memo[id(cell)])
+    other = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other

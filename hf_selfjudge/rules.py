@@ -91,7 +91,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Lossless(Rule):
-    """Accept nothing: the output is that of the target alone."""
+    """Accept nothing: the output is that of the target alone, unless `assistant_ensemble_weight` of `generate` asks
+    for a mixture of target and draft."""
 
     def accept(self, rows: Rows) -> torch.BoolTensor:
         return torch.zeros_like(rows.candidates, dtype=torch.bool)

@@ -61,20 +61,23 @@ class LateCrop:
     """
 
     def __init__(self, cache: Cache):
-        self.cache, self.tokens = cache, 0
+        self.cache = cache
+        self.tokens: int | None = None  # to remove
         cache.crop = self._note
 
     def _note(self, tokens_to_remove: int) -> None:
         self.tokens = abs(tokens_to_remove)
 
-    def crop(self, more: int) -> None:
+    def crop(self, more: int = 0) -> None:
         """Remove what was asked for, and `more` tokens."""
         type(self.cache).crop(self.cache, -(self.tokens + more))
-        self.tokens = 0
+        self.tokens = None
 
     def undo(self) -> None:
-        """Leave the cache as it was found."""
-        del self.cache.crop
+        """From now on crop at once; also what was put off when a criterion raised."""
+        vars(self.cache).pop("crop", None)
+        if self.tokens is not None:
+            self.crop()
 
 
 class KeptTokens(StoppingCriteriaList):
@@ -112,6 +115,7 @@ class KeptTokens(StoppingCriteriaList):
         round, length = self.round, input_ids.shape[1]
         scores = round.own_scores(scores)
         for end in range(round.start + 1, length + 1):
+            round.trial.keep(end - 1)  # first, since a criterion may ask a processor how far it is
             so_far = None if scores is None else scores[: end - round.prompt_length]
             done = super().__call__(input_ids[:, :end], so_far, **kwargs)
             if done.all():

@@ -15,7 +15,7 @@ from transformers.generation import CandidateGenerator
 
 from .drafting import AutoLength, ContextFullError, set_draft_length
 from .hidden import Entered
-from .processors import TrialProcessor
+from .processors import Trial
 from .replay import Midway, Replaying
 from .rules import Rows, Rule
 from .stats import Stats
@@ -29,7 +29,7 @@ class Round:
         self.stats = Stats(calls=1)
         self.prompt_length: int | None = None
         self.replaced: dict[int, torch.Tensor] = {}  # by place in the answer: scores that became one-hot
-        self.trials: list[TrialProcessor] = []
+        self.trial = Trial([])
         self.verifying = False  # between a draft and what is kept of it; other forwards and scores are not ours
 
     def prepare(self, config: GenerationConfig, device: torch.device) -> None:
@@ -46,8 +46,7 @@ class Round:
     def draft(self) -> None:
         """A draft begins: the forwards and scores until [`begin`] are not of a verification."""
         self.verifying = False
-        for processor in self.trials:
-            processor.begin()
+        self.trial.begin()
 
     def begin(self, start: int, candidates: torch.LongTensor, draft_logits: torch.Tensor | None) -> None:
         """`candidates` of shape `(k,)`, with `draft_logits` of shape `(k, vocab_size)` if the draft has any, are about
@@ -60,8 +59,7 @@ class Round:
         self.scores = self.hidden = self.logits = self.matches = None
         self.asked: list[int] = []
         self.judged: dict[int, float] = {}
-        for processor in self.trials:
-            processor.begin()
+        self.trial.begin()
         self.verifying, self.rejected = True, False
         self.since, self.verify_seconds = time.perf_counter(), 0.0
 
@@ -129,8 +127,6 @@ class Round:
         given_up = sum(self.judged[i] for i, source in enumerate(sources) if source == "judged")
         # What was asked behind an end of text did not come to pass.
         self.stats.count(drafted, sum(row < len(kept) for row in self.asked), sources, given_up)
-        for processor in self.trials:
-            processor.keep(self.start, self.start + len(kept))
 
     def own_scores(self, scores: tuple[torch.FloatTensor, ...] | None) -> tuple[torch.FloatTensor, ...] | None:
         """The target's own scores of each token, in place of those that became one-hot."""
@@ -181,10 +177,10 @@ class JudgeCandidateGenerator(CandidateGenerator):
             set_draft_length(self.inner, self.length.blind())
         since = time.perf_counter()
         candidate_ids, logits = input_ids, None  # where the target goes alone
-        if not self.waits:
-            with contextlib.suppress(ContextFullError):
-                candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
-        self.waits = False
+        with contextlib.suppress(ContextFullError):
+            candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        if self.waits:  # drafted all the same: the draft has read the prompt
+            candidate_ids, logits, self.waits = input_ids, None, False
         self.draft_seconds = time.perf_counter() - since
         self.round.stats.draft_seconds += self.draft_seconds
         start = input_ids.shape[1]

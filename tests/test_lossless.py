@@ -2,6 +2,7 @@
 is refused before the first token. What it is compared with is plain greedy decoding, not stock assisted generation."""
 
 import copy
+import gc
 import string
 import threading
 
@@ -23,7 +24,7 @@ from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.rules import Coin, KLGate, Lossless
 
 from .conftest import HEADS, NO_EOS, SIZES, VOCAB, Collect, build, perturbed, random_judge, shortened, tiny_tokenizer
-from .test_drafters import DRAFTERS, assistant, dflash, other_tokenizer, prompt_lookup
+from .test_drafters import DRAFTERS, assistant, dflash, mtp, other_tokenizer, prompt_lookup
 
 
 NEW = 30  # tokens
@@ -101,6 +102,77 @@ def test_everything_that_is_returned_ends_with_the_text(pair, prompt, do_sample)
         # The next token, from the cache that was returned and from none.
         again = target(output.sequences[:, -1:], past_key_values=output.past_key_values).logits[0, -1]
         torch.testing.assert_close(again, target(output.sequences).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=lambda d: d.__name__)
+def test_hidden_states_are_those_of_plain_decoding(llama, tokenizer, drafter, monkeypatch):
+    """Of the first round, too, in which candidates follow the prompt."""
+    ids = tokenizer("abc, abc, abc, ", return_tensors="pt").input_ids
+    target, options = drafter(llama[0], tokenizer, monkeypatch)
+    if drafter is assistant:
+        options["assistant_model"] = perturbed(target, noise=0.0)
+    how = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_hidden_states": True}
+    plain = target.generate(ids, **how)
+    if drafter in (dflash, mtp):
+        with pytest.raises(ValueError, match="`output_hidden_states` cannot be returned .* made of the target's"):
+            JudgedModel(target, Lossless()).generate(ids, **how, **options)
+        return
+    output = JudgedModel(target, Lossless()).generate(ids, **how, **options)
+    assert torch.equal(output.sequences, plain.sequences)
+    for states, expected in zip(output.hidden_states, plain.hidden_states, strict=True):
+        for layer, other in zip(states, expected, strict=True):
+            torch.testing.assert_close(layer, other, atol=1e-4, rtol=1e-4)
+
+
+def test_states_that_cannot_be_returned_are_refused(llama, prompt):
+    target, draft = llama
+    how = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_hidden_states": True}
+    with pytest.raises(ValueError, match="`output_hidden_states` cannot be returned .* `past_key_values`"):
+        JudgedModel(target, Lossless()).generate(
+            prompt, assistant_model=draft, past_key_values=filled(target, prompt, 3), **how
+        )
+    windowed = build("gemma3")
+    windowed.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="`output_attentions` cannot be returned .* attention has a window"):
+        JudgedModel(windowed, Lossless()).generate(
+            prompt, assistant_model=perturbed(windowed), **how, output_attentions=True
+        )
+
+
+def test_a_criterion_may_ask_a_processor(llama, prompt):
+    """A grammar says when it is complete."""
+    target, draft = llama[0], perturbed(llama[0], noise=0.0)
+    outputs = []
+    for model, drafts in ((target, {}), (JudgedModel(target, Lossless(), 6), {"assistant_model": draft})):
+        grammar = Repeats()
+        ends = [lambda ids, scores, grammar=grammar: torch.tensor([len(grammar.seen) >= 3])]
+        outputs.append(
+            model.generate(prompt, max_new_tokens=NEW, logits_processor=[grammar], stopping_criteria=ends, **drafts)
+        )
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("place", [1, 2, 5])
+def test_a_cache_behind_a_criterion_that_raised(pair, prompt, place):
+    """It holds what was kept, and the conversation goes on with it."""
+    target, draft = pair
+    cache, asked = DynamicCache(config=target.config), []
+
+    def fails(ids, scores):
+        asked.append(ids)
+        if len(asked) == place:
+            raise KeyError("stop")
+        return torch.zeros(1, dtype=torch.bool)
+
+    judged = JudgedModel(target, Lossless())
+    with pytest.raises(KeyError):
+        judged.generate(prompt, assistant_model=draft, stopping_criteria=[fails], past_key_values=cache)
+    assert "crop" not in vars(cache)
+    text = target.generate(prompt, max_new_tokens=NEW)
+    held = cache.get_seq_length()
+    assert asked[-1].shape[1] - 1 <= held < text.shape[1]
+    output = judged.generate(text[:, : held + 1], assistant_model=draft, past_key_values=cache, max_new_tokens=9)
+    assert torch.equal(output, target.generate(text[:, : held + 1], max_new_tokens=9))
 
 
 def test_scores_that_criteria_see_are_the_targets_own(llama, prompt):
@@ -262,6 +334,22 @@ def test_prompts_of_embeddings(pair):
         judged.generate(**prompt, prompt_lookup_num_tokens=4, past_key_values=filled(target, ids, 3))
 
 
+def test_early_exit_by_the_targets_own_config_leaves_nothing(llama, prompt):
+    target = copy.copy(llama[0])
+    target.generation_config = copy.deepcopy(target.generation_config)
+    target.generation_config.assistant_early_exit = 1
+    judged = JudgedModel(target, Lossless())
+    assert torch.equal(judged.generate(prompt, max_new_tokens=9), llama[0].generate(prompt, max_new_tokens=9))
+    gc.collect()
+    gc.disable()
+    try:
+        judged.generate(prompt, max_new_tokens=9)
+        caches = [thing for thing in gc.get_objects() if isinstance(thing, DynamicCache)]
+    finally:
+        gc.enable()
+    assert not caches
+
+
 # Vocabularies of two sizes -------------------------------------------------------------------------------------------
 
 
@@ -396,8 +484,61 @@ def test_processors_with_a_memory_in_a_batch(llama):
     assert torch.equal(batch, torch.stack(alone))
 
 
+def closure(model):
+    """Remembers in variables that it closes over."""
+    counts, calls = torch.zeros(VOCAB), 0
+
+    def processor(ids, scores):
+        nonlocal calls
+        calls += 1
+        counts[ids[0, -1]] += calls % 3 + model.config.vocab_size / VOCAB
+        return scores - counts
+
+    return [processor]
+
+
+def attribute(model):
+    """Remembers in what a function among its attributes closes over."""
+    holder = Repeats()
+    (holder.inner,) = closure(model)
+    return [Calls(holder.inner)]
+
+
+def shared(model):
+    """Two that remember together."""
+    first, second = Repeats(), Repeats()
+    second.counts = first.counts
+    return [first, second]
+
+
+class Calls(LogitsProcessor):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, input_ids, scores):
+        return self.inner(input_ids, scores)
+
+
+@pytest.mark.parametrize("make", [closure, attribute, shared], ids=lambda make: make.__name__)
+def test_what_processors_remember_elsewhere(llama, prompt, make):
+    target, draft = llama
+    expected = target.generate(prompt, max_new_tokens=NEW, logits_processor=make(target))
+    judged = JudgedModel(target, Lossless())
+    how = {"assistant_model": draft, "max_new_tokens": NEW, "pad_token_id": 0}
+    assert torch.equal(judged.generate(prompt, logits_processor=make(target), **how), expected)
+    batch = judged.generate(prompt.repeat(2, 1), logits_processor=make(target), **how)
+    assert torch.equal(batch, expected.repeat(2, 1))
+
+
 def test_processors_that_cannot_be_copied(llama, prompt):
     target, draft = llama
+
+    class Same(Repeats):
+        def __deepcopy__(self, memo):
+            return self
+
+    with pytest.raises(ValueError, match="Same cannot be copied .its copy is the same object"):
+        JudgedModel(target, Lossless()).generate(prompt, assistant_model=draft, logits_processor=[Same()])
 
     class Locked(Repeats):
         def __init__(self):
@@ -423,6 +564,8 @@ def test_guidance_is_refused(llama, prompt):
     for drafts in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
         with pytest.raises(ValueError, match="`guidance_scale` cannot be used with a draft"):
             judged.generate(prompt, guidance_scale=1.5, **drafts)
+    with pytest.raises(ValueError, match="`guidance_scale` cannot be used with a draft"):
+        judged.generate(prompt.repeat(2, 1), guidance_scale=1.5, assistant_model=draft, pad_token_id=0)
     output = judged.generate(prompt, guidance_scale=1.5, max_new_tokens=NEW)
     assert torch.equal(output, target.generate(prompt, guidance_scale=1.5, max_new_tokens=NEW))
 
@@ -447,6 +590,7 @@ def test_arguments_of_the_wrong_type(llama, prompt):
             "`inputs` must be a tensor of shape .*, got list",
         ),
         ({"input_ids": "why?"}, TypeError, "`input_ids` must be a tensor .*, got str"),
+        ({"input_ids": prompt[None]}, ValueError, r"`input_ids` has shape \(1, 1, 9\)"),
         ({"inputs": prompt[0]}, ValueError, r"`inputs` has shape \(9,\), expected `\(prompts, tokens\)`"),
         ({"inputs": prompt, "attention_mask": [[1] * 9]}, TypeError, "`attention_mask` must be a tensor .*, got list"),
         ({"inputs": prompt, "assistant_model": (draft, None)}, TypeError, "`assistant_model` must be .*, got tuple"),
@@ -454,5 +598,7 @@ def test_arguments_of_the_wrong_type(llama, prompt):
     ):
         with pytest.raises(error, match=message):
             judged.generate(**{"assistant_model": draft} | wrong, max_new_tokens=3)
+    with pytest.raises(ValueError, match="`draft_length` must be a number of tokens, 'auto' or None, got True"):
+        JudgedModel(target, Lossless(), draft_length=True)
     output = judged.generate(**encoding, assistant_model=draft, max_new_tokens=3)
     assert torch.equal(output, target.generate(prompt, max_new_tokens=3))
