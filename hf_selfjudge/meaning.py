@@ -55,10 +55,12 @@ def final_number(text: str) -> Fraction | None:
     if not boxes:
         return last_number(text)
     start, depth = boxes[-1].end(), 0
+    if text[start : start + 1] != "{":
+        return last_number(re.split(r"\$|\\\)|\n", text[start:], maxsplit=1)[0], alone=True)
     for brace in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return last_number(text[start + 1 : brace.start()], alone=True) if text[start] == "{" else None
+            return last_number(text[start + 1 : brace.start()], alone=True)
     return None
 
 
@@ -98,7 +100,8 @@ def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
         work.mkdir()
         for number, code in enumerate((*cells, tests)):
             (parts / f"{number:06}.py").write_text(code, encoding="utf-8", errors="replace")
-        mark = work / secrets.token_hex(16)  # code that ends the process before its tests cannot make it
+        # Code that ends the process before its tests does not make it by accident; code that means to cheat can.
+        mark = work / secrets.token_hex(16)
         sandbox.run(CELLS, work, seconds, str(parts), str(mark))
         return mark.is_dir()
 

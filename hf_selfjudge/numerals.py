@@ -11,14 +11,15 @@ What is read:
   `1{,}000`, `1 000`, `1'000`, `1_000`. The point is for decimals alone;
 - fractions: `3/4`, `½`, `3 1/2`, `3½`, `\\frac{3}{4}`, `3\\frac12`;
 - powers: `10^3`, `10³`, `2**10`, `1e3`, `1.5 × 10^{3}`;
-- scales: `5k`, `5M`, `5B`, `$5m`, `1.5 million`, from hundred to trillion, lakh and crore;
+- scales: `5k`, `$5M`, `$5m`, `$5B`, `$5 bn`, `1.5 million`, dozen, from hundred to trillion, lakh and crore;
 - any sign of a minus that stands at the number, or behind `=`. A hyphen behind a word (`GPT-4`) and the dash of a list
   are none.
 
 Signs of currencies, per cent and degrees, units (`5kg`, `50 m²`) and emphasis are left out. What has digits but cannot
-be read: ranges, sums and other terms (`10-15`, `5 + 3`, `2x`, `5\\pi`, `2\\sqrt{3}`), dates, times, ratios, versions,
-digits in names (`H2O`), unclear commas and points (`1,5`, `1.000,50`, `1,2,3`), a minus that is unclear (`total - 5`),
-and what is longer than any answer. Numbers in words are not seen.
+be read: ranges, sums and other terms (`10-15`, `5 + 3`, `2x`, `5\\pi`, `2\\sqrt{3}`, `f(3)`), dates, times, ratios,
+versions, digits in names (`H2O`, `7B`), unclear commas and points (`1,5`, `1.000,50`, `1,2,3`), a minus that is
+unclear (`total - 5`), and what is longer than any answer; in a box also inequalities, intervals without an end, and
+`3!`. Numbers in words are not seen.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from fractions import Fraction
 
 LONGEST = 200  # characters of a number
 WORDS = {"hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9}
-WORDS |= {"trillion": 10**12}
-SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9, **WORDS}
+WORDS |= {"trillion": 10**12, "dozen": 12, "bn": 10**9}
+SCALES = {"k": 10**3, "K": 10**3, **WORDS}
+NO_UNITS = ("e", "i", "n", "x", "y", "z", "pi", "M", "B")
 LETTERS = {  # one sign for all that mean the same
     "−﹣－": "−", "‐‑‒–": "-", "―": "—", "＋": "+", "⁄∕÷／": "/", "·⋅∙✕✖＊": "×", "．٫": ".", "٬": ",", "：": ":",
     "‘’ʼ": "'", "％": "%", "＝≈≅⇒→⟹": "=", "～": "~", "⟨": "(", "⟩": ")", "\r\v\f\x85\u2028\u2029": "\n",
@@ -79,6 +81,8 @@ ATOM = r"(?:⟨[^⟩]*⟩|\.?\d[\dA-Za-z]*)"
 JOINT = r"(?:[.,:'_，、…]+|[ \t]*(?:[-−+*/^×±—&][ \t]*)+|[ \t]+(?:[xX:][ \t]+)?|(?=⟨))"
 RUN = re.compile(rf"{ATOM}(?:{JOINT}{ATOM})*")
 TERM = re.compile(r"[ \t]*(?:[\\π√^&₀-₉百千万萬億亿兆]|(?:pi|[inxyz])\b)")  # a number in front of it is a part
+# What makes more or less of the one number in a box: an order, an end at infinity, another equation, a factorial.
+MORE = re.compile(r"[<>≤≥≠∞]|=[^=\d]*\d[^=]*[^\w=](?:[A-Za-z]\w*|\\)[\s&]*=[^=]*$|\d *[!'′](?!\d)")
 SCALE = re.compile(rf"[ \t-]?({'|'.join(WORDS)})s?\b", re.IGNORECASE)
 
 
@@ -93,23 +97,35 @@ REWRITES = [
     (re.compile(pattern), to)
     for pattern, to in (
         (r"\\\\", "\n"),
+        (r"\\n(?![A-Za-z])", "\n"),
+        (r"\\(?:begin|end) *\{(?:align|aligned|gather|gathered|equation|split)\*?\}", " "),
+        (r"(\\[A-Za-z]+)_(?:\{[^{}]*\}|\w)", r"\1 "),  # \log_{10}
+        (r"\\infty(?![A-Za-z])", "∞"),
+        (r"\\(?:[lg]t|[lg]eq?)(?![A-Za-z])", "≤"),
         (r"\{,\}", ","),
         (r"\\!", ""),
         (r"\\[,;: ]|~|\\[()\[\]]|\\(?:left|right|quad|qquad|displaystyle)(?![A-Za-z])", " "),
         (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\pm(?![A-Za-z])", "±"),
-        (r"\\(?:approx|equiv|sim|implies|[Rr]ightarrow|to|leq?|geq?)(?![A-Za-z])", "="),
+        (r"\\(?:approx|equiv|sim|implies|[Rr]ightarrow|to)(?![A-Za-z])", "="),
         (r"\^ *(?:\{ *)?\\circ *\}?|\\degree(?![A-Za-z])|\\%|[°%]", ""),
-        (r"\\(?:text[a-z]*|math[a-z]*|mbox|operatorname) *\{([^{}]*)\}", r"\1"),
+        (r"\\(?:text)?color *\{[^{}]*\}", ""),
+        (r"\\(?:(?:bf|it|rm|tiny|small|[Ll]arge|LARGE|[Hh]uge)(?![A-Za-z])|mathbf *(?=\d))", " "),
+        (r"\\(?:text[a-z]*|math[a-z]*|mbox|operatorname|underline) *\{([^{}]*)\}", r"\1"),
+        (r"\^ *\{? *(st|nd|rd|th)\b *\}?", r"\1"),
         (r"\\([^A-Za-z0-9\s])", r"\1"),
-        (r"\$ ?([\d.,]+)m\b", r"$\1 million"),
+        (r"\b(?:USD|EUR|GBP|INR|Rs)\.? ?(?=\d)", "$"),
+        (r"(?<=\bNo)\.(?=\d)", " "),
+        (r"([-−]\$) +(?=[\d.])", r"\1"),
+        (r"\$ ?([-−]?[\d.,]+)(?:m| ?M)\b(?! *\$)", r"$\1 million"),
+        (r"\$ ?([-−]?[\d.,]+) ?B\b(?! *\$)", r"$\1 billion"),
         (r"\b[A-Z]{1,3}(?=\$ ?[\d.])", ""),  # US$
         (r"(?<=[A-Za-z])\$", " "),
         (r"(?<=\d) +\$(?=[\d.])", "; "),  # 4 $5 bills
         (r"\$", ""),
         (r"(?<=\d)\*\*(?=\d)", "^"),
-        (r"\*\*|__|`|(?<!\w)_(?=[^\s_])|(?<=[^\s_])_(?!\w)", ""),
+        (r"\*\*|__+|`|(?<!\w)_(?=[^\s_])|(?<=[^\s_])_(?!\w)", ""),
         (r"<sup>", "^"),
         (r"</?[A-Za-z]+>", " "),
         (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0])),
@@ -118,6 +134,7 @@ REWRITES = [
         (r"\\[dtc]?frac *(?:\{([^{}]*)\}|(\d)) *(?:\{([^{}]*)\}|(\d))", _fraction),
         (r"(?<=\d) and (?=\d+ ?/|⟨|(?:a|one) (?:half|third|quarter)\b)", "&"),
         (r"\\[A-Za-z]+", "\\\\"),
+        (r"(^|\n|[=:(,*]|\w[ \t])([ \t]*)\{([^{}]*)\}", r"\1\2 \3 "),  # the argument of nothing
     )
 ]
 
@@ -132,6 +149,8 @@ def last_number(text: str, alone: bool = False) -> Fraction | None:
     text = text.translate(CHARACTERS)
     for pattern, to in REWRITES:
         text = pattern.sub(to, text)
+    if alone and MORE.search(text):
+        return None
     runs = [run.span() for run in RUN.finditer(text, text.rfind("=") + 1 if alone else 0)]
     return None if not runs or (alone and len(runs) > 1) else _value(text, *runs[-1])
 
@@ -148,7 +167,7 @@ def _value(text: str, start: int, end: int) -> Fraction | None:
         match = form.fullmatch(" ".join(run.split()))
         if match:
             *parts, unit = match.groups()
-            if unit in ("i", "n", "x", "y", "z", "pi"):
+            if unit in NO_UNITS:
                 return None
             word = SCALE.match(text, end)
             scale = WORDS[word[1].lower()] if word else SCALES.get(unit, 1)
@@ -191,5 +210,7 @@ def _may_begin(line: str) -> bool:
         return True
     if last == "(":  # of a product, or behind an operator?
         front = head[:-1]
-        return front[-1:] not in tuple("0123456789)") and front.rstrip()[-1:] not in tuple("-−+*/^×")
+        if front[-1:].isascii() and front[-1:].isalnum():
+            return False  # of a function, too
+        return front[-1:] not in (")", "\\") and front.rstrip()[-1:] not in tuple("-−+*/^×")
     return not (last in "_.)]}" or (last.isascii() and last.isalnum()))
