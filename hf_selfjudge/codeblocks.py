@@ -1,6 +1,7 @@
 """Find the Python code in Markdown.
 
-In: an answer or a prompt. Out: the blocks of Python in it, as CommonMark tells blocks, and the imports of these.
+In: an answer or a prompt. Out: the blocks of Python in it, as CommonMark tells blocks, and its imports. Where looking
+for fences line by line finds more Python, as it does if code is not indented as its fence is, that is taken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 
-MARKDOWN = MarkdownIt("commonmark").disable("inline")
+MARKDOWN = MarkdownIt("commonmark").disable(["inline", "html_block"])  # a tag in front of a fence does not hide it
+# From any line that ends in ticks and a name to the next that begins with as many, or to the end of the text.
+FENCED = re.compile(r"^[^`\n]*(`{3,})([^`\n]*)\n(?:(.*?)^[ \t>]*(\1)|(.*))", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"[\s{.]*(?:i?python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)
 UNTOLD = ("", "text", "txt", "plaintext", "code")  # what blocks are called that may be Python all the same
 IMPORT_LINES = 100  # of one statement
@@ -23,44 +26,64 @@ IMPORT_LINES = 100  # of one statement
 
 @dataclass(frozen=True)
 class Block:
-    """Python in a fence; it is `whole` unless the text ends before the block does."""
+    """Code in a fence that is called `name`; it is `whole` unless the text ends before the block does."""
 
+    name: str
     code: str
     whole: bool
 
 
 def has_code(text: str) -> bool:
     """Whether an answer has a whole block of Python: whatever follows, its code is there."""
-    return any(block.whole for block in _python(MARKDOWN.parse(text), text))
+    return any(block.whole for block in _named(_blocks(text)))
 
 
 def code_of(text: str) -> list[str]:
     """
-    The Python blocks of an answer, in their order; blocks that do not name their language are taken for Python. A
-    block that was cut off counts only where there is no whole one. An answer without fences is code as it stands, or
-    else what is indented in it.
+    The Python blocks of an answer, in their order; blocks that do not name their language are taken for Python, and if
+    all name another one, those that are Python all the same. A block that was cut off counts only where there is no
+    whole one. An answer without fences is code as it stands, or else what is indented in it.
     """
-    tokens = MARKDOWN.parse(text)
-    if any(token.type == "fence" for token in tokens):
-        blocks = _python(tokens, text)
+    if _parsed(text):
+        return [text]
+    tokens, found = MARKDOWN.parse(text), _blocks(text)
+    if found or any(token.type == "fence" for token in tokens):
+        blocks = _named(found) or [block for block in found if _parsed(block.code)]
         return [block.code for block in blocks if block.whole] or [block.code for block in blocks]
-    indented = [token.content for token in tokens if token.type == "code_block"]
-    return [text] if _parsed(text) or not indented else indented
+    return [token.content for token in tokens if token.type == "code_block"] or [text]
 
 
 def imports_of(text: str) -> list[str]:
-    """The import statements in the Python blocks of a prompt; if it has no fences, in the prompt itself."""
-    tokens = MARKDOWN.parse(text)
-    fenced = any(token.type == "fence" for token in tokens)
-    parts = [block.code for block in _python(tokens, text)] if fenced else [text]
-    return [statement for part in parts for statement in _imports(part)]
+    """The import statements in a prompt and in the Python blocks of it."""
+    lines = _lines(text)
+    for token in MARKDOWN.parse(text):
+        if token.type == "fence":
+            start, end = token.map
+            lines[start:end] = [""] * (end - start)
+    parts = ["\n".join(lines), *(block.code for block in _named(_blocks(text)))]
+    return list(dict.fromkeys(statement for part in parts for statement in _imports(part)))
 
 
-def _python(tokens: list[Token], text: str) -> list[Block]:
-    lines = re.sub("\r\n?", "\n", text).split("\n")
-    fences = [token for token in tokens if token.type == "fence" and token.content.strip()]
-    fences = [fence for fence in fences if PYTHON.match(fence.info) or fence.info.strip().lower() in UNTOLD]
-    return [Block(_at_the_margin(fence.content), _is_whole(fence, lines)) for fence in fences]
+def _blocks(text: str) -> list[Block]:
+    """Those of any language, found in the way that finds more Python."""
+    lines = _lines(text)
+    fences = [token for token in MARKDOWN.parse(text) if token.type == "fence"]
+    blocks = [Block(fence.info, _at_the_margin(fence.content), _is_whole(fence, lines)) for fence in fences]
+    by_line = [
+        Block(match[2], _at_the_margin(match[3] or match[5] or ""), bool(match[4]))
+        for match in FENCED.finditer("\n".join(lines))
+    ]
+    ways = ([block for block in way if block.code.strip()] for way in (blocks, by_line))
+    return max(ways, key=lambda way: sum(_parsed(block.code) is not None for block in _named(way)))
+
+
+def _named(blocks: list[Block]) -> list[Block]:
+    """Those that are called Python, or nothing else."""
+    return [block for block in blocks if PYTHON.match(block.name) or block.name.strip().lower() in UNTOLD]
+
+
+def _lines(text: str) -> list[str]:
+    return re.sub("\r\n?", "\n", text).split("\n")
 
 
 def _at_the_margin(code: str) -> str:
@@ -87,7 +110,8 @@ def _imports(code: str) -> list[str]:
         if line.startswith(("import ", "from ")):
             statement = line
             for more in lines[start + 1 : start + IMPORT_LINES]:
-                if not ("(" in statement and ")" not in statement or statement.endswith("\\")):
+                bare = re.sub("#.*", "", statement)
+                if not ("(" in bare and ")" not in bare or bare.endswith("\\")):
                     break
                 statement += f"\n{more}"
             if _parsed(statement) is not None:
