@@ -4,7 +4,7 @@ In: a script and its arguments. Out: its exit status. It runs in a process of it
 and the size of files; a supervisor (what this file starts as) ends whatever it leaves running. On Linux the kernel
 (Landlock) also keeps it from changing what is in any file but those in its working folder (from 5.13 on), from TCP
 (6.7), and from signalling processes outside (6.12), and root is root no longer; elsewhere nothing does. It can read
-whatever its user can.
+whatever its user can. Pools and queues of `multiprocessing` do not work in it: their locks lie outside its folder.
 """
 
 from __future__ import annotations

@@ -53,6 +53,22 @@ INDENTED = "    ".join(("", *DOUBLE.splitlines(keepends=True)))
     "answer",
     [
         f"1. Write:\n\n   ```python\n{INDENTED}   ```\n2. Done.",
+        f"<answer>\n```python\n{DOUBLE}```\n</answer>",
+        f"x</think>\n```python\n{DOUBLE}```",
+        f"<!--\n```python\n{DOUBLE}```",
+        f"<div>\n```python\n{DOUBLE}```\nThat is all.",
+        f"<answer>```python\n{DOUBLE}```</answer>",
+        f"```python\n{DOUBLE}```<|im_end|>",
+        f"```python\n{DOUBLE}``` ok\nThat is all.",
+        f"```python\ndef double(x):\n    return x\n```\nBetter:\n```python\n{DOUBLE}```</answer>",
+        f"- Do:\n  ```python\n{DOUBLE}  ```\n",
+        f"1. Do:\n   ```python\n{DOUBLE}```\n",
+        f"Do:\n\n    ```python\n{INDENTED}    ```",
+        f"Do:\n\n    ```python\n{DOUBLE}    ```",
+        f"```sage\n{DOUBLE}```",
+        f"```bash\npip install x\n```\n```tool_code\n{DOUBLE}```",
+        DOUBLE.replace("return", '"""\n    ```\n    double = 1\n    ```\n    """\n    return'),
+        f"```python\n{DOUBLE}import builtins as b, os\nb.exec = b.compile = os.mkdir = os._exit = None\n```",
         f"- Write:\n    ```python\n{INDENTED}    ```",
         f"1. Write:\n   ```python\n{INDENTED}```\nDone.",
         f"The fence is ```. ```sorted``` helps.\n```sorted``` again:\n\n```python\n{DOUBLE}```",
@@ -93,7 +109,7 @@ def test_right_code_passes_whatever_stands_around_it(answer):
     "answer",
     [
         f"```python\n{DOUBLE}```\n```python\ndef double(x):\n    return x\n```",  # the last one counts
-        f"```bash\n{DOUBLE}```",
+        f"```bash\n{DOUBLE}```\n```python\ndef double(x):\n    return x\n```",
         f"```python\n{DOUBLE}```\n```python\nwhile True:\n    pass\n```",
         f"```python\n{DOUBLE}```\n```python\nimport os\nos._exit(0)\n```",
         "```python\n```\nIt is `double`.",
@@ -115,6 +131,9 @@ def test_tests_must_come_to_their_end(tests):
     [
         (f"```python\n{DOUBLE}```", True),
         (f"```python\n{DOUBLE}", False),
+        (f"<answer>```python\n{DOUBLE}```</answer>", True),
+        (f"<answer>```python\n{DOUBLE}", False),
+        ('```json\n{"a": 1}\n```', False),
         (f"```python\n{DOUBLE}\n\n", False),
         (f"1. So:\n   ```python\n{INDENTED}", False),
         (f"1. So:\n   ```python\n{INDENTED}\nDone", True),
@@ -146,7 +165,9 @@ IMPORTS = "from typing import (\n    List,\n    Dict,\n)\nimport math\n"
         (f"from here on (it is\nopen\n\n{IMPORTS}", True),
         ("How many?", False),
         (f"```bash\n{IMPORTS}```", False),
-        (f"```python\nx = 1\n```\n{IMPORTS}", False),
+        (f"```python\nx = 1\n```\n{IMPORTS}", True),
+        (f"{IMPORTS}\ndef count(x: List[int]) -> int:\n\nExample:\n```\ncount([1]) == 1\n```\n", True),
+        ("from typing import List  # (for x\nimport math  # too\n\ndef count(x: List[int]) -> int:", True),
         (f"\0{IMPORTS}", False),
     ],
 )
@@ -168,6 +189,10 @@ def test_code_sees_neither_the_folder_nor_the_environment(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SECRET", "1")
     assert passes_tests("x = 1", "import os\nassert not os.listdir('.') and 'SECRET' not in os.environ")
+
+
+def test_no_argument_tells_the_mark():
+    assert passes_tests("x = 1", "import sys\nassert len(sys.argv) == len(sys.orig_argv) == 1")
 
 
 def test_differing_passages():

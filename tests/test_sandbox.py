@@ -60,6 +60,12 @@ def test_root_is_root_no_longer(tmp_path):
     )
 
 
+@pytest.mark.skipif(not sandbox.landlock(), reason="the kernel cannot confine a process")
+@pytest.mark.parametrize(("kind", "status"), [("Queue()", 1), ("Pool(1)", 1), ("Process()", 7)])
+def test_processes_share_no_locks(tmp_path, kind, status):
+    assert run(tmp_path, f"import multiprocessing\nmultiprocessing.{kind}") == status
+
+
 @pytest.mark.skipif(sandbox.landlock() < 6, reason="the kernel does not keep signals in")
 def test_it_cannot_end_what_watches_it(tmp_path):
     assert run(tmp_path, "import os\nos.kill(os.getppid(), 9)") == 1
