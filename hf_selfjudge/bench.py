@@ -31,6 +31,7 @@ from .files import Lines, claim
 from .generation import JudgedModel
 from .judge import Judge
 from .mismatches import eos_tokens, greedy, special_tokens, until_eos
+from .names import lasting
 from .prompts import Prompt, context_of, fitting, none_fits
 from .replay import Replay
 from .rules import Rule
@@ -427,9 +428,9 @@ def _claim(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "target": target.config.name_or_path,
+        "target": lasting(target.config.name_or_path),
         "target_fingerprint": fingerprint(target),
-        "draft": None if draft is None else draft.config.name_or_path,
+        "draft": None if draft is None else lasting(draft.config.name_or_path),
         "draft_fingerprint": None if draft is None else fingerprint(draft),
         "dtype": precision(target),
         "draft_dtype": None if draft is None else precision(draft),

@@ -47,6 +47,7 @@ from .judge_config import JudgeConfig
 from .labels import MiningConfig, folders_of, mining_of
 from .measures import check_tasks, task_of
 from .mining import counts_of, mine, this_process
+from .names import lasting
 from .pairs import judged_writer, load_draft, load_pair
 from .planning import Plan, plan, planned
 from .prompts import Prompt, balanced, context_of, counted, fitting, none_fits, read_prompts
@@ -67,7 +68,17 @@ from .results import (
 )
 from .results import plot as plot_curve
 from .settings import COIN, DEFAULT_RULES, Setting, needs_draft, parse_settings
-from .sources import DRAFT_MODEL, LOOKUP, SourceError, fingerprint, load_model, parse_pair, precision, resolve_model
+from .sources import (
+    DRAFT_MODEL,
+    LOOKUP,
+    PAIRS,
+    SourceError,
+    fingerprint,
+    load_model,
+    parse_pair,
+    precision,
+    resolve_model,
+)
 from .texts import in_markdown, in_terminal
 
 
@@ -165,7 +176,7 @@ def quickstart(
         write_json(
             json_file,
             {
-                "pair": pair,
+                "pair": pair if pair in PAIRS else ",".join(map(lasting, parse_pair(pair))),
                 "prompts": len(questions),
                 "left_out": left_out,
                 "max_new_tokens": max_new_tokens,
@@ -269,7 +280,7 @@ def mine_command(
     if judge is not None:
         judged = JudgedModel.from_pretrained(target, judge)
         writer = judged_writer(judged, draft, lookup)
-        name = f"{judge}, weights {fingerprint(judged.rule.judge)}, threshold {judged.threshold}"
+        name = f"{lasting(judge)}, weights {fingerprint(judged.rule.judge)}, threshold {judged.threshold}"
     mine(target, draft, tokenizer, questions, config, output, Path(prompts).name, writer, name)
     if not process.is_main_process:
         return

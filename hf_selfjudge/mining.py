@@ -27,6 +27,7 @@ from .branches import packs
 from .files import claim, read_json, whole, write_json
 from .labels import MiningConfig, features_of, label_answer, load_labels, shards_of
 from .mismatches import Answer, batched, eos_tokens, read_answers, special_tokens, target_answers
+from .names import lasting
 from .prompts import Prompt, Prompts, context_of, fingerprint_of, fitting, none_fits
 from .sources import LOOKUP, fingerprint, precision
 from .together import Tally, together
@@ -232,9 +233,9 @@ def _claim(
     """Write the settings beside the shards, or compare with those that are there."""
     text_config = target.config.get_text_config()
     settings = {
-        "target": target.config.name_or_path,
+        "target": lasting(target.config.name_or_path),
         "target_fingerprint": fingerprint(target),
-        "draft": LOOKUP if draft is None else draft.config.name_or_path,
+        "draft": LOOKUP if draft is None else lasting(draft.config.name_or_path),
         "draft_fingerprint": None if draft is None else fingerprint(draft),
         "hidden_size": text_config.hidden_size,
         "vocab_size": text_config.vocab_size,

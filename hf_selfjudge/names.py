@@ -25,6 +25,11 @@ def is_hub_id(reference: str) -> bool:
     return HUB_ID.fullmatch(reference) is not None
 
 
+def lasting(reference: str) -> str:
+    """A reference that means the same wherever the next command runs: the whole path of a folder that is here."""
+    return os.path.abspath(reference) if reference and os.path.isdir(reference) else reference
+
+
 def public_name(reference: str, here: bool = True) -> str:
     """
     What a reference is called where others read it. A Hub id stays. A folder or file becomes its last part behind
@@ -52,8 +57,8 @@ def public_mining(made: Mapping, here: bool = True) -> dict:
     if PATH.match(made.get("prompts_name") or ""):
         made["prompts_name"] = public_name(made["prompts_name"], here)
     if made.get("written_by"):
-        judge, told, rest = made["written_by"].partition(", weights ")
-        made["written_by"] = public_name(judge, here) + told + rest
+        judge, *told = made["written_by"].rsplit(", weights ", maxsplit=1)
+        made["written_by"] = ", weights ".join([public_name(judge, here), *told])
     return made
 
 

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .attention import share_keys
+from .names import lasting
 
 
 class SourceError(RuntimeError):
@@ -152,7 +153,8 @@ def load_model(
             else in fp32, whatever `dtype` says. For drafts: what is kept of a draft is decided by the target.
 
     Returns:
-        The model in eval mode, with `config.name_or_path` set to `reference`, and its tokenizer.
+        The model in eval mode, with `config.name_or_path` set to `reference` (of a folder, to its whole path), and its
+        tokenizer.
 
     Raises:
         SourceError: If no source has the model.
@@ -166,7 +168,7 @@ def load_model(
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
     # A judge remembers the id of its target, wherever the weights lie on this machine.
-    model.config.name_or_path = reference
+    model.config.name_or_path = lasting(reference)
     if device == "cpu":
         share_keys(model)
     if int8:

@@ -35,6 +35,7 @@ from hf_selfjudge import (
 from hf_selfjudge.cards import add_results, read_results, write_card
 from hf_selfjudge.hub import HubError
 from hf_selfjudge.labels import folders_of
+from hf_selfjudge.names import public_mining
 from hf_selfjudge.playground import folder_of
 from hf_selfjudge.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
 from hf_selfjudge.results import heading
@@ -415,6 +416,8 @@ def test_a_judge_of_an_earlier_version_is_published_without_its_paths(hub, priva
     mining = {"target": private[0], "draft": private[1], "written_by": f"{private[0]}, weights 01, threshold 0.3"}
     told = replace(judge.info, training={"mining": [mining]}).training["mining"]
     assert told == [{"target": "./target", "draft": "./draft", "written_by": "./target, weights 01, threshold 0.3"}]
+    odd = {"written_by": f"{private[0]}, weights of/it, weights 01, threshold 0.3"}
+    assert public_mining(odd) == {"written_by": "./it, weights 01, threshold 0.3"}
 
 
 def test_names_that_mean_harm_leave_the_card_whole(hub, tmp_path):
