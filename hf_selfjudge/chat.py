@@ -26,6 +26,11 @@ def message_of(said: dict, where: str) -> dict:
     Raises:
         ValueError: If it is no message, or something in it is of another type.
     """
+    if isinstance(said, dict) and said.get("function_call"):
+        raise ValueError(
+            f"{where}: a message has `function_call`, the older form, which chat templates do not know. Write it as "
+            "`tool_calls`, and what the function returns as a message of the `role` tool."
+        )
     if isinstance(said, dict) and "from" in said:
         said = {"role": SHAREGPT.get(str(said["from"]), said["from"]), "content": said.get("value")}
     message = {key: said[key] for key in KEYS if said.get(key) is not None} if isinstance(said, dict) else {}

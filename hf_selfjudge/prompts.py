@@ -124,7 +124,7 @@ def read_prompts(
     optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
     `category`, `check`, `tests`, `reference` (text, or several that are right; of `turns`, a list with one for each).
     A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`. Chat may have `tool_calls`, and the
-    row `tools`, which go to the chat template.
+    row `tools`, which go to the chat template; of tables, null inside an object counts as not there.
 
     Args:
         limit (`int`, *optional*): Use only the first ones.
@@ -148,7 +148,7 @@ def read_prompts(
         if name == "-":
             with path.open("wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-        table = None if path.is_file() and path.suffix not in TABLES else _load_table(path, name, split)
+        table = None if path.is_file() and path.suffix.lower() not in TABLES else _load_table(path, name, split)
         content = [_file_digest(path) if path.is_file() else table._fingerprint]
         # What is cached is as good as the code that made it.
         content += [_file_digest(Path(code)) for code in (__file__, rows.__file__, chat.__file__, files.__file__)]
@@ -179,7 +179,7 @@ def _from_row(row: dict) -> Prompt:
 def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
     try:
         if path.is_file():
-            return datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
+            return datasets.load_dataset(TABLES[path.suffix.lower()], data_files=str(path), split="train")
         if (path / "dataset_info.json").is_file():
             return datasets.load_from_disk(path)
         repo, _, config = name.partition(":")

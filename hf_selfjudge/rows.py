@@ -6,6 +6,7 @@ row.
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import math
@@ -23,6 +24,9 @@ CHECKS = ("number", "tests", "text")
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
 # Spec-Bench has these categories of MT-Bench as one.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+JSON = (".jsonl", ".json", ".ndjson")
+# Statements of Python that test nothing by themselves.
+STILL = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
 CELL = 2**31 - 1  # characters that a cell of CSV may have
 
 
@@ -65,15 +69,27 @@ def normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dic
 def _rows(path: Path, table: datasets.Dataset | None, plain: bool) -> Iterator[dict | None]:
     """Rows as they stand there; `None` for an empty line."""
     if table is None:
-        yield from _cells(path) if path.suffix == ".csv" else _lines(path, plain)
+        yield from _cells(path) if path.suffix.lower() == ".csv" else _lines(path, plain)
         return
     count = 0
     try:
         for row in table:
-            yield row
+            yield _without_nulls(row)
             count += 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}:{count + 1}: this is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _without_nulls(row: dict) -> dict:
+    """A row of a table as it was before: the objects in a column got the keys of all rows, and null where one had no
+    such key."""
+
+    def bare(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: bare(one) for key, one in value.items() if one is not None}
+        return [bare(one) for one in value] if isinstance(value, list) else value
+
+    return {name: bare(value) for name, value in row.items()}
 
 
 def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
@@ -83,7 +99,14 @@ def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
         elif plain and not line.lstrip().startswith("{"):
             yield {"prompt": line.strip()}
         else:
-            yield json_object(line, f"{path.name}:{number}")
+            try:
+                yield json_object(line, f"{path.name}:{number}")
+            except ValueError as error:
+                if path.suffix.lower() in JSON:
+                    raise
+                raise ValueError(
+                    f"{error} Files that end in .csv, .parquet or .arrow are read as such, all others as JSON lines."
+                ) from error
 
 
 def _cells(path: Path) -> Iterator[dict]:
@@ -91,7 +114,8 @@ def _cells(path: Path) -> Iterator[dict]:
     csv.field_size_limit(CELL)
     rows = csv.DictReader(lines_of(path, path.name), restkey="", strict=True)
     try:
-        names = list(filter(None, rows.fieldnames or ()))
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        names = list(filter(None, rows.fieldnames))
         if len(set(names)) < len(names):
             raise ValueError(f"{path.name}: several columns have the same name, found {names}. Rename them.")
         for number, row in enumerate(rows, start=1):
@@ -129,9 +153,13 @@ def _prompt_row(
         check = "tests" if tests else "number" if gsm8k else "text"
     if check not in CHECKS or (check == "tests" and not tests):
         raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
+    if check == "tests" and _only_defines(tests):
+        raise ValueError(f"{where}: `tests` only define something: any answer would pass. Call it, as in check(f).")
     category = _word(row, "category", where) or default_id.rpartition("-")[0]
     merged = column == "turns" and category in MT_BENCH
     ids = (_word(row, name, where) for name in ("id", "question_id"))
+    if row.get("functions"):
+        raise ValueError(f"{where}: `functions` is the older form, which chat templates do not know. Write `tools`.")
     tools = tools_of(row.get("tools") or [], where)
     # Not escaped, so that half of a surrogate pair is found in them too.
     plain = messages == [{"role": "user", "content": text}]
@@ -146,6 +174,23 @@ def _prompt_row(
         "answer": answer_column and _word(row, answer_column, where),
         **{name: json.dumps(value, ensure_ascii=False) if value else None for name, value in kept.items()},
     }
+
+
+def _only_defines(code: str) -> bool:
+    """Whether code does nothing by itself. Of what cannot be parsed here that is not known."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(
+        isinstance(part, STILL)
+        or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+        or (
+            isinstance(part, ast.Assign | ast.AnnAssign)
+            and not any(isinstance(one, ast.Call) for one in ast.walk(part))
+        )
+        for part in body
+    )
 
 
 def _word(row: dict, name: str, where: str) -> str | None:

@@ -38,7 +38,10 @@ def write(path, *rows):
         ({"text": "t"}, "t", "text"),
         ({"prompt": "code", "tests": "assert 1"}, "code", "tests"),
         ({"prompt": "code", "tests": ["assert 1", "assert 2"]}, "code", "tests"),
-        ({"prompt": "p", "id": None, "category": None}, "p", "text"),
+        ({"prompt": "code", "tests": "def check(f): assert f()\ncheck(g)"}, "code", "tests"),
+        ({"prompt": "code", "tests": "def check(f): return f()\nout = check(g)"}, "code", "tests"),
+        ({"prompt": "code", "tests": "def check(f): ...", "check": "text"}, "code", "text"),
+        ({"prompt": "p", "functions": [], "id": None, "category": None}, "p", "text"),
         ({"messages": CHAT}, "Why?", "text"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "So."}]}, "Why?", "text"),
         ({"prompt": CHAT}, "Why?", "text"),
@@ -130,6 +133,16 @@ def test_fingerprints(tmp_path):
         ('{"prompt": "a", "reference": ["b", true]}', "p.jsonl:1: `reference` must be text or a number, found True"),
         ('{"prompt": "a", "tests": 5}', "p.jsonl:1: `tests` must be Python code, .* found 5"),
         ('{"prompt": "a", "tests": [5]}', "p.jsonl:1: `tests` must be Python code"),
+        (
+            '{"prompt": "a", "tests": "N = {}\\ndef check(f):\\n  assert f()"}',
+            "p.jsonl:1: `tests` only define something",
+        ),
+        ('{"prompt": "a", "tests": "import re\\nclass T: pass"}', "p.jsonl:1: `tests` only define something"),
+        ('{"prompt": "a", "functions": [{"name": "f"}]}', "p.jsonl:1: `functions` is the older form.* Write `tools`"),
+        (
+            '{"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}',
+            "p.jsonl:1: a message has `function_call`, .* Write it as `tool_calls`",
+        ),
         ('{"prompt": "a", "check": ["number"]}', "p.jsonl:1: `check` must be one of"),
         ('{"prompt": "a", "check": 0}', "p.jsonl:1: `check` must be one of"),
         ('{"prompt": "a", "category": {}}', "p.jsonl:1: `category` must be text or a number, found {}"),
@@ -266,6 +279,16 @@ def test_cells_of_csv_are_text(tmp_path):
             read_prompts(path)
 
 
+def test_endings_and_names_of_columns(tmp_path):
+    (tmp_path / "p.CSV").write_text("prompt, id\na,x\n")
+    datasets.Dataset.from_dict({"prompt": ["a"], "id": ["x"]}).to_parquet(tmp_path / "p.Parquet")
+    for name in ("p.CSV", "p.Parquet"):
+        assert [(p.id, p.text) for p in read_prompts(tmp_path / name)] == [("x", "a")]
+    (tmp_path / "p.tsv").write_text("prompt\ta\n")
+    with pytest.raises(ValueError, match=r"p.tsv:1: not a JSON object .* all others as JSON lines"):
+        read_prompts(tmp_path / "p.tsv")
+
+
 def test_a_table_that_is_broken(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR")
     with pytest.raises(SourceError, match="p.parquet could not be read: as a dataset it says Parquet file size is 3"):
@@ -337,6 +360,25 @@ def test_tool_calls(tmp_path, tokenizer, monkeypatch):
     assert kept == list(prompts)
     said = ['One?;({"a": 1});1;One.;Sure?;', 'add;One?;({"a": 1});1;One.;Sure?;', "add;a;"]
     assert [row[0].tolist() for row in rows] == tokenizer(said)["input_ids"]
+
+
+def test_tables_add_nothing_to_tools(tmp_path):
+    """A column of objects has the keys of all rows, with null where a row has no such key."""
+    rows = []
+    for name in ("city", "day"):
+        call = {**CALL, "function": {"name": name, "arguments": {name: "x"}}}
+        tool = {
+            "type": "function",
+            "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}},
+        }
+        said = [WITH_CALL[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *WITH_CALL[2:]]
+        rows.append({"id": name, "messages": said, "tools": [tool]})
+    expected = [(row["messages"], row["tools"]) for row in rows]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "p.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for name in ("p.parquet", "saved"):
+        assert [(p.said, p.tools) for p in read_prompts(tmp_path / name)] == expected
 
 
 @pytest.mark.parametrize(
