@@ -370,8 +370,13 @@ def labels_command(
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 def train(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Train a judge on mined labels and write its card: --labels FOLDERS --output_dir FOLDER; all options: --help."""
-    arguments = arguments or []
-    if "--config" in arguments[:-1]:
+    # The parser knows `--config FILE` alone.
+    arguments = [
+        part for word in arguments or [] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    if arguments[-1:] == ["--config"]:
+        raise ValueError("`config`: no file is named. Write `--config FILE`.")
+    if "--config" in arguments:
         check_yaml(arguments[arguments.index("--config") + 1])
     train_judge(*training.make_parser(prog="hf-selfjudge train").parse_args_and_config(arguments))
 
@@ -706,7 +711,7 @@ def main() -> None:
         torch.set_num_threads(os.cpu_count() or 1)
     try:
         app()
-    except (SourceError, ValueError, OSError) as error:
+    except (SourceError, ValueError, OSError, ImportError) as error:  # the last of what an option needs
         Console(stderr=True, soft_wrap=True).print(in_terminal(f"hf-selfjudge: {error}", "red"))
         sys.exit(1)
 

@@ -147,7 +147,6 @@ class JudgeConfig(TrainingArguments):
             raise ValueError(f"`label` must be one of {', '.join(LABELS)}, got {self.label!r}.")
         if self.label_threshold is not None and self.label not in SCORES:
             raise ValueError(f"`label_threshold` is for the labels {' and '.join(SCORES)}, not {self.label!r}.")
-        self.scalars, self.states = ([] if names == NONE else names for names in (self.scalars, self.states))
         if self.num_train_epochs:
             self.max_steps = -1
         if self.metric_for_best_model is not None and self.metric_for_best_model.endswith("false_accept_rate"):
@@ -159,10 +158,18 @@ class JudgeConfig(TrainingArguments):
                 raise ValueError("`hub_strategy`: checkpoints are not published, only the judge. Leave it out.")
             self.hub_strategy = "end"  # what is published is the judge, not the folder with its checkpoints
         for name, known in (("scalars", SCALARS), ("states", STATES)):
-            if unknown := set(getattr(self, name)) - set(known):
+            names = getattr(self, name)
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+                raise ValueError(f"`{name}` must be a list of names, or 'none', got {names!r}.")
+            names = [] if list(names) == NONE else list(names)
+            if unknown := set(names) - set(known):
                 raise ValueError(f"`{name}` must be among {', '.join(known)}, got {', '.join(sorted(unknown))}.")
+            setattr(self, name, names)
         if not self.scalars and not self.states:
             raise ValueError("`scalars` and `states` are both empty. Give the judge something to look at.")
+        if not isinstance(self.components, int) or isinstance(self.components, bool) or self.components < 1:
+            raise ValueError(f"`components` must be a whole number, 1 or more, got {self.components!r}.")
         if not self.prior > 0:
             raise ValueError(f"`prior` must be a variance above 0, got {self.prior}.")
         self.label_names = ["labels"]
@@ -191,14 +198,20 @@ def check_options(args: JudgeConfig, through_model: bool, evaluates: bool, own_m
         "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "no noise shall be in the target's states"),
         "fp16_full_eval": (args.fp16_full_eval, "a judge is kept in fp32. Load the target in another type"),
         "bf16_full_eval": (args.bf16_full_eval, "a judge is kept in fp32. Load the target in another type"),
-        "fp16": (args.fp16 and args.device.type == "cpu", "a CPU has no such training. Leave it out, or use `bf16`"),
+        "fp16": (
+            args.fp16 and args.device.type == "cpu",
+            "a CPU has none. Leave it out, or set `bf16` and `use_cpu`",
+        ),
         "use_liger_kernel": (args.use_liger_kernel, "kernels go into the target before it is passed. Leave it out"),
         **{name: (getattr(args, name), whole) for name in ("fsdp", "deepspeed", "parallelism_config")},
         "optim_target_modules": (args.optim_target_modules, "no whole matrices of the target are trained"),
         "optim": (args.optim.startswith("schedule_free"), "its weights in training are not those to keep"),
         "optim_args": (args.optim_args and plain, f"{args.optim.value} does not look at it"),
         "length_column_name": (args.length_column_name != "length", "lengths are counted, no column is looked at"),
-        "activation_checkpointing": (args.activation_checkpointing and not through_model, text),
+        "activation_checkpointing": (
+            args.activation_checkpointing and not through_model,
+            f"{text}. `gradient_checkpointing` is its older name",
+        ),
         "include_num_input_tokens_seen": (args.include_num_input_tokens_seen != "no" and not through_model, text),
         "include_for_metrics": ("inputs" in args.include_for_metrics and not through_model, text),
         "train_sampling_strategy": (args.train_sampling_strategy in BY_LENGTH and not through_model, text),
@@ -222,6 +235,8 @@ def check_options(args: JudgeConfig, through_model: bool, evaluates: bool, own_m
             raise ValueError(f"`{option}` must be 1 or more, got {getattr(args, option)}.")
     if not 0 < args.learning_rate < math.inf:
         raise ValueError(f"`learning_rate` must be a number above 0, got {args.learning_rate}.")
+    if args.max_grad_norm is not None and not args.max_grad_norm >= 0:
+        raise ValueError(f"`max_grad_norm` must be a number, 0 (no limit) or more, got {args.max_grad_norm}.")
     if not 0 <= args.weight_decay < math.inf:
         raise ValueError(f"`weight_decay` must be a number, 0 or more, got {args.weight_decay}.")
 

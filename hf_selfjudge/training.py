@@ -204,7 +204,8 @@ def _check_unmeasured(args: JudgeConfig) -> None:
         ValueError: If an option asks for labels to evaluate on.
     """
     chosen = {"eval_strategy": args.eval_strategy != "no", "save_strategy": args.save_strategy == "best"}
-    chosen |= {name: getattr(args, name) for name in ("eval_on_start", "load_best_model_at_end")}
+    others = ("eval_on_start", "load_best_model_at_end", "do_eval", "do_predict")
+    chosen |= {name: getattr(args, name) for name in others}
     for name, wanted in chosen.items():
         if wanted:
             raise ValueError(

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 import string
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from hf_selfjudge import Judge, Prompt, Stats, cli, load_labels
+from hf_selfjudge.cards import public_file
 from hf_selfjudge.report import Run, print_answer, ratio_of_seconds, results_table
 from hf_selfjudge.sources import fingerprint
 
@@ -218,6 +220,8 @@ def test_quickstart_trains(run, pair_folders, tmp_path, monkeypatch):
         (("train", "--labels", "labels", "--output_dir", "judge"), "no mining.json"),
         (("quickstart", "--draft-length", "0"), "`draft-length` must be a number of tokens, 1 or more, or 'auto'"),
         (("quickstart", "--dtype", "int4"), "`dtype` must be one of bfloat16, float16, float32, got 'int4'"),
+        (("train", "--labels", "labels", "--output_dir", "judge", "--config"), "`config`: no file is named"),
+        (("train", "--config=none.yaml", "--output_dir", "judge"), "none.yaml"),
         (("card", "nothing/here"), "nothing/here is neither a folder nor in the cache"),
         (("quickstart", "--pair", "a/b,c/d", "--judge", "e/f", "--limit", "1"), "No source has the model `a/b`"),
     ],
@@ -326,6 +330,10 @@ def test_rows_are_refused_before_models_load(run, tmp_path, monkeypatch, row, me
         ("labels: [nowhere]".encode("utf-16"), "judge.yaml:1: this is not UTF-8 text, but perhaps UTF-16"),
         (b"folds: 2\nlabels: [\xe9]", "judge.yaml:2: this is not UTF-8 text, but perhaps Latin-1"),
         (b"labels: [nowhere", "`config`: "),
+        (b"labels: [nowhere]\nscalars: null", "`scalars` must be a list of names, or 'none', got None"),
+        (b"labels: [nowhere]\nscalars: margin\nstates: none", "nowhere has no mining.json"),
+        (b"labels: [nowhere]\ndo_eval: true", "`do_eval` asks for labels to evaluate on"),
+        (b"labels: [nowhere]\ndo_predict: true", "`do_predict` asks for labels to evaluate on"),
     ],
 )
 def test_the_config_of_training_is_read_as_text(run, tmp_path, content, message):
@@ -519,3 +527,48 @@ def test_pairs_whose_embeddings_are_padded_differently(run, llama, tokenizer, pr
     )  # fmt: skip
     assert code == 1
     assert "has another tokenizer than" in err.replace("\n", " ")
+
+
+def test_folders_of_relative_paths_mean_the_same_elsewhere(
+    run, judge, pair_folders, prompts_file, tmp_path, monkeypatch
+):
+    """Two parts look like a Hub id where the folder is not in sight: its owner must not be published as one."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name, folder in zip(("target", "draft"), pair_folders.split(","), strict=True):
+        shutil.copytree(folder, home / "kim" / name)
+    shutil.copytree(judge, home / "kim" / "judge")
+    monkeypatch.chdir(home)
+    used = ("--pair", "kim/target,kim/draft", "--prompts", prompts_file, "--limit", 12)
+    for command in (
+        ("mine", *used, "--judge", "kim/judge", "--output", tmp_path / "labels", *MINE),
+        ("bench", *used, "--rule", "judge:kim/judge=0.5", "--output", tmp_path / "bench", "--max-new-tokens", 4),
+        ("quickstart", *used, "--judge", "kim/judge", "--json", tmp_path / "q.json", "--max-new-tokens", 4),
+    ):
+        code, _, err = run(*command)
+        assert code == 0, err
+    monkeypatch.chdir(elsewhere)
+    for command in (
+        ("labels", tmp_path / "labels"),
+        ("reread", tmp_path / "labels", "--layer", 1, "--output", tmp_path / "midway"),
+        ("train", "--labels", tmp_path / "labels", "--output_dir", tmp_path / "new", "--components", 4),
+        ("card", judge, "--results", tmp_path / "q.json", "--bench", tmp_path / "bench"),
+    ):
+        code, _, err = run(*command)
+        assert code == 0, err
+    assert Judge.from_pretrained(tmp_path / "new").info.target == "./target"
+    for folder in (tmp_path / "new", judge):
+        for file in ("README.md", "config.json", "results.json"):
+            assert not (folder / file).is_file() or "kim" not in (folder / file).read_text()
+    assert "kim" not in public_file(tmp_path / "bench" / "quality-results.json")
+
+
+def test_an_option_that_needs_another_package(run, judge, tmp_path, monkeypatch):
+    def missing(*arguments):
+        raise ImportError("Please install it.")
+
+    monkeypatch.setattr("transformers.Trainer.create_optimizer", missing)
+    code, out, err = run("train", "--labels", tmp_path / "l", "--output_dir", tmp_path / "other")
+    assert code == 1
+    assert "hf-selfjudge: Please install it." in err
+    assert "Traceback" not in out + err
