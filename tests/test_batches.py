@@ -212,19 +212,28 @@ def test_what_a_config_leaves_open_is_the_targets(prompt):
     assert ended.any()
 
 
+WHERE = ContextVar("where", default="lost")
+seen_contexts = set()
+
+
+def note_where(ids, scores):
+    seen_contexts.add(WHERE.get())
+    return scores
+
+
 def test_hooks_and_context_are_the_callers(llama):
     target, draft = llama
-    where, judged, seen, forwards = ContextVar("where", default="lost"), JudgedModel(target, Lossless()), set(), []
-    where.set("here")
+    judged, forwards = JudgedModel(target, Lossless()), []
+    WHERE.set("here")
     handle = target.register_forward_hook(lambda module, inputs, output: forwards.append(len(output.logits)))
     try:
         judged.generate(
             **padded(prompts_of(3)), assistant_model=draft, max_new_tokens=4,
-            logits_processor=[lambda ids, scores: seen.add(where.get()) or scores],
+            logits_processor=[note_where],
         )  # fmt: skip
     finally:
         handle.remove()
-    assert seen == {"here"}
+    assert seen_contexts == {"here"}
     assert sum(forwards) == judged.stats.rounds
 
 
@@ -307,7 +316,7 @@ def test_what_cannot_be_asked_of_a_batch(llama):
         ({**batch, "output_hidden_states": True}, "`output_hidden_states` cannot be asked of a batch"),
         ({**batch, "num_return_sequences": 2}, "`num_return_sequences` cannot be asked of a batch"),
         ({**batch, "token_type_ids": batch["input_ids"]}, "`token_type_ids` cannot be asked of a batch"),
-        ({**batch, "guidance_scale": 1.5}, "`guidance_scale` cannot be asked of a batch"),
+        ({**batch, "guidance_scale": 1.5}, "`guidance_scale` cannot be used with a draft"),
         ({**batch, "past_key_values": DynamicCache()}, "`past_key_values` cannot be asked of a batch"),
         ({**batch, "assistant_early_exit": 1}, "`assistant_early_exit` cannot be asked of a batch"),
         ({**batch, "streamer": TextStreamer(None)}, "`streamer` must be a list with one entry for each of the 3 rows"),
