@@ -9,18 +9,20 @@ prompts -> mismatches   where the draft disagrees with the target's own answer
         -> report       speed beside quality
 """
 
-from .generation import JudgedModel
-from .judge import Judge, JudgeInfo
-from .judge_config import JudgeConfig
-from .labels import MiningConfig, load_labels, mining_of
-from .mining import mine
-from .mismatches import special_tokens
-from .prompts import Prompt, Prompts, read_prompts
-from .rereading import reread
-from .rules import JudgeRule
-from .sources import SourceError, load_model
-from .stats import Stats
-from .trainer import JudgeTrainer, new_judge
+from .data.prompts import Prompt, Prompts, read_prompts
+from .decoding.judged_model import JudgedModel
+from .decoding.rules import JudgeRule
+from .decoding.stats import Stats
+from .judge.info import JudgeInfo
+from .judge.judge import Judge
+from .mining.job import mine
+from .mining.labels import MiningConfig, load_labels, mining_of
+from .mining.layers import add_layer_states
+from .models.load import load_model
+from .models.tokens import special_tokens
+from .models.wheels import SourceError
+from .training.config import JudgeConfig
+from .training.trainer import JudgeTrainer, new_judge
 
 
 __all__ = [
@@ -41,6 +43,6 @@ __all__ = [
     "mining_of",
     "new_judge",
     "read_prompts",
-    "reread",
+    "add_layer_states",
     "special_tokens",
 ]

@@ -4,8 +4,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_selfjudge.curve import Grid, interval
-from hf_selfjudge.meaning import reconvergence
+from hf_selfjudge.bench.tradeoff import Grid, interval
+from hf_selfjudge.scoring.meaning import reconvergence
 
 
 DESCRIPTION = """\

@@ -1,0 +1,315 @@
+"""Where prompts come from: any file or dataset, of any shape that is in use.
+
+In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s, read
+from disk as they are needed, and the target's tokens of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..models.wheels import SourceError
+from ..utils import files
+from ..utils.files import is_text
+from . import chat, rows
+from .chat import message_of
+from .rows import normalised
+
+
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+NAMED = 5  # prompts that are left out, before the others are only counted
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    One prompt.
+
+    Args:
+        id (`str`): Unique in its file.
+        text (`str`): What the user says (last).
+        category (`str`): For tables; the name of the file if a row names none.
+        subcategory (`str`, *optional*): What the row itself says, where `category` puts several together (MT-Bench).
+        check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
+            `tests`), or `"text"`.
+        messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`, and
+            of tools `tool_calls`, `tool_call_id` and `name`.
+        tests (`str`, *optional*): Python code that is run behind the answer's and raises unless that is right. It
+            calls the tests that it defines, and does not end the process (as `unittest.main()` does): that is no
+            pass.
+        references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
+            look at them.
+        answer (`str`, *optional*): An answer to take instead of the target's own.
+        tools (`list[dict]`, *optional*): The tools that the chat template shall offer, as JSON schemas.
+    """
+
+    id: str
+    text: str
+    category: str = "-"
+    check: str = "text"
+    subcategory: str | None = None
+    messages: list[dict] | None = None
+    tests: str | None = None
+    references: list[str] | None = None
+    answer: str | None = None
+    tools: list[dict] | None = None
+
+    @property
+    def said(self) -> list[dict]:
+        """The conversation, `text` as its last message."""
+        return self.messages or [{"role": "user", "content": self.text}]
+
+
+class Prompts(Sequence[Prompt]):
+    """
+    Prompts on disk.
+
+    Args:
+        rows (`datasets.Dataset`): A column for each field of [`Prompt`].
+
+    Attributes:
+        fingerprint (`str`): Of the content (for a dataset: as `datasets` tells it) and of how it was read.
+        options (`dict`): How it was read, where that differs from the default.
+    """
+
+    def __init__(self, rows: datasets.Dataset, fingerprint: str, options: dict):
+        self.rows, self.fingerprint, self.options = rows, fingerprint, options
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [_from_row(row) for row in self.rows.select(range(len(self))[index])]
+        return _from_row(self.rows[index])
+
+
+def fingerprint_of(prompts: Sequence[Prompt]) -> str:
+    """Tells one set of prompts from another."""
+    if isinstance(prompts, Prompts):
+        return prompts.fingerprint
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def read_prompts(
+    source: str | os.PathLike,
+    limit: int | None = None,
+    *,
+    shuffle: int | None = None,
+    column: str | None = None,
+    answer_column: str | None = None,
+    system: str | None = None,
+    split: str = "train",
+) -> Prompts:
+    """
+    Read prompts from a file (JSON lines, CSV, Parquet, Arrow), a `datasets` dataset (a folder or a Hub id, with
+    `:config` if it has several), or `-`, standard input: JSON lines, or a plain prompt a line.
+
+    A row has one of `messages` or `conversations` (chat), `prompt` (text or chat), `question`, `instruction` with an
+    optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
+    `category`, `check`, `tests`, `reference` (text, or several that are right; of `turns`, a list with one for each).
+    A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`. Chat may have `tool_calls`, and the
+    row `tools`, which go to the chat template; of tables, null inside an object counts as not there.
+
+    Args:
+        limit (`int`, *optional*): Use only the first ones.
+        shuffle (`int`, *optional*): Seed to shuffle with, before `limit`.
+        column (`str`, *optional*): Where the prompt is, instead of the above.
+        answer_column (`str`, *optional*): Where answers are that shall be taken instead of the target's own.
+        system (`str`, *optional*): A system message to put first.
+        split (`str`, defaults to `"train"`): Of a dataset.
+
+    Raises:
+        ValueError: If there is no prompt, a row is none, or something is not UTF-8; names the row.
+        SourceError: If `source` does not exist.
+    """
+    how = {"column": column, "answer_column": answer_column, "system": system}
+    for option, value in {"source": str(source), **how}.items():
+        if value is not None and not is_text(value):
+            raise ValueError(f"`{option}` {value!r} is not UTF-8 text. Write it in UTF-8.")
+    with tempfile.TemporaryDirectory() as folder:
+        name = str(source)
+        path = Path(folder) / "standard-input.jsonl" if name == "-" else Path(source)
+        if name == "-":
+            with path.open("wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+        table = None if path.is_file() and path.suffix.lower() not in TABLES else _load_table(path, name, split)
+        content = [_file_digest(path) if path.is_file() else table._fingerprint]
+        # What is cached is as good as the code that made it.
+        content += [_file_digest(Path(code)) for code in (__file__, rows.__file__, chat.__file__, files.__file__)]
+        fingerprint = hashlib.sha256(json.dumps([content[0], how, limit, shuffle]).encode()).hexdigest()
+        try:
+            found = datasets.Dataset.from_generator(
+                normalised,
+                features=datasets.Features(
+                    {key: datasets.Value("string") for key in ("id", "text", "category", "check", "subcategory")}
+                    | {key: datasets.Value("string") for key in ("messages", "tools", "tests", "references", "answer")}
+                ),
+                gen_kwargs={"path": path, "table": table, "plain": name == "-", "how": how},
+                fingerprint=hashlib.sha256(json.dumps([content, how, path.stem]).encode()).hexdigest()[:32],
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+    if shuffle is not None:
+        found = found.shuffle(seed=shuffle)
+    options = {**how, "limit": limit, "shuffle": shuffle, "split": None if split == "train" else split}
+    options = {name: value for name, value in options.items() if value is not None}
+    return Prompts(found.select(range(min(limit or len(found), len(found)))), fingerprint, options)
+
+
+def _from_row(row: dict) -> Prompt:
+    return Prompt(**row | {name: row[name] and json.loads(row[name]) for name in ("messages", "tools", "references")})
+
+
+def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
+    try:
+        if path.is_file():
+            return datasets.load_dataset(TABLES[path.suffix.lower()], data_files=str(path), split="train")
+        if (path / "dataset_info.json").is_file():
+            return datasets.load_from_disk(path)
+        repo, _, config = name.partition(":")
+        return datasets.load_dataset(repo, config or None, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise SourceError(
+            f"The prompts {name} could not be read: {'' if path.is_file() else 'there is no such file, and '}"
+            f"as a dataset it says {str(cause).splitlines()[0] if str(cause) else type(cause).__name__} "
+            "Give a file (JSON lines, CSV, Parquet), a folder or the Hub id of a dataset, or - for standard input."
+        ) from error
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
+    """The first prompts of each category, in their order; all of them where `per_category` is `None`."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for prompt in prompts:
+        seen[prompt.category] += 1
+        if per_category is None or seen[prompt.category] <= per_category:
+            kept.append(prompt)
+    return kept
+
+
+class TooLong(ValueError):
+    """A prompt that does not fit into the context; or none of several does."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    context: int | None,
+    max_new_tokens: int,
+    tools: list[dict] | None = None,
+) -> torch.LongTensor:
+    """
+    Apply the chat template (plain text where the tokenizer has none).
+
+    Args:
+        prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
+        context (`int`, *optional*): Tokens the target can attend to ([`context_of`]).
+        max_new_tokens (`int`): Tokens to leave room for.
+        tools (`list[dict]`, *optional*): What the chat template shall offer ([`Prompt.tools`]).
+
+    Returns:
+        `torch.LongTensor` of shape `(1, prompt_length)`.
+
+    Raises:
+        ValueError: If the prompt is empty or not text, or the template does not take its messages.
+        TooLong: If it does not fit into the context together with the answer.
+    """
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [message_of(message, "`prompt`") for message in said]
+    if not messages or not (messages[-1]["content"] or "").strip():
+        raise ValueError("`prompt` is empty. Give it text.")
+    if not is_text(json.dumps(messages, ensure_ascii=False, default=str)):
+        raise ValueError("`prompt` has half of a surrogate pair (such as \\ud800), which is no character. Remove it.")
+    input_ids = _applied(tokenizer, messages, tools)
+    if context is not None and input_ids.shape[1] + max_new_tokens > context:
+        raise TooLong(
+            f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
+            f"target's context of {context} tokens. Shorten the prompt or lower `max_new_tokens`."
+        )
+    return input_ids
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None) -> torch.LongTensor:
+    """
+    Raises:
+        ValueError: If the template does not take the messages, or would drop what is said of tools.
+    """
+    needed = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
+    if missing := [name for name, needs in needed.items() if needs and name not in template]:
+        raise ValueError(
+            f"`prompt` has `{missing[0]}`, which the tokenizer's chat template does not know. Take another tokenizer "
+            "or remove the prompt."
+        )
+    if not template:
+        return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    except (TemplateError, TypeError, ValueError) as error:  # the last two: of what a template does with a message
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
+
+
+def fitting(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], context: int | None, max_new_tokens: int
+) -> tuple[list[Prompt], list[torch.LongTensor], list[str]]:
+    """
+    [`encode`] many prompts.
+
+    Returns:
+        The prompts that fit, their tokens (`(1, prompt_length)` each), and the ids of those that are too long.
+
+    Raises:
+        ValueError: If one cannot be encoded at all; names it.
+    """
+    kept, rows, left_out = [], [], []
+    for prompt in prompts:
+        try:
+            rows.append(encode(tokenizer, prompt.said, context, max_new_tokens, prompt.tools))
+            kept.append(prompt)
+        except TooLong:
+            left_out.append(prompt.id)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
+    return kept, rows, left_out
+
+
+def none_fits(count: int, context: int, max_new_tokens: int) -> TooLong:
+    """The error where [`fitting`] leaves nothing."""
+    return TooLong(
+        f"`prompts`: all {count} are too long: with `max_new_tokens`={max_new_tokens} each exceeds the context of "
+        f"{context} tokens. Shorten them or lower `max_new_tokens`."
+    )
+
+
+def counted(left_out: Sequence[str]) -> str:
+    """How many prompts were left out, and which."""
+    names = ", ".join(left_out[:NAMED]) + (f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
+    return f"{len(left_out)} prompt{'s' * (len(left_out) != 1)} too long and left out: {names}."

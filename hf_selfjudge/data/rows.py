@@ -1,0 +1,247 @@
+"""Rows of prompts, of any shape that is in use, in one shape.
+
+In: a file of JSON lines or CSV, a table, or plain lines. Out: the columns of [`Prompt`], or an error that names the
+row.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+
+from ..utils.files import is_text, json_object, lines_of
+from .chat import json_list, message_of, tools_of
+
+
+CHECKS = ("number", "tests", "text")
+# What a row's prompt may be called, in this order.
+COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
+# Spec-Bench has these categories of MT-Bench as one.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+JSON = (".jsonl", ".json", ".ndjson")
+# Statements of Python that test nothing by themselves.
+STILL = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+CELL = 2**31 - 1  # characters that a cell of CSV may have
+
+
+def normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dict) -> Iterator[dict]:
+    """
+    Rows of any shape as rows of [`Prompt`], with lists as JSON.
+
+    Args:
+        path (`Path`): The file, or what gives the rows their names.
+        table (`datasets.Dataset`, *optional*): The rows, if they are not to be read from `path`.
+        plain (`bool`): Whether a line may be a prompt itself.
+        how (`dict`): `column`, `answer_column` and `system`, see [`read_prompts`].
+
+    Raises:
+        ValueError: If there is none, or one is no prompt; names it.
+    """
+    places: dict[str, str] = {}
+    for number, row in enumerate(_rows(path, table, plain), start=1):
+        if row is None:
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            prompt = _prompt_row(row, where, f"{path.stem}-{number}", **how)
+        except TypeError as error:  # in the arguments of a tool call, say
+            raise ValueError(f"{where}: has something that JSON cannot hold ({error}).") from error
+        for name, value in prompt.items():
+            if value is not None and not is_text(value):
+                raise ValueError(
+                    f"{where}: `{name}` has half of a surrogate pair (\\ud800 to \\udfff), which is no character. "
+                    "Remove it."
+                )
+        if prompt["id"] in places:
+            raise ValueError(f"{where}: the id {prompt['id']!r} was used before, in {places[prompt['id']]}.")
+        places[prompt["id"]] = where
+        yield prompt
+    if not places:
+        raise ValueError(f"The prompts {path.name} are empty. Write one JSON object with `prompt` a line.")
+
+
+def _rows(path: Path, table: datasets.Dataset | None, plain: bool) -> Iterator[dict | None]:
+    """Rows as they stand there; `None` for an empty line."""
+    if table is None:
+        yield from _cells(path) if path.suffix.lower() == ".csv" else _lines(path, plain)
+        return
+    count = 0
+    try:
+        for row in table:
+            yield _without_nulls(row)
+            count += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}:{count + 1}: this is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _without_nulls(row: dict) -> dict:
+    """A row of a table as it was before: the objects in a column got the keys of all rows, and null where one had no
+    such key."""
+
+    def bare(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: bare(one) for key, one in value.items() if one is not None}
+        return [bare(one) for one in value] if isinstance(value, list) else value
+
+    return {name: bare(value) for name, value in row.items()}
+
+
+def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
+    for number, line in enumerate(lines_of(path, path.name), start=1):
+        if not line.strip():
+            yield None
+        elif plain and not line.lstrip().startswith("{"):
+            yield {"prompt": line.strip()}
+        else:
+            try:
+                yield json_object(line, f"{path.name}:{number}")
+            except ValueError as error:
+                if path.suffix.lower() in JSON:
+                    raise
+                raise ValueError(
+                    f"{error} Files that end in .csv, .parquet or .arrow are read as such, all others as JSON lines."
+                ) from error
+
+
+def _cells(path: Path) -> Iterator[dict]:
+    """Rows of CSV. Every cell is text, or `None` where it is empty."""
+    csv.field_size_limit(CELL)
+    rows = csv.DictReader(lines_of(path, path.name), restkey="", strict=True)
+    try:
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        names = list(filter(None, rows.fieldnames))
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path.name}: several columns have the same name, found {names}. Rename them.")
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row.get(""), list):
+                raise ValueError(f"{path.name}:{number}: has more cells than there are columns. Put text in quotes.")
+            yield {name: row[name] or None for name in names}
+    except csv.Error as error:
+        raise ValueError(f"{path.name}, line {rows.reader.line_num}: not CSV ({error}).") from error
+
+
+def _prompt_row(
+    row: dict, where: str, default_id: str, column: str | None, answer_column: str | None, system: str | None
+) -> dict:
+    for needed in filter(None, (column, answer_column)):
+        if needed not in row:
+            raise ValueError(f"{where}: has no column `{needed}`, found {sorted(row)}.")
+    column = column or next((name for name in COLUMNS if row.get(name) not in (None, "", [])), None)
+    if column is None:
+        raise ValueError(f"{where}: needs one of `{'`, `'.join(COLUMNS)}`, found {sorted(row)} (or they are empty).")
+    messages = _messages(_said(row, column, where), where)
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    text = messages[-1]["content"]
+    if not text.strip():
+        raise ValueError(f"{where}: the prompt is empty. Remove the row or give it text.")
+    tests = row.get("tests")
+    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
+        tests = "\n".join(tests)
+    if not isinstance(tests, str | None):
+        raise ValueError(f"{where}: `tests` must be Python code, as text or a list of texts, found {tests!r:.200}.")
+    references = _references(row, column, where)
+    gsm8k = any("####" in reference for reference in references)
+    check = row.get("check")
+    if check in (None, ""):
+        check = "tests" if tests else "number" if gsm8k else "text"
+    if check not in CHECKS or (check == "tests" and not tests):
+        raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
+    if check == "tests" and _only_defines(tests):
+        raise ValueError(f"{where}: `tests` only define something: any answer would pass. Call it, as in check(f).")
+    category = _word(row, "category", where) or default_id.rpartition("-")[0]
+    merged = column == "turns" and category in MT_BENCH
+    ids = (_word(row, name, where) for name in ("id", "question_id"))
+    if row.get("functions"):
+        raise ValueError(f"{where}: `functions` is the older form, which chat templates do not know. Write `tools`.")
+    tools = tools_of(row.get("tools") or [], where)
+    # Not escaped, so that half of a surrogate pair is found in them too.
+    plain = messages == [{"role": "user", "content": text}]
+    kept = {"messages": None if plain else messages, "tools": tools, "references": references}
+    return {
+        "id": next((one for one in ids if one is not None), default_id),
+        "text": text,
+        "category": "mt_bench" if merged else category,
+        "subcategory": category if merged else None,
+        "check": check,
+        "tests": tests or None,
+        "answer": answer_column and _word(row, answer_column, where),
+        **{name: json.dumps(value, ensure_ascii=False) if value else None for name, value in kept.items()},
+    }
+
+
+def _only_defines(code: str) -> bool:
+    """Whether code does nothing by itself. Of what cannot be parsed here that is not known."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(
+        isinstance(part, STILL)
+        or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+        or (
+            isinstance(part, ast.Assign | ast.AnnAssign)
+            and not any(isinstance(one, ast.Call) for one in ast.walk(part))
+        )
+        for part in body
+    )
+
+
+def _word(row: dict, name: str, where: str) -> str | None:
+    """A column with text or a number, as text."""
+    value = row.get(name)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and not number and not isinstance(value, str):
+        raise ValueError(f"{where}: `{name}` must be text or a number, found {value!r:.200}.")
+    return None if value is None else str(value)
+
+
+def _references(row: dict, column: str, where: str) -> list[str]:
+    """What is right, of the shapes that Spec-Bench and GSM8K have."""
+    right = row.get("reference")
+    if column == "turns" and right is not None:
+        right = next(iter(json_list(right, "reference", where)), None)
+    answer = row.get("answer")
+    if right is None and isinstance(answer, str) and "####" in answer:
+        right = answer
+    right = right if isinstance(right, list) else [right]
+    return [one for one in (_word({"reference": one}, "reference", where) for one in right) if one]
+
+
+def _said(row: dict, column: str, where: str) -> str | list:
+    """What is in a prompt's column, with what belongs to it: text or chat messages."""
+    said = row[column]
+    if column == "turns":
+        said = next(iter(json_list(said, "turns", where)), None)
+        if not isinstance(said, str):
+            raise ValueError(f"{where}: `turns` must begin with text, found {said!r:.200}.")
+    elif column == "instruction":
+        instances = row.get("instances") or [{}]
+        if not isinstance(instances, list) or not isinstance(instances[0], dict):
+            raise ValueError(f"{where}: `instances` must be a list of objects with `input`, found {instances!r:.200}.")
+        given = row.get("input") or instances[0].get("input")
+        if given and not isinstance(given, str):
+            raise ValueError(f"{where}: `input` must be text, found {given!r:.200}.")
+        if given and isinstance(said, str):
+            said = f"{said}\n\n{given}"
+    elif column in ("messages", "conversations") and isinstance(said, str):
+        said = json_list(said, column, where)
+    return said
+
+
+def _messages(said: str | list | dict, where: str) -> list[dict]:
+    """Chat messages up to the last one of the user."""
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    messages = [message_of(message, where) for message in (said if isinstance(said, list) else [said])]
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"{where}: the conversation has no message of the user.")
+    return messages

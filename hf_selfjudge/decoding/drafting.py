@@ -1,0 +1,228 @@
+"""How candidates are drafted: what transformers does, at less cost and with a draft length that finds itself.
+
+In: what `_get_candidate_generator` of transformers is given. Out: candidates. Knows nothing of rules.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect
+
+import numpy as np
+import torch
+from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from ..forward.lockstep import exchange
+from ..models.tokens import context_of
+
+
+class FastDraft:
+    """
+    Drafts the same candidates as [`~transformers.generation.AssistedCandidateGenerator`] without a call of `generate`
+    in each round.
+
+    transformers prepares a generation config, processors, criteria and masks anew for every few tokens. Here
+    `generate` prepares them once, in the first round, and hands them over instead of decoding. Rounds that must not
+    end yet (`min_length`) and encoder-decoder drafts go the stock way.
+
+    Args:
+        generator ([`~transformers.generation.AssistedCandidateGenerator`]): Its `_generate_candidates` is replaced;
+            lengths, masks and thresholds remain its own.
+        length ([`AutoLength`], *optional*): Ends drafts instead of the generator's length and thresholds.
+    """
+
+    def __init__(self, generator: AssistedCandidateGenerator, length: AutoLength | None = None):
+        # The generator owns this object. Were it held here in turn, caches would stay until a garbage collection.
+        self.generator, self.length = weakref.proxy(generator), length
+        self.prepared: tuple | None = None
+        generator._generate_candidates = self
+        if length is not None:
+            set_draft_length(generator, length.longest)
+            for config in (generator.generation_config, generator.assistant_generation_config):
+                config.assistant_confidence_threshold = 0.0
+
+    def __call__(self, generation_args: dict) -> tuple[torch.LongTensor, torch.Tensor]:
+        draft, kwargs = self.generator.assistant_model, self.generator.assistant_kwargs
+        if generation_args["min_new_tokens"] or draft.config.is_encoder_decoder or "encoder_outputs" in kwargs:
+            if self.length is not None:
+                blind = self.length.blind()
+                for limit in ("min_new_tokens", "max_new_tokens"):
+                    generation_args[limit] = min(generation_args[limit], blind)
+            return AssistedCandidateGenerator._generate_candidates(self.generator, generation_args)
+        if self.prepared is None:
+            self.prepared = draft.generate(**generation_args, **kwargs, custom_generate=_prepared)
+            kwargs["past_key_values"] = self.prepared[2]["past_key_values"]
+        return self._decode(generation_args["input_ids"], generation_args["max_new_tokens"])
+
+    @torch.no_grad()
+    def _decode(self, ids: torch.LongTensor, count: int) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Up to `count` tokens behind `ids` of shape `(1, length)`; the draft's cache holds all but the last of
+        them."""
+        generator, (processors, config, prepared) = self.generator, self.prepared
+        draft, threshold = generator.assistant_model, generator.generation_config.assistant_confidence_threshold
+        # Masks and positions grow with the text. What the generator keeps up to date is taken from it; the rest is
+        # inferred from the text, as `generate` would in each round.
+        own = {key: value for key, value in generator.assistant_kwargs.items() if value is not None}
+        kwargs = prepared | {"attention_mask": None, "position_ids": None} | own
+        if "attention_mask" in prepared and kwargs["attention_mask"] is None:
+            kwargs["attention_mask"] = draft._prepare_attention_mask_for_generation(ids, config, {})
+        if "position_ids" in prepared and kwargs["position_ids"] is None:
+            kwargs["position_ids"] = draft._prepare_position_ids_for_generation(ids, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key in prepared}
+        cache, ends, scores = kwargs["past_key_values"], config._eos_token_tensor, []
+        if self.length is not None:
+            self.length.begin()
+        for _ in range(count):
+            inputs = draft.prepare_inputs_for_generation(
+                ids, next_sequence_length=ids.shape[1] - cache.get_seq_length(), is_first_iteration=False, **kwargs
+            )
+            outputs = draft(**inputs, return_dict=True)
+            kwargs = draft._update_model_kwargs_for_generation(outputs, kwargs)
+            row = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device))
+            if config.do_sample:
+                token = torch.multinomial(row.softmax(dim=-1), num_samples=1)
+            else:
+                token = row.argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, token], dim=-1)
+            scores.append(row)
+            if threshold or self.length is not None:
+                confidence = row.softmax(dim=-1)[0, token[0, 0]].item()
+                if threshold:
+                    generator.probs.append(confidence)  # it adapts the threshold to these
+                if confidence < threshold or (self.length is not None and not self.length.goes_on(confidence)):
+                    break
+            if ends is not None and torch.isin(token, ends).any():
+                break
+        return ids, torch.stack(scores, dim=1)
+
+
+def _prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs) -> tuple:
+    """A decoding method for `custom_generate` that decodes nothing: it returns what `generate` prepared."""
+    return logits_processor, generation_config, model_kwargs
+
+
+class AutoLength:
+    """
+    Ends a draft where one more candidate would cost more than it is worth.
+
+    One more candidate earns a token if it and all before it are kept; it costs a forward of the draft and its part of
+    the verification. By renewal-reward theory tokens a second are highest if drafting goes on while that probability
+    exceeds cost times tokens a second. All of it is measured in the call: seconds, tokens, and how often candidates
+    are kept, by the draft's confidence in them where it tells (the idea of SpecDec++,
+    https://huggingface.co/papers/2405.19715, with counts instead of a trained head). Calls side by side share their
+    forwards, so they draft equally many: probabilities and tokens a second are then those of all.
+
+    Args:
+        first (`int`, defaults to 5): Length of the first draft, which finds nothing measured yet, tokens.
+        longest (`int`, defaults to 16): Tokens.
+        memory (`float`, defaults to 0.95): Weight of the past when a round is added.
+    """
+
+    EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # of the ranges of confidence
+    PRIOR = (0.2, 0.4, 0.6, 0.75, 0.88, 0.95, 0.985)  # share kept in each, believed as much as 4 candidates
+
+    def __init__(self, first: int = 5, longest: int = 16, memory: float = 0.95):
+        self.first, self.longest, self.memory = first, longest, memory
+        self.tested = np.full(len(self.PRIOR), 4.0)
+        self.kept = self.tested * self.PRIOR
+        self.all_tested, self.all_kept = 4.0, 3.0
+        self.rounds = 0
+        # Sums over rounds, the past fading: 1, drafted, drafted², seconds of verification, drafted · these seconds,
+        # seconds of the draft, tokens gained
+        self.sums = np.zeros(7)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new draft."""
+        self.confidences: list[float | None] = []
+        self.reach = 1.0  # probability that all candidates so far are kept
+
+    def goes_on(self, confidence: float | None) -> bool:
+        """Whether to draft on behind a candidate in which the draft had this confidence, in [0, 1] (`None`: it does
+        not tell)."""
+        self.confidences.append(confidence)
+        if len(self.confidences) >= self.longest:
+            return False
+        if self.rounds < 2:  # the first one also reads the prompt and says nothing of time
+            return len(self.confidences) < self.first
+        share = self.all_kept / self.all_tested
+        at = self._range(confidence)
+        self.reach *= share if at is None else self.kept[at] / self.tested[at]
+        gains, seconds, speeds = np.transpose(exchange((self.reach * share, *self._costs())))
+        return gains.sum() > seconds.mean() * speeds.sum()
+
+    def blind(self) -> int:
+        """The length of a draft that cannot be ended from within, tokens."""
+        self.begin()
+        while self.goes_on(None):
+            pass
+        return len(self.confidences)
+
+    def observe(self, drafted: int, kept: int, draft_seconds: float, verify_seconds: float) -> None:
+        """Learn from a round: of `drafted` candidates the first `kept` were kept."""
+        for place, confidence in enumerate(self.confidences[: min(kept + 1, drafted)]):
+            at = self._range(confidence)
+            if at is not None:
+                self.tested[at] += 1
+                self.kept[at] += place < kept
+        self.all_kept = self.memory * self.all_kept + kept
+        self.all_tested = self.memory * self.all_tested + min(kept + 1, drafted)
+        if self.rounds and drafted:
+            seen = (1, drafted, drafted**2, verify_seconds, drafted * verify_seconds, draft_seconds, kept + 1)
+            self.sums = self.memory * self.sums + seen
+        self.rounds += bool(drafted)
+
+    def _range(self, confidence: float | None) -> int | None:
+        return None if confidence is None else bisect(self.EDGES, confidence)
+
+    def _costs(self) -> tuple[float, float]:
+        """Seconds of one more candidate, and tokens a second."""
+        rounds, x, xx, verify, xv, draft, tokens = self.sums
+        spread = xx / rounds - (x / rounds) ** 2
+        # Rounds of one length do not tell what a row of the verification costs; call it free, and longer ones will.
+        row = max(0.0, (xv / rounds - x * verify / rounds**2) / spread) if spread > 0.05 else 0.0
+        return draft / x + row, tokens / (draft + verify)
+
+
+class ContextFullError(Exception):
+    """The text fills the draft's context: there is no room for a candidate."""
+
+
+def stay_within_context(generator: AssistedCandidateGenerator) -> None:
+    """
+    End drafts where the draft's context ends, also where it is shorter than the target's, or where the draft's
+    tokenizer makes more tokens of the same text.
+
+    A text that leaves no room for a candidate makes `get_candidates` raise [`ContextFullError`].
+    """
+    context = context_of(generator.assistant_model)
+    if context is None:
+        return
+    # The generator owns this function. Were the generator held here in turn, caches would stay for long.
+    prepare, generator_proxy = type(generator)._prepare_generation_args, weakref.proxy(generator)
+
+    def within(input_ids: torch.LongTensor, min_new_tokens: int, max_new_tokens: int) -> dict:
+        room = context - input_ids.shape[1]
+        if room < 1:
+            raise ContextFullError
+        return prepare(generator_proxy, input_ids, min(min_new_tokens, room), min(max_new_tokens, room))
+
+    generator._prepare_generation_args = within
+
+
+def set_draft_length(generator: CandidateGenerator, length: int) -> None:
+    """
+    Raises:
+        ValueError: If the length of this generator's drafts is not ours to choose.
+    """
+    if isinstance(generator, PromptLookupCandidateGenerator):
+        generator.num_output_tokens = length
+    elif isinstance(generator, AssistedCandidateGenerator):
+        generator.num_assistant_tokens = length
+        generator.assistant_generation_config.num_assistant_tokens_schedule = "constant"
+    else:
+        raise ValueError(
+            f"`draft_length` cannot be set for {type(generator).__name__}. Leave it at None; what transformers itself "
+            "is told about the length of drafts holds."
+        )

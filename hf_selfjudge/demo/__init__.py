@@ -1,0 +1,1 @@
+"""The page: in a judged pair, out a web page that shows who decided each token."""

@@ -1,0 +1,225 @@
+"""An answer, and continuations that leave it at different places, side by side in one cache.
+
+In: a model and the cache of an answer. Out: logits and hidden states of whatever is fed to each branch. A branch sees
+the answer up to its start, and itself: the answer is computed once, however many branches it has. Knows nothing of
+substitutions and labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from .lockstep import rope_types
+from .tap import ForwardTap
+
+
+# Keys and values of each layer, `(heads, length, head_dim)`.
+Keys = list[tuple[torch.Tensor, torch.Tensor]]
+
+TRUNK, DEAD = -1, -2  # owners of cache slots that belong to no branch
+
+
+@dataclass(eq=False)
+class Branch:
+    """
+    A continuation.
+
+    Args:
+        number (`int`): Its owner mark in the cache.
+        start (`int`): It sees this many tokens of the answer; its own follow.
+        length (`int`): Tokens fed to it so far.
+    """
+
+    number: int
+    start: int
+    length: int = 0
+
+
+class Branches:
+    """
+    Branches of one answer, packed into one sequence: true position ids, and a mask in which a branch sees the answer
+    before its start, and itself. What it computes is what the branch alone would, to rounding.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Its forward is called with one sequence.
+        trunk (`Keys`): The cache of the answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, trunk: Keys):
+        self.model = model
+        self.windows = attention_windows(model.config.get_text_config())
+        self.cache = DynamicCache()
+        for index, (keys, values) in enumerate(trunk):
+            self.cache.update(keys[None], values[None], index)
+        length, device = trunk[0][0].shape[1], trunk[0][0].device
+        self.owner = torch.full((length,), TRUNK, device=device)
+        self.position = torch.arange(length, device=device)
+        self.count = 0
+
+    def branch(self, start: int) -> Branch:
+        """A new one that sees `start` tokens of the answer."""
+        self.count += 1
+        return Branch(self.count - 1, start)
+
+    def feed(
+        self, branches: Sequence[Branch], tokens: Sequence[torch.LongTensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        One forward: `tokens[i]` of shape `(n_i,)` go behind what `branches[i]` holds.
+
+        Returns:
+            For each its logits `(n_i, vocab_size)` and last hidden states `(n_i, hidden_size)`.
+        """
+        device = self.owner.device
+        counts = [len(new) for new in tokens]
+        times = torch.tensor(counts, device=device)
+        owner = torch.tensor([b.number for b in branches], device=device).repeat_interleave(times)
+        start = torch.tensor([b.start for b in branches], device=device).repeat_interleave(times)
+        position = torch.cat([
+            torch.arange(b.start + b.length, b.start + b.length + n, device=device)
+            for b, n in zip(branches, counts, strict=True)
+        ])  # fmt: skip
+        self.owner, self.position = torch.cat([self.owner, owner]), torch.cat([self.position, position])
+        trunk = (self.owner == TRUNK) & (self.position < start[:, None])
+        sees = (trunk | (self.owner == owner[:, None])) & (self.position <= position[:, None])
+        dtype = self.cache.layers[0].keys.dtype
+        masks = additive_masks(sees[None], position[None], self.position[None], self.windows, dtype)
+        output = _forward(self.model, torch.cat(list(tokens)), position, masks, self.cache)
+        for branch, n in zip(branches, counts, strict=True):
+            branch.length += n
+        return list(zip(*(rows.split(counts) for rows in output), strict=True))
+
+    def cut(self, branch: Branch, length: int) -> None:
+        """Forget all but the first `length` tokens of a branch."""
+        self.owner[(self.owner == branch.number) & (self.position >= branch.start + length)] = DEAD
+        branch.length = length
+        alive = self.owner != DEAD
+        if alive.sum() < 0.8 * len(alive):  # copying once costs less than attending to what nobody sees
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, alive], layer.values[:, :, alive]
+            self.owner, self.position = self.owner[alive], self.position[alive]
+
+
+class Alone(Branches):
+    """The same for a model that cannot take such a mask: one branch, in a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, trunk: Keys):
+        self.model, self.trunk = model, trunk
+
+    def branch(self, start: int) -> Branch:
+        self.cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.trunk):
+            self.cache.update(keys[None, :, :start], values[None, :, :start], index)
+        return Branch(0, start)
+
+    def feed(
+        self, branches: Sequence[Branch], tokens: Sequence[torch.LongTensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        (branch,), (new,) = branches, tokens
+        length = branch.start + branch.length
+        position = torch.arange(length, length + len(new), device=new.device)
+        mask = torch.ones(1, length + len(new), dtype=torch.long, device=new.device)
+        branch.length += len(new)
+        return [_forward(self.model, new, position, mask, self.cache)]
+
+    def cut(self, branch: Branch, length: int) -> None:
+        if length < branch.length:
+            self.cache.crop(length - branch.length)
+        branch.length = length
+
+
+def _forward(
+    model: PreTrainedModel,
+    tokens: torch.LongTensor,
+    position: torch.LongTensor,
+    mask: torch.Tensor | dict[str, torch.Tensor],
+    cache: DynamicCache,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(n, vocab_size)` and hidden states `(n, hidden_size)` of `tokens` behind `cache`."""
+    rows = []
+    with ForwardTap(model, lambda hidden, logits: rows.append((logits[0], hidden[0, -logits.shape[1] :]))):
+        model(
+            input_ids=tokens[None],
+            position_ids=position[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+    return rows[0]
+
+
+def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """For each kind of attention that a model has, how many tokens it sees (`None`: all); empty if there is one whose
+    mask is not told by that: one with a window of its own (GPT-Neo's local attention), or with positions whose
+    frequencies follow the longest sequence of a forward."""
+    config = config.to_dict()
+    window = config.get("sliding_window")
+    kinds = set(config.get("layer_types") or ["sliding_attention" if window else "full_attention"])
+    kinds |= set(config.get("attention_layers") or ()) - {"global"}
+    if kinds - {"full_attention", "sliding_attention"} or rope_types(config) & {"dynamic", "longrope"}:
+        return {}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def additive_masks(
+    sees: torch.BoolTensor,
+    position: torch.LongTensor,
+    positions: torch.LongTensor,
+    windows: dict[str, int | None],
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    Masks in which new tokens see what they may, one for each kind of attention that a model has.
+
+    Args:
+        sees (`torch.BoolTensor` of shape `(batch, new, length)`): Which of all tokens each new one sees.
+        position (`torch.LongTensor` of shape `(batch, new)`): Of the new tokens.
+        positions (`torch.LongTensor` of shape `(batch, length)`): Of all tokens.
+        windows (`dict[str, int | None]`): See [`attention_windows`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 1, new, length)`, or one for each kind if there are several.
+    """
+    masks = {}
+    for kind, window in windows.items():
+        near = sees if window is None else sees & (position[..., None] - positions[:, None] < window)
+        masks[kind] = torch.zeros(near.shape, dtype=dtype, device=near.device)
+        masks[kind] = masks[kind].masked_fill_(~near, torch.finfo(dtype).min)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+@torch.no_grad()
+def packs(model: PreTrainedModel) -> bool:
+    """
+    Whether branches of this model can be packed, by trying it: two branches of a short text, the later one fed first,
+    against the same tokens without a cache. Positions that a model takes from the order of its cache (ALiBi), states
+    that are no keys and values, and attention that takes no mask show here.
+    """
+    config = model.config.get_text_config()
+    if not attention_windows(config):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (24,), generator=generator).to(model.device)
+    starts, tails = (16, 8), ids[16:].split(4)
+    plain = [_hidden(model, torch.cat([ids[:start], tail]))[-4:] for start, tail in zip(starts, tails, strict=True)]
+    try:
+        cache = DynamicCache()
+        _hidden(model, ids[:16], cache)
+        branches = Branches(model, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
+        packed = [hidden for _, hidden in branches.feed([branches.branch(start) for start in starts], tails)]
+    except (TypeError, ValueError, RuntimeError, LookupError):  # whatever a forward says to what it does not know
+        return False
+    off = torch.stack([(a - b).norm() / b.norm() for a, b in zip(packed, plain, strict=True)]).max()
+    return bool(off < torch.finfo(plain[0].dtype).eps ** 0.5)
+
+
+def _hidden(model: PreTrainedModel, ids: torch.LongTensor, cache: DynamicCache | None = None) -> torch.Tensor:
+    rows = []
+    with ForwardTap(model, lambda hidden, logits: rows.append(hidden[0])):
+        model(input_ids=ids[None], past_key_values=cache, use_cache=cache is not None)
+    return rows[0]

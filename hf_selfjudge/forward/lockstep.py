@@ -1,0 +1,422 @@
+"""Several calls of `generate` side by side in one thread: forwards that wait at the same time are computed as one.
+
+In: models and calls. Out: what the calls return. Knows nothing of drafts and rules.
+
+Each call runs in a coroutine (greenlet) that stops at every forward of one of the models. When all of them have
+stopped, the forwards of one model are padded into a batch and computed, and each call goes on with its own rows. So a
+call behaves as if it were alone, whatever it does between forwards, and nothing of it needs to be written for batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
+
+from ..models.attention import end_to_end, takes_end_to_end
+from .tap import ForwardTap, without_taps
+
+
+T = TypeVar("T")
+
+# What a forward may be given; the arguments of one row are put together with those of the others.
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+
+
+@torch.no_grad()
+def run_in_lockstep(
+    models: Sequence[PreTrainedModel],
+    calls: Sequence[Callable[..., T]],
+    seeds: Sequence[int] | None = None,
+    at_once: int | None = None,
+    tally: Tally | None = None,
+) -> list[T]:
+    """
+    Run calls side by side.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`): The models whose forwards are computed together. Those of an earlier
+            model go first: a draft before its target.
+        calls (`Sequence[Callable]`): Each is called once, with a stand-in for each of `models`, and passes it one
+            sequence at a time, with a cache.
+        seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers (CPU and CUDA), which are
+            then those it would draw alone behind `torch.manual_seed(seed)`.
+        at_once (`int`, *optional*): How many run at a time; the next one starts when one has ended.
+        tally ([`Tally`], *optional*): Counts the forwards of the last of `models`.
+
+    Returns:
+        What the calls return, in their order. If one raises, the others are ended too, and it is raised here.
+    """
+    hub = getcurrent()
+    rows = [
+        _Row(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
+        for call in calls
+    ]
+    if seeds is not None:
+        for row, seed in zip(rows, seeds, strict=True):
+            row.seed(seed)
+    later, waiting = deque(rows), []
+    try:
+        while True:
+            waiting = [row for row in waiting if row.request is not None]
+            while later and len(waiting) < (at_once or len(rows)):
+                row = later.popleft()
+                row.resume()
+                if row.request is not None:
+                    waiting.append(row)
+            if not waiting:
+                return [row.result for row in rows]
+            if meeting := [row for row in waiting if isinstance(row.request, Meeting)]:
+                values = [row.request.value for row in meeting]
+                for row in meeting:
+                    row.resume(values)
+                continue
+            first = min(row.request.model for row in waiting)
+            parts = _alike(models[first], [row for row in waiting if row.request.model == first])
+            outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
+            if tally is not None and first == len(models) - 1:
+                tally.forwards += len(parts)
+                tally.tokens += sum(row.request.tokens for row in itertools.chain(*parts))
+            for row, output in zip(itertools.chain(*parts), itertools.chain(*outputs), strict=True):
+                row.resume(output)
+    finally:
+        for row in rows:
+            row.coroutine.throw(GreenletExit)  # does nothing to those that have returned
+
+
+@dataclass
+class Tally:
+    """What was computed: forwards, and tokens fed to them (padding not counted)."""
+
+    forwards: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Request:
+    """A forward that a call waits for: of which model, with which arguments, and which layers are looked at."""
+
+    model: int
+    arguments: dict
+    layers: list[torch.nn.Module] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.arguments["input_ids"].shape[1]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says for each pair of tokens who sees whom, instead of where padding is."""
+        mask = self.arguments.get("attention_mask")
+        return isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
+
+
+@dataclass
+class Meeting:
+    """What a call tells the others, waiting for what they tell."""
+
+    value: object
+
+
+def exchange(value: T) -> list[T]:
+    """What the calls side by side say at this point of their decoding, `value` among it; alone, just `[value]`."""
+    current = getcurrent()
+    return current.parent.switch(Meeting(value)) if isinstance(current, Coroutine) else [value]
+
+
+class Coroutine(greenlet):
+    """One of the calls; others than ours may run in greenlets of their own."""
+
+
+class _Row:
+    """One call: what it waits for, or its result."""
+
+    def __init__(self, coroutine: Coroutine):
+        self.coroutine = coroutine
+        self.coroutine.gr_context = without_taps()
+        self.request: Request | Meeting | None = None
+        self.result = None
+        self.random: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    def seed(self, seed: int) -> None:
+        """Give it random numbers of its own."""
+        with _fork_random():
+            torch.manual_seed(seed)
+            self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def resume(self, *output) -> None:
+        """Run on to the next forward or to the end."""
+        if self.random is None:
+            value = self.coroutine.switch(*output)
+        else:
+            with _fork_random():
+                torch.set_rng_state(self.random[0])
+                torch.cuda.set_rng_state_all(self.random[1])
+                value = self.coroutine.switch(*output)
+                self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self.request, self.result = (None, value) if self.coroutine.dead else (value, None)
+
+
+def rope_types(config: dict) -> set[str]:
+    """Kinds of rotary positions that a model has."""
+    rope = config.get("rope_parameters") or {}
+    return {kind["rope_type"] for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind}
+
+
+def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
+    """Parts to compute one after another: one, unless long prompts would be padded to much more than they are. Prompts
+    fill the processor by themselves, so padding costs as much as text; a few tokens cost little beside reading the
+    weights."""
+    kinds = rope_types(model.config.get_text_config().to_dict())
+    parts: list[list[_Row]] = [[]]
+    for row in sorted(rows, key=lambda row: (row.request.masked, row.request.tokens)):
+        longest, part = row.request.tokens, [*parts[-1], row]
+        # The frequencies of these follow the longest sequence of a batch; without a cache it is no step of decoding.
+        cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
+        single = kinds & {"dynamic", "longrope"} or not cached
+        padding = longest * len(part) - sum(row.request.tokens for row in part)
+        padded = padding > max(32, 0.25 * (longest * len(part) - padding)) and not _unpadded(model, row.request)
+        unlike = row.request.masked != part[0].request.masked
+        if parts[-1] and (single or padded or unlike):
+            parts.append([row])
+        else:
+            parts[-1] = part
+    return parts
+
+
+def _unpadded(model: PreTrainedModel, request: Request) -> bool:
+    """Whether a forward can be put one behind the other with those like it, instead of side by side."""
+    return request.masked and takes_end_to_end(model)
+
+
+def _fork_random() -> contextlib.AbstractContextManager:
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+
+
+def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedModel:
+    """A shallow copy whose forward waits in `hub` for the others. Its generation config is its own."""
+    stand_in = copy.copy(model)
+    stand_in.generation_config = copy.deepcopy(model.generation_config)
+    # Hooks of the model run in the shared forward, not once more for each row.
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(stand_in, hooks, OrderedDict())
+
+    @functools.wraps(model.forward)  # `generate` looks at the signature
+    def forward(**arguments) -> ModelOutput:
+        output, hidden, entering = hub.switch(Request(index, arguments, ForwardTap.layers(model)))
+        ForwardTap.hand_over(model, hidden, entering)
+        return output
+
+    stand_in.forward = forward
+    return stand_in
+
+
+def _forward(
+    model: PreTrainedModel, requests: list[Request]
+) -> list[tuple[ModelOutput, torch.Tensor, dict[torch.nn.Module, torch.Tensor]]]:
+    """One forward for all `requests`; for each its output, what entered the `lm_head`, and what entered the layers
+    that are looked at."""
+    layers = list(dict.fromkeys(layer for request in requests for layer in request.layers))
+    seen: list[torch.Tensor] = []
+    with contextlib.ExitStack() as taps:
+        taps.enter_context(ForwardTap(model, lambda hidden, logits: seen.append(hidden)))
+        for layer in layers:
+            taps.enter_context(ForwardTap(model, lambda hidden, logits, entered: seen.append(entered.states), layer))
+        if len(requests) == 1:
+            output = model(**requests[0].arguments)
+            return [(output, *_told(layers, seen))]
+        rows = [_arguments(request.arguments) for request in requests]
+        news = [request.tokens for request in requests]
+        if _unpadded(model, requests[0]):
+            output = _end_to_end(model, rows, news)
+            parts = output.logits.split(news, 1), zip(*(states.split(news, 1) for states in seen), strict=True)
+            return [
+                (type(output)(logits=logits, past_key_values=row["past_key_values"]), *_told(layers, states))
+                for row, logits, states in zip(rows, *parts, strict=True)
+            ]
+        cache = SideBySide([row["past_key_values"] for row in rows], news)
+        device = rows[0]["input_ids"].device
+        ids = torch.zeros(len(rows), max(news), dtype=torch.long, device=device)
+        leading = () if rows[0]["position_ids"] is None else rows[0]["position_ids"].shape[:-2]  # axes of an image
+        positions = ids.new_zeros(*leading, *ids.shape)
+        for i, (row, new) in enumerate(zip(rows, news, strict=True)):
+            ids[i, -new:] = row["input_ids"]
+            if row["position_ids"] is not None:
+                positions[..., i, -new:] = row["position_ids"][..., 0, :]
+        masks = [row["attention_mask"] for row in rows]
+        if isinstance(masks[0], dict):  # one for each kind of attention
+            mask = {kind: _align_masks([mask[kind] for mask in masks], cache) for kind in masks[0]}
+        elif requests[0].masked:
+            mask = _align_masks(masks, cache)
+        else:
+            mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
+            for i, length in enumerate(cache.lengths):
+                mask[i, -length:] = 1 if masks[i] is None else masks[i]
+        batch = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if rows[0]["position_ids"] is not None:
+            batch["position_ids"] = positions
+        keeps = [row["logits_to_keep"] or new for row, new in zip(rows, news, strict=True)]
+        if all(row["logits_to_keep"] for row in rows):
+            batch["logits_to_keep"] = max(keeps)
+        output = model(**batch, return_dict=True)
+    return [
+        (
+            type(output)(logits=output.logits[i : i + 1, -keep:], past_key_values=row["past_key_values"]),
+            *_told(layers, [states[i : i + 1, -new:] for states in seen]),
+        )
+        for i, (row, keep, new) in enumerate(zip(rows, keeps, news, strict=True))
+    ]
+
+
+def _told(
+    layers: list[torch.nn.Module], states: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, dict[torch.nn.Module, torch.Tensor]]:
+    """What entered the `lm_head`, and what entered each of `layers`."""
+    return states[0], dict(zip(layers, states[1:], strict=True))
+
+
+def _end_to_end(model: PreTrainedModel, rows: list[dict], news: list[int]) -> ModelOutput:
+    """One forward for rows that say for each pair of tokens who sees whom: no token of it is padding."""
+    cache = EndToEnd([row["past_key_values"] for row in rows], news)
+    masks = [row["attention_mask"] for row in rows]
+    with end_to_end(news, cache.lengths):
+        return model(
+            input_ids=torch.cat([row["input_ids"] for row in rows], 1),
+            position_ids=torch.cat([row["position_ids"] for row in rows], -1),
+            attention_mask=(
+                {kind: _stack_masks([mask[kind] for mask in masks]) for kind in masks[0]}
+                if isinstance(masks[0], dict)
+                else _stack_masks(masks)
+            ),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+
+
+def _stack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
+    """Additive masks of shape `(1, 1, new, length)` one below the other, each at the left."""
+    longest = max(mask.shape[-1] for mask in masks)
+    return torch.cat([torch.nn.functional.pad(mask, (0, longest - mask.shape[-1])) for mask in masks], 2)
+
+
+def _arguments(arguments: dict) -> dict:
+    """
+    Raises:
+        ValueError: If the forward is given something that cannot be put together with others.
+    """
+    unknown = {name for name, value in arguments.items() if not (value is None or value is False or value == {})}
+    unknown -= {*ARGUMENTS, "use_cache", "return_dict", "cache_position"}
+    if unknown:
+        raise ValueError(
+            f"A batch cannot decode with {', '.join(sorted(unknown))}. Ask for one prompt at a time, or leave it out."
+        )
+    return dict.fromkeys(ARGUMENTS) | arguments
+
+
+class EndToEnd(Cache):
+    """
+    The caches of several sequences as one cache of a single sequence, for the time of a forward: attention sees the
+    keys of one behind those of the other.
+
+    Args:
+        caches (`list[Cache]`): One for each sequence, of layers that keep every key.
+        news (`list[int]`): How many tokens the forward adds to each.
+    """
+
+    def __init__(self, caches: list[Cache], news: list[int]):
+        super().__init__(layers=caches[0].layers)
+        self.caches, self.news = caches, news
+        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = zip(self.caches, key_states.split(self.news, 2), value_states.split(self.news, 2), strict=True)
+        states = [cache.update(keys, values, layer_idx, *args, **kwargs) for cache, keys, values in parts]
+        keys, values = zip(*states, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+class SideBySide(Cache):
+    """
+    The caches of several sequences as one cache of a batch, for the time of a forward.
+
+    What a forward adds goes into the sequences' own caches; attention sees them aligned on the right. So sequences
+    of different lengths need no room for each other, and cropping one moves nothing.
+
+    Args:
+        caches (`list[Cache]`): One for each sequence.
+        news (`list[int]`): How many tokens the forward adds to each.
+    """
+
+    def __init__(self, caches: list[Cache], news: list[int]):
+        kinds = {type(layer) for cache in caches for layer in cache.layers}
+        if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(
+                f"A batch needs caches of keys and values alone, got {names}. Ask for one prompt at a time."
+            )
+        super().__init__(layers=caches[0].layers)
+        self.caches, self.news = caches, news
+        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
+        self.total = max(self.lengths)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        states = [
+            cache.update(key_states[i, None, :, -new:], value_states[i, None, :, -new:], layer_idx, *args, **kwargs)
+            for i, (cache, new) in enumerate(zip(self.caches, self.news, strict=True))
+        ]
+        keys, values = zip(*states, strict=True)
+        return _align(keys), _align(values)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.total - max(self.news)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.total - max(self.news)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        sizes = (cache.get_mask_sizes(new, layer_idx) for cache, new in zip(self.caches, self.news, strict=True))
+        longest = max(length for length, _ in sizes)
+        return longest, self.total - longest
+
+
+def _align_masks(masks: list[torch.Tensor], cache: SideBySide) -> torch.Tensor:
+    """Additive masks of shape `(1, 1, new, length)` as one, each at the lower right; queries that are padding see
+    everything."""
+    hidden = torch.finfo(masks[0].dtype).min
+    aligned = masks[0].new_zeros(len(masks), 1, max(cache.news), cache.total)
+    for i, (mask, new, length) in enumerate(zip(masks, cache.news, cache.lengths, strict=True)):
+        aligned[i, :, -new:] = hidden
+        aligned[i, :, -new:, -length:] = mask[0]
+    return aligned
+
+
+def _align(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of shape `(1, heads, length, head_dim)` as one, each at the right end."""
+    longest = max(state.shape[2] for state in states)
+    if all(state.shape[2] == longest for state in states):
+        return torch.cat(states)
+    aligned = states[0].new_zeros(len(states), states[0].shape[1], longest, states[0].shape[3])
+    for i, state in enumerate(states):
+        aligned[i, :, longest - state.shape[2] :] = state[0]
+    return aligned

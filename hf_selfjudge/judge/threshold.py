@@ -1,0 +1,88 @@
+"""How sure a judge must be that a candidate keeps the meaning.
+
+In: a number, text, or the name of one of the judge's operating points. Out: a [`Threshold`]. Text is parsed here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+PER_TOKEN = "/token"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """
+    A candidate is accepted if its probability of changing the meaning is below this.
+
+    Args:
+        limit (`float`): A probability. 0 never accepts (lossless decoding), 1 always does.
+        per_token (`bool`, defaults to `False`): Multiply the limit by the tokens that accepting gains in the round:
+            the candidate, and those behind it that match. The same expected number of changes then buys more tokens.
+        name (`str`, *optional*): Of the operating point that this is. Thresholds of the same value are equal whatever
+            they are called.
+
+    Raises:
+        ValueError: If `limit` is not in [0, 1].
+    """
+
+    limit: float
+    per_token: bool = False
+    name: str | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or not 0 <= self.limit <= 1:
+            raise ValueError(
+                "`threshold` must be in [0, 1] (0 is lossless, 1 accepts every candidate), or as text such a number "
+                f"for each token gained ('0.03{PER_TOKEN}'), got {self.limit!r}."
+            )
+
+    @classmethod
+    def parse(cls, value: float | str | Threshold, named: Mapping[str, Threshold] | None = None) -> Threshold:
+        """
+        Read a threshold: a number (`0.335`), as text too; one for each token gained (`"0.03/token"`); or the name of
+        an operating point (`"balanced"`).
+
+        Args:
+            named (`Mapping[str, Threshold]`, *optional*): The judge's operating points.
+
+        Raises:
+            ValueError: If it is none of these.
+        """
+        if isinstance(value, Threshold):
+            return value
+        if not isinstance(value, str):
+            return cls(value)
+        named = named or {}
+        if value in named:
+            return cls(named[value].limit, named[value].per_token, value)
+        number = value.removesuffix(PER_TOKEN)
+        try:
+            limit = float(number)
+        except ValueError:
+            raise ValueError(
+                f"`threshold` {value!r} is none of the judge's operating points ({', '.join(named) or 'none'}). "
+                f"Give one of them, a number in [0, 1], or such a number for each token gained ('0.03{PER_TOKEN}')."
+            ) from None
+        return cls(limit, number != value)
+
+    def json(self) -> float | str:
+        """What `config.json` holds: a number, or text for one that is meant for each token gained."""
+        return f"{self.limit:g}{PER_TOKEN}" if self.per_token else self.limit
+
+    def __str__(self) -> str:
+        return f"{self.limit:g}{PER_TOKEN * self.per_token}"
+
+    def log_odds(self, matches_after: torch.LongTensor) -> torch.Tensor:
+        """
+        The limit as log-odds, for candidates that so many matching ones follow.
+
+        Args:
+            matches_after (`torch.LongTensor` of shape `(candidates,)`): Tokens.
+        """
+        return torch.logit((self.limit * (1 + self.per_token * matches_after)).clamp(max=1))

@@ -1,0 +1,272 @@
+"""Labels once more, with hidden states from another depth of the target.
+
+In: labels, and the target that they are of. Out: the same labels, with what enters one of its layers in the place of
+its last hidden states. One forward an answer; nothing is rewritten.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from pyarrow.parquet import read_metadata
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from ..forward.branches import additive_masks, attention_windows, packs
+from ..forward.tap import ForwardTap
+from ..judge.features import STATES
+from ..judge.replay import LayerStates
+from ..models.cpu import precision
+from ..models.load import fingerprint
+from ..utils.files import atomic_write, check_or_write_settings
+from .labels import load_labels, mining_of, shards_of
+
+
+class StateReader(torch.nn.Module):
+    """
+    The hidden states before and after substitutes that stand behind their answers, as [`DataCollatorForJudge`] lays
+    them out.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): A decoder.
+        layer (`int`, *optional*): How many of its layers are below; no gradient comes through these states. `None`:
+            all, and its last normalisation.
+
+    Raises:
+        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or `layer` is none of
+            its.
+    """
+
+    def __init__(self, target: PreTrainedModel, layer: int | None = None):
+        super().__init__()
+        self.target = target
+        self.midway = None if layer is None else LayerStates(target, layer)
+        if not packs(target):
+            raise ValueError(
+                f"`target`: the attention of {type(target).__name__} takes no mask in which substitutes stand side by "
+                "side, so that its states cannot be read again. Train a judge on features as they were mined."
+            )
+        self.windows = attention_windows(target.config.get_text_config())
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        sees: torch.BoolTensor,
+        places: torch.LongTensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids, position_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`)
+            sees (`torch.BoolTensor` of shape `(batch, length + substitutes, length + substitutes)`)
+            places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, substitutes, len(STATES), hidden_size)`.
+        """
+        masks = additive_masks(sees, position_ids, position_ids, self.windows, self.target.dtype)
+        text = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": masks, "use_cache": False}
+        if self.midway is None:
+            hidden = self.target.get_decoder()(**text).last_hidden_state
+        else:  # as in decoding, so that both see the same
+            seen = []
+            with ForwardTap(self.target, lambda _, __, entered: seen.append(entered), self.midway.entering):
+                self.target(**text, logits_to_keep=1)
+            hidden = self.midway(seen[0], 0)
+        before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        return torch.stack([before, hidden[:, -places.shape[1] :]], 2)
+
+
+def add_layer_states(
+    target: PreTrainedModel,
+    folder: str | os.PathLike,
+    layer: int,
+    output: str | os.PathLike,
+    batch: int = 4,
+) -> datasets.Dataset:
+    """
+    Write labels again, with the hidden states above `layer` of the target's layers. What is in `output` already is
+    kept, so that a run that was cut off goes on.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The one that the labels were mined with.
+        folder (`str`): Labels, as [`mine`] wrote them.
+        layer (`int`): In `[1, layers − 1]`.
+        output (`str`): Another folder.
+        batch (`int`): Answers in a forward.
+
+    Returns:
+        `datasets.Dataset`: what [`load_labels`] gives of `output`; with a column `layer`.
+
+    Raises:
+        FileNotFoundError: If `folder` has no labels.
+        ValueError: If the labels are of another target, the target cannot be read ([`StateReader`]), its states are
+            too large for fp16, `batch` is below 1, or `output` is `folder` or holds labels of other settings.
+    """
+    folder, output = Path(folder), Path(output)
+    if batch < 1:
+        raise ValueError(f"`batch` must be 1 or more, got {batch}.")
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"`output` is the folder of the labels, {folder}. Choose another one.")
+    (mining,) = mining_of([folder])
+    del mining["shards"]
+    if mining["target_fingerprint"] != fingerprint(target):
+        raise ValueError(f"`folder`: the labels are of other weights than `target`. Load {mining['target']}.")
+    reader, labels, end = StateReader(target, layer), load_labels(folder), 0
+    output.mkdir(parents=True, exist_ok=True)
+    check_or_write_settings(output / "mining.json", mining | {"layer": layer, "reread_dtype": precision(target)}, {})
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        shards = shards_of(folder)
+        for number, shard in enumerate(shards, start=1):
+            begin, end = end, end + read_metadata(shard).num_rows
+            if (output / shard.name).is_file():
+                continue
+            rows = labels.select(range(begin, end))
+            bar = progress.add_task(f"Read layer {layer} (shard {number} of {len(shards)})", total=None)
+            states = _states(reader, rows, batch, target.device, functools.partial(progress.update, bar))
+            if not np.isfinite(states).all():
+                raise ValueError(f"`layer`: what enters layer {layer} is too large for fp16. Read another layer.")
+            for side, name in enumerate(STATES):
+                feature = rows.features[name]
+                rows = rows.remove_columns(name).add_column(name, list(states[:, side]), feature=feature)
+            rows = rows.remove_columns([name for name in rows.column_names if name == "layer"])
+            rows = rows.add_column("layer", [layer] * len(rows), feature=datasets.Value("int32"))
+            counts = shard.with_suffix(".json")
+            if counts.is_file():
+                shutil.copyfile(counts, output / counts.name)
+            with atomic_write(output / shard.name) as incomplete:
+                rows.to_parquet(incomplete)
+    return load_labels(output)
+
+
+@torch.no_grad()
+def _states(
+    reader: StateReader, labels: datasets.Dataset, batch: int, device: torch.device, tell: Callable[..., None]
+) -> np.ndarray:
+    """What the reader sees of each row; of shape `(rows, len(STATES), hidden_size)`. `tell` is given how many answers
+    are `completed`, and their `total`."""
+    size = labels.features[STATES[0]].length
+    states = np.zeros((len(labels), len(STATES), size), np.float16)
+    answers = list(answers_of(labels, np.zeros(len(labels))))
+    answers.sort(key=lambda answer: len(answer["input_ids"]))  # answers of like length together: little is padded
+    for begin in range(0, len(answers), batch):
+        some = answers[begin : begin + batch]
+        laid_out = DataCollatorForJudge(0)(some)
+        read = reader(*(laid_out[name].to(device) for name in ("input_ids", "position_ids", "sees", "places")))
+        for answer, of_answer in zip(some, read.half().cpu().numpy(), strict=True):
+            states[answer["rows"]] = of_answer[: len(answer["rows"])]  # behind these is padding
+        tell(completed=begin + len(some), total=len(answers))
+    return states
+
+
+IGNORED = -100.0  # label of what is padding
+
+
+@dataclass
+class DataCollatorForJudge:
+    """
+    Data collator for training through the model: each row is a prompt with its answer, and behind it the substitutes,
+    each at the place of the token that it replaces. A substitute sees what is before that place, and itself.
+
+    Args:
+        pad_token_id (`int`): Token to pad with.
+
+    Examples:
+
+    ```python
+    >>> from hf_selfjudge.training.data import DataCollatorForJudge
+
+    >>> collator = DataCollatorForJudge(pad_token_id=0)
+    >>> two = {"input_ids": [5, 6, 7], "places": [1, 2], "substitutes": [8, 9], "scalars": [[0.5], [1]]}
+    >>> one = {"input_ids": [5, 6], "places": [1], "substitutes": [4], "scalars": [[0.2]]}
+    >>> batch = collator([two | {"labels": [1, 0]}, one | {"labels": [0.5]}])
+    >>> batch["input_ids"]
+    tensor([[5, 6, 7, 8, 9],
+            [5, 6, 0, 4, 0]])
+    >>> batch["position_ids"]
+    tensor([[0, 1, 2, 1, 2],
+            [0, 1, 2, 1, 0]])
+    >>> batch["sees"].int()
+    tensor([[[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [1, 0, 0, 1, 0],
+             [1, 1, 0, 0, 1]],
+    <BLANKLINE>
+            [[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [1, 0, 0, 1, 0],
+             [0, 0, 0, 0, 1]]], dtype=torch.int32)
+    >>> batch["places"]
+    tensor([[1, 2],
+            [1, 0]])
+    >>> batch["labels"]
+    tensor([[   1.0000,    0.0000],
+            [   0.5000, -100.0000]])
+    ```
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        most = max(len(example["places"]) for example in examples)
+
+        def padded(name: str, length: int, value: float = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            rows = [torch.tensor(example[name], dtype=dtype) for example in examples]
+            short = [length - len(row) for row in rows]
+            return torch.stack(
+                [pad(r, (0, 0) * (r.dim() - 1) + (0, n), value=value) for r, n in zip(rows, short, strict=True)]
+            )
+
+        places = padded("places", most)
+        text = torch.arange(longest).expand(len(examples), -1)
+        sees = torch.zeros(len(examples), longest + most, longest + most, dtype=torch.bool)
+        sees[:, :longest, :longest] = text[:, None] <= text[..., None]
+        sees[:, longest:, :longest] = text[:, None] < places[..., None]
+        sees[:, longest:, longest:] = torch.eye(most, dtype=torch.bool)
+        tokens = [padded("input_ids", longest, self.pad_token_id), padded("substitutes", most, self.pad_token_id)]
+        return {
+            "input_ids": torch.cat(tokens, 1),
+            "position_ids": torch.cat([text, places], 1),
+            "sees": sees,
+            "places": places,
+            "scalars": padded("scalars", most, dtype=torch.float),
+            "labels": padded("labels", most, IGNORED, torch.float),
+        }
+
+
+def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
+    """
+    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes, and in `rows` which ones they are.
+
+    Args:
+        known (`np.ndarray`): The label of each row; rows with NaN are left out.
+    """
+    columns = ("prompt_ids", "answer_ids", "position", "substitute", "scalars")
+    rows = labels.select_columns(columns)
+    answers: dict[tuple, dict] = {}
+    for index in np.flatnonzero(~np.isnan(known)):
+        row = rows[int(index)]
+        ids = (*row["prompt_ids"], *row["answer_ids"])
+        answer = answers.setdefault(ids, {"rows": [], "places": [], "substitutes": [], "scalars": [], "labels": []})
+        answer["rows"].append(int(index))
+        answer["places"].append(len(row["prompt_ids"]) + row["position"])
+        answer["substitutes"].append(row["substitute"])
+        answer["scalars"].append(row["scalars"])
+        answer["labels"].append(float(known[index]))
+    # Nothing looks at what is behind the last substitution.
+    return datasets.Dataset.from_list([
+        {"input_ids": ids[: max(answer["places"])], **answer} for ids, answer in answers.items()
+    ])  # fmt: skip

@@ -1,0 +1,188 @@
+"""A target and its draft, set up so that runs can be compared.
+
+In: the name of a known pair, or the names of two models. Out: a [`Pair`]: both models, the tokenizer that they share,
+and what follows from these. Knows nothing of judges.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from .load import load_model
+from .tokens import context_of, eos_tokens, special_tokens
+
+
+PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
+LOOKUP = "prompt lookup"  # in the place of a draft's name
+DRAFT_MODEL = "a draft model"  # what else may draft
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """
+    A target and what drafts for it.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model whose quality counts.
+        draft ([`~transformers.PreTrainedModel`], *optional*): Proposes candidates; `None` for prompt lookup. It has as
+            many embeddings as the target ([`fit_vocabulary`]).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of both.
+
+    Raises:
+        ValueError: If the draft has another number of embeddings.
+    """
+
+    target: PreTrainedModel
+    draft: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self):
+        sizes = [model.config.get_text_config().vocab_size for model in self.models]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"`draft` has a vocabulary of {sizes[0]} tokens, the target one of {sizes[1]}. Here they are compared "
+                "token by token: use a draft with the target's tokenizer; `fit_vocabulary` gives it as many "
+                "embeddings."
+            )
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """The draft, if there is one, and the target."""
+        return [self.target] if self.draft is None else [self.draft, self.target]
+
+    @functools.cached_property
+    def special_tokens(self) -> list[int]:
+        """Tokens that no rule may accept against the target, nor overrule; see [`special_tokens`]."""
+        return special_tokens(self.target, self.tokenizer)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end the target's text."""
+        return eos_tokens(self.target)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the target can attend to; `None` if its positions have no end."""
+        return context_of(self.target)
+
+
+def parse_pair(pair: str, with_draft: bool = True) -> tuple[str, str | None]:
+    """
+    Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder; without a draft model, `TARGET`
+    alone will do.
+
+    Raises:
+        ValueError: If `pair` is neither.
+    """
+    if pair in PAIRS:
+        return PAIRS[pair]
+    parts = [part.strip() for part in pair.split(",")]
+    if not with_draft and len(parts) == 1 and all(parts):
+        return parts[0], None
+    if len(parts) != 2 or not all(parts):
+        raise ValueError(
+            f"`pair` must be one of {sorted(PAIRS)} or 'TARGET,DRAFT' (Hub ids or folders), got {pair!r}."
+        )
+    return parts[0], parts[1]
+
+
+def load_pair(
+    pair: str, draft_length: int | str = 5, dtype: torch.dtype | None = None, with_draft: bool = True
+) -> Pair:
+    """
+    Load a target, its draft and their tokenizer.
+
+    Args:
+        pair (`str`): See [`parse_pair`].
+        draft_length (`int` or `"auto"`): See [`load_draft`].
+        dtype (`torch.dtype`, *optional*): See [`load_model`].
+        with_draft (`bool`): Whether a draft model is wanted; else drafts come from prompt lookup.
+
+    Raises:
+        ValueError: If the draft has another tokenizer.
+        SourceError: If no source has one of the models.
+    """
+    target_name, draft_name = parse_pair(pair, with_draft)
+    target, tokenizer = load_model(target_name, dtype)
+    draft = load_draft(draft_name, target, tokenizer, draft_length, dtype) if with_draft else None
+    return Pair(target, draft, tokenizer)
+
+
+def load_draft(
+    reference: str,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draft_length: int | str = 5,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
+) -> PreTrainedModel:
+    """
+    Load a draft that proposes the same number of tokens in each round, whatever its confidence, so that runs can be
+    compared.
+
+    Args:
+        reference (`str`): A folder or a Hub id.
+        target, tokenizer: What it drafts for. Models of one family may have different numbers of embeddings; the draft
+            gets as many as the target.
+        draft_length (`int` or `"auto"`): Tokens in a round; 5 where it is `"auto"`, which is a [`JudgedModel`]'s to
+            choose.
+
+    Raises:
+        ValueError: If the draft has another tokenizer.
+    """
+    draft, own = load_model(reference, dtype, int8)
+    if not same_tokens(tokenizer, own):
+        raise ValueError(
+            f"`pair`: {reference} has another tokenizer than {target.config.name_or_path}, and tokens are compared "
+            "one by one here. Choose a draft of the target's family."
+        )
+    draft = fit_vocabulary(draft, target.config.get_text_config().vocab_size)
+    draft.generation_config.num_assistant_tokens = 5 if draft_length == "auto" else draft_length
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether no number is one token of the first tokenizer and another of the second; one may have more."""
+    return first is second or _same_vocabulary(first, second, len(first), len(second))
+
+
+@functools.lru_cache(maxsize=8)  # large vocabularies take a second
+def _same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, *sizes: int) -> bool:
+    names = {number: token for token, number in first.get_vocab().items()}
+    return all(names.get(number, token) == token for token, number in second.get_vocab().items())
+
+
+def fit_vocabulary(draft: PreTrainedModel, size: int) -> PreTrainedModel:
+    """
+    A draft as if its embeddings had `size` rows. Models that share a tokenizer may still differ in that number: it is
+    rounded up for the hardware (Qwen2.5: 151,936 rows in the 0.5B model and 152,064 in the 7B one).
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: `draft` itself if it has so many; else a copy that shares its weights. Rows
+        beyond its own get the lowest logit, and as an input the last of its own rows.
+    """
+    own = draft.config.get_text_config().vocab_size
+    if own == size:
+        return draft
+    fitted, forward = copy.copy(draft), draft.forward
+    fitted.config = copy.deepcopy(draft.config)
+    fitted.config.get_text_config().vocab_size = size
+
+    @functools.wraps(forward)  # `generate` looks at the signature
+    def resized(input_ids: torch.LongTensor, *args, **kwargs) -> ModelOutput:
+        output = forward(input_ids.clamp(max=own - 1), *args, **kwargs)
+        lowest = output.logits.amin(-1, keepdim=True).expand(*output.logits.shape[:-1], max(0, size - own))
+        output.logits = torch.cat([output.logits[..., :size], lowest], dim=-1)
+        return output
+
+    fitted.forward = resized
+    return fitted

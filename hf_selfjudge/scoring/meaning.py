@@ -1,0 +1,146 @@
+"""Do two answers say the same?
+
+In: two texts, or their tokens. Out: the final number of each, whether its code passes tests, how much of one the other
+has, or what the target itself says when asked. Nobody else is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from difflib import SequenceMatcher
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..data.prompts import TooLong, encode
+from ..models.tokens import context_of
+from . import sandbox
+from .codeblocks import code_of, imports_of
+from .numbers import last_number
+
+
+GRAM = 4  # tokens
+CONTEXT = 12  # words shown around a difference
+CELLS = Path(__file__).with_name("cells.py")
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped one
+QUESTION = """Two answers to the same request differ in one passage.
+
+Request: {request}
+
+First answer: {first}
+
+Second answer: {second}
+
+Do both answers say the same? Answer with yes or no."""
+
+
+def final_number(text: str) -> Fraction | None:
+    """
+    The value of the number an answer ends in: the one in the last `\\boxed{}` or `\\fbox{}` if there is any, else the
+    last number of the text. `numerals.py` tells which ways of writing it are read.
+
+    Returns:
+        `Fraction`, or `None` if it is unknown: there is no number, it cannot be read, or the box holds several or was
+        cut off. Two numbers that are unknown are not the same number.
+    """
+    boxes = [*BOX.finditer(text)]
+    if not boxes:
+        return last_number(text)
+    start, depth = boxes[-1].end(), 0
+    if text[start : start + 1] != "{":
+        return last_number(re.split(r"\$|\\\)|\n", text[start:], maxsplit=1)[0], alone=True)
+    for brace in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return last_number(text[start + 1 : brace.start()], alone=True)
+    return None
+
+
+def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -> float:
+    """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity; for a suffix
+    shorter than that, of its tokens."""
+    size = min(GRAM, max(len(original), 1))
+    grams = [tuple(original[i : i + size]) for i in range(len(original) - size + 1)]
+    if not grams:
+        return 1.0
+    rest = Counter(tuple(rewritten[i : i + size]) for i in range(len(rewritten) - size + 1))
+    return (Counter(grams) & rest).total() / len(grams)
+
+
+def passes_tests(text: str, tests: str, said: Sequence[dict] = (), seconds: float = 10.0) -> bool:
+    """
+    Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; what
+    holds it back is told in `sandbox.py`. The caller must have been told to.
+
+    Its blocks are run one after the other, as in a notebook (`cells.py`): one that fails, as an example of use may,
+    does not spoil what stands in the others.
+
+    Args:
+        said (`Sequence[dict]`): The conversation that is answered ([`Prompt.said`]): what the user's code imports is
+            there for the answer's.
+    """
+    asked = [message["content"] for message in said if message["role"] == "user"]
+    imports = [statement for part in asked if isinstance(part, str) for statement in imports_of(part)]
+    return _passes((*imports, *code_of(text)), tests, seconds)
+
+
+@lru_cache(maxsize=4096)  # rewrites often end in the same code
+def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        parts, work = Path(folder) / "cells", Path(folder) / "work"
+        parts.mkdir()
+        work.mkdir()
+        for number, code in enumerate((*cells, tests)):
+            (parts / f"{number:06}.py").write_text(code, encoding="utf-8", errors="replace")
+        # Code that ends the process before its tests does not make it by accident; code that means to cheat can.
+        mark = work / secrets.token_hex(16)
+        sandbox.run(CELLS, work, seconds, str(parts), str(mark))
+        return mark.is_dir()
+
+
+def differing(first: str, second: str) -> tuple[str, str]:
+    """The passages in which two texts differ, with some words around them; equal text before and behind is left
+    out."""
+    a, b = first.split(), second.split()
+    blocks = [block for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks() if block.size]
+    start = blocks[0].size if blocks and blocks[0].a == blocks[0].b == 0 else 0
+    last = blocks[-1] if blocks else None
+    tail = last.size if last and last.a + last.size == len(a) and last.b + last.size == len(b) else 0
+    tail = min(tail, len(a) - start, len(b) - start)
+    start, tail = max(0, start - CONTEXT), max(0, tail - CONTEXT)
+    return " ".join(a[start : len(a) - tail]), " ".join(b[start : len(b) - tail])
+
+
+@torch.no_grad()
+def says_no(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, first: str, second: str
+) -> float | None:
+    """
+    The target's own probability that two answers do not say the same, in [0, 1]: of "no" against "yes" as its next
+    word; `None` if the question is longer than its context.
+    """
+    passages = dict(zip(("first", "second"), differing(first, second), strict=True))
+    question = QUESTION.format(request=request, **passages)
+    try:
+        ids = encode(tokenizer, question, context_of(model), 0).to(model.device)
+    except TooLong:
+        return None
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[0, -1].float()
+    yes, no = (
+        torch.stack([logits[token] for token in _first_tokens(tokenizer, word)]).logsumexp(0) for word in ("yes", "no")
+    )
+    return float(torch.sigmoid(no - yes))
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
+    spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+    return {tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}

@@ -1,0 +1,245 @@
+"""Speed against quality, with answers that are known."""
+
+import io
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.markdown import Markdown
+
+from hf_selfjudge.bench.tables import markdown, operating_points, plot, summarise_quality
+from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, interval, separation, speed_at
+from hf_selfjudge.scoring.statistics import draws
+
+
+SETTINGS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
+FAMILIES = ["lossless", "margin", "margin", "coin", "draft"]
+
+
+def grid(prompts=4, **scores):
+    shape = (len(SETTINGS), prompts)
+    rounds = np.array([10.0, 8, 5, 8, np.nan])[:, None] * np.ones(shape)
+    categories = np.array(["a", "b"]).repeat(prompts // 2)
+    return Grid(SETTINGS, FAMILIES, categories, np.full(shape, 40.0), rounds, scores, resamples=200)
+
+
+def of_categories(a, b):
+    """Scores of each setting, the same for both prompts of a category."""
+    return np.array([[x, x, y, y] for x, y in zip(a, b, strict=True)], float)
+
+
+TASK = of_categories([0.5, 0.5, 0.4, 0.25, 0.1], [np.nan] * 5)
+SAME = of_categories([1, 0.9, 0.9, 0.9, 0], [1, 0.8, 0.7, 0.5, 0])
+
+
+def test_speed():
+    speed = grid().speed()
+    assert speed.shape == (201, 5)
+    assert speed[:, :4] == pytest.approx(np.array([[1, 1.25, 2, 1.25]] * 201))
+    assert np.isnan(speed[:, 4]).all()
+
+
+def test_retention_is_the_mean_of_categories_each_by_its_first_measure():
+    made = grid(task=TASK, same=SAME)
+    assert [made.measure_of(name, ["task", "same"]) for name in "ab"] == ["task", "same"]
+    assert made.measure_of("b", ["task"]) is None
+    by_a, by_b = [1, 1, 0.8, 0.5, 0.2], [1, 0.8, 0.7, 0.5, 0]
+    assert made.retention(["task", "same"], "a")[0] == pytest.approx(by_a)
+    assert made.retention(["task", "same"])[0] == pytest.approx(np.mean([by_a, by_b], axis=0))
+    assert made.retention(["task"])[0] == pytest.approx(by_a)  # b has none and is left out
+    assert np.isnan(grid(task=np.zeros((5, 4))).retention(["task"])).all()
+
+
+def test_a_category_that_the_target_fails_is_measured_by_something_else():
+    rare = np.zeros((5, 4))
+    rare[:, 0] = 1  # one of two answers is right: in a quarter of the samples none is
+    made = grid(task=rare, same=SAME)
+    assert [made.measure_of(name, ["task", "same"]) for name in "ab"] == ["same", "same"]
+    assert made.retention(["task", "same"])[0] == pytest.approx(SAME[:, [0, 2]].mean(1))
+
+
+def test_the_bootstrap_draws_prompts_within_categories():
+    weights = draws(np.array(["a", "a", "b"]), 1000, 0)
+    assert (weights[0] == 1).all()
+    assert (weights[:, :2].sum(1) == 2).all()
+    assert (weights[:, 2] == 1).all()
+    assert 0.2 < (weights[1:, 0] == 2).mean() < 0.3
+
+
+def test_prompts_that_are_alone_in_their_category_have_a_spread():
+    weights = draws(np.array(["a", "b", "c", "d", "d"]), 4000, 0)
+    assert (weights[:, :3].sum(1) == 3).all()
+    assert (weights[:, 3:].sum(1) == 2).all()
+    assert weights[1:, :3].std(0) == pytest.approx((2 / 3) ** 0.5, rel=0.05)  # multinomial: n p (1 − p)
+    scores = np.array([[1.0, 1, 1], [0.9, 0.6, 0.3]])
+    shape = np.ones((2, 3))
+    alone = Grid(["lossless", "margin=1"], ["lossless", "margin"], np.array(list("abc")), shape, shape, {"s": scores})
+    kept = alone.retention(["s"])[:, 1]
+    low, high = interval(kept)[1:]
+    assert kept[0] == pytest.approx(0.6)
+    assert (low, high) == (pytest.approx(0.3), pytest.approx(0.9))  # the same prompt three times: 1 of 27 each
+
+
+def test_interval():
+    # A mean of n values of spread 1 has a 95 % interval of about ±1.96 / √n.
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 1, 400)
+    mean = draws(np.zeros(400), 2000, 1) @ values / 400
+    value, low, high = interval(mean)
+    assert value == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
+    assert interval(np.array([np.nan, 1.0])) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "speed"),
+    [(1.0, 1.0), (0.95, 1 / 0.875), (0.9, 1 / 0.75), (0.8, 2.0), (0.7, 2.0)],
+)
+def test_speed_at(level, speed):
+    # The point at .9 needs more rounds than a mix of the others, and is not used.
+    retention, speeds = np.array([[1, 0.9, 0.8]]), np.array([[1, 1.1, 2.0]])
+    assert speed_at(level, retention, speeds) == pytest.approx(speed)
+
+
+def test_area_between():
+    level = np.array([[1.0, 0.9]])
+    # With t from 0 to 1 the first needs 1 - t / 2 of the rounds, the second 1 - t / 3.
+    t = np.linspace(0, 1, 21)
+    area = area_between((level, np.array([[1, 2.0]])), (level, np.array([[1, 1.5]])), 0.9)
+    assert area == pytest.approx((1 / (1 - t / 2) - 1 / (1 - t / 3)).mean())
+    assert area == pytest.approx(2 * np.log(2) - 3 * np.log(1.5), abs=0.01)
+
+
+def test_no_setting_keeps_more_than_a_slower_one():
+    retention = np.array([[1, 0.8, 0.9, 0.5], [1, 0.5, 1.2, 0.9], [1, 0.9, 0.8, 0.7]])
+    speed = np.array([[1, 1.1, 1.2, 1.3], [1, 1.3, 1.1, 1.2], [1, 1.1, 1.2, 1.3]])
+    assert falling(retention, speed) == pytest.approx(
+        np.array([[1, 0.85, 0.85, 0.5], [1, 0.5, 1, 0.9], [1, 0.9, 0.8, 0.7]])
+    )
+
+
+def test_noise_is_no_merit():
+    """Rules with the same true curve: whichever has more thresholds must not look much better for it."""
+    rng, speed = np.random.default_rng(0), np.linspace(1, 2, 10)[None].repeat(2000, 0)
+    true = 1 - 0.2 * (speed - 1)
+    noisy = np.where(speed == 1, 1, true + rng.normal(scale=0.05, size=true.shape))
+    best, fitted = (speed_at(0.95, values, speed).mean() for values in (noisy, falling(noisy, speed)))
+    assert 1.2 < fitted < best - 0.1
+
+
+def test_rules_are_compared_where_they_keep_the_same():
+    made = grid(same=SAME)
+    kept, levels = made.retention(["same"]), (0.99, 0.9)
+    # Overall the margin keeps .85 at 1.25 and .8 at 2, the coin .7 at 1.25: at .9 they need 1 - .5 / 2 and 1 - .2 / 3
+    # of the rounds.
+    found = compare_rules(made, kept, levels, "margin", "coin")
+    assert found["speed_ratio"]["0.9"] == pytest.approx([(1 - 0.2 / 3) / 0.75] * 3)
+    assert found["speed_ratio"]["0.99"] == pytest.approx([(1 - 0.2 / 30) / (1 - 0.5 / 20)] * 3)
+    assert found["thresholds"] == [2, 1]
+    same = compare_rules(made, kept, levels, "margin", "margin")
+    assert same["area_between"] == [0, 0, 0]
+
+
+def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
+    """In wording both rules are alike; the judge leaves all numbers as they were, the margin half of them. Where there
+    are no numbers the margin is ten times as fast, which is not to be seen in what is said of numbers."""
+    settings, families = ["lossless", "margin=1", "judge=0.5"], ["lossless", "margin", "judge"]
+    numbers = np.array([[1, 1, np.nan, np.nan], [1, 0, np.nan, np.nan], [1, 1, np.nan, np.nan]])
+    rounds = np.array([[10.0] * 4, [5, 5, 1, 1], [5, 5, 10, 10]])
+    scores = {"agreement": np.ones((3, 4)), "unchanged": numbers}
+    made = Grid(settings, families, np.array(list("aabb")), np.full((3, 4), 40.0), rounds, scores, resamples=50)
+    line = {"tokens": [1], "lengths": [1], "judged": 0, "asked": 0, "draft_forwards": 1, "finished": True}
+    lines = [line | {"setting": name} for name in settings]
+    found = summarise_quality(made, lines)
+    (kept,), (told,) = found["comparisons"], found["comparisons_unchanged"]
+    assert [value[0] for value in kept["speed_ratio"].values()] == pytest.approx([12 / 30] * 4)
+    # Of the margin, which keeps half of them at twice the speed, a mixture with lossless decoding.
+    assert [value[0] for value in told["speed_ratio"].values()] == pytest.approx([1.9, 1.8, 1.6, 1.4])
+    assert "| judge (1) ÷ margin (1) | 1.90 [" in markdown({"quality": found})
+    drawn, draw = [], Axes.errorbar
+
+    def watched(axis, x, y, **options):
+        drawn.append((options["label"], *x, *y))
+        return draw(axis, x, y, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", watched)
+    plot(found, tmp_path / "both.png")
+    assert [line[0] for line in drawn] == ["margin", "judge"] * 2
+    assert drawn[0][1:] == pytest.approx((1, 1, 1, 40 / 12))
+    assert drawn[2][1:] == pytest.approx((1, 0.5, 1, 2))
+    assert drawn[3][1:] == pytest.approx((1, 1, 1, 2))
+    alone = Grid(["lossless"], ["lossless"], made.categories, made.tokens[:1], rounds[:1],
+                 {name: values[:1] for name, values in scores.items()}, resamples=50)  # fmt: skip
+    found = summarise_quality(alone, lines[:1])
+    assert found["settings"][0]["numbers"] == {"unchanged": [1, 1, 1], "speed": [1, 1, 1]}
+    assert found["comparisons_unchanged"] == []
+    del made.scores["unchanged"]
+    found = summarise_quality(made, lines)
+    assert found["comparisons_unchanged"] == []
+    assert "unchanged numbers" not in markdown({"quality": found})
+    drawn.clear()
+    plot(found, tmp_path / "one.png")
+    assert len(drawn) == 2
+
+
+def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
+    """Of a judge's folder, of a category."""
+    judge, category = r"judge:$\frac$ | *x*", "a | <b>"
+    settings = ["lossless", "margin=1", f"{judge}=0.5"]
+    scores = {"agreement": np.ones((3, 4))}
+    categories = np.array([category, "[x](y)"]).repeat(2)
+    rounds = np.array([[10.0] * 4, [5] * 4, [4] * 4])
+    made = Grid(
+        settings, ["lossless", "margin", judge], categories, np.full((3, 4), 40.0), rounds, scores, resamples=9
+    )
+    line = {"tokens": [1], "lengths": [1], "judged": 0, "asked": 0, "draft_forwards": 1, "finished": True}
+    found = summarise_quality(made, [line | {"setting": name} for name in settings])
+    text = markdown({"quality": found})
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert f"<td>{judge}=0.5</td>" in html
+    assert "<th>a | &lt;b&gt;</th>" in html
+    assert "[x](y) by agreement (2), a | &lt;b&gt; by agreement (2)" in html
+    assert "compared with the lossless answer itself" in html.partition("<p>* ")[2]
+    shown = io.StringIO()
+    Console(file=shown, width=250).print(Markdown(text))
+    assert f"{judge}=0.5" in shown.getvalue()
+    plot(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def row(setting, speed, retention):
+    return {
+        **{"setting": setting, "family": setting.partition("=")[0], "accepted_share": 0.5},
+        **{"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "retention": [retention] * 3},
+    }
+
+
+def test_operating_points_are_the_fastest_that_keep_enough():
+    slow, lucky, fast = row("judge:j=0.1", 1.1, 0.975), row("judge:j=0.2", 1.2, 0.985), row("judge:j=0.3", 1.5, 0.9)
+    found = {"settings": [row("lossless", 1, 1), fast, slow, lucky, row("judge:k=0.4", 2, 1), row("margin=1", 2, 1)]}
+    found["thresholds"] = {"judge:j=0.1": 0.1, "judge:j=0.2": 0.2, "judge:j=0.3": 0.3, "judge:k=0.4": 0.4}
+    points = operating_points(found, "judge:j")
+    # 0.98 is what both of two keep, the faster of which looks better.
+    assert {name: point["threshold"] for name, point in points.items()} == {"balanced": 0.2, "fast": 0.3}
+    assert points["balanced"] == {
+        **{"threshold": 0.2, "for_retention": 0.97, "accepted_share": 0.5, "speed": [1.2] * 3},
+        **{"retention": [0.985] * 3, "tokens_per_round": [4.8] * 3},
+    }
+    assert operating_points(found, "judge:other") == {}
+
+
+def test_a_measure_that_tells_nothing_shows():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(5, 200))
+    good = np.array([1, 0.8, 0.6, 0.5, 0])[:, None] + rng.normal(scale=0.5, size=(5, 200))
+    made = grid(200, good=good, noise=noise, task=np.full((5, 200), np.nan))
+    by = {row["measure"]: row for row in separation(made, "coin=0.5")}
+    assert by["good"]["coin=0.5"][1] > 0
+    assert by["good"]["draft, standardised"] == pytest.approx(2, abs=0.3)
+    assert by["noise"]["coin=0.5"][1] < 0 < by["noise"]["coin=0.5"][2]
+    assert by["task"] == {
+        "measure": "task", "prompts": 0, "coin=0.5": None, "draft": None, "coin=0.5, standardised": None,
+        "draft, standardised": None,
+    }  # fmt: skip

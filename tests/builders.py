@@ -1,0 +1,172 @@
+"""Tiny random models, tokenizers and judges, built from a config and a seed: nothing is downloaded."""
+
+import copy
+import string
+import threading
+import time
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from hf_selfjudge import Judge, JudgeInfo
+from hf_selfjudge.judge.features import SCALARS
+from hf_selfjudge.models.load import fingerprint
+
+
+VOCAB, HIDDEN = 64, 32
+SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+NO_EOS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+
+
+def build(architecture: str, **sizes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes, **HEADS, **NO_EOS))
+    elif architecture == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, **NO_EOS))
+    elif architecture == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(**SIZES, **HEADS, **NO_EOS, head_dim=8, sliding_window=8, layer_types=layers)
+        )
+    else:
+        sizes = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 256, **sizes}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **NO_EOS))
+    model.config.name_or_path = f"tiny/{architecture}"
+    # Sharper than at initialisation, so that choices are clear and the draft's noise flips only some of them.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def perturbed(model: torch.nn.Module, noise: float = 0.02, seed: int = 1) -> torch.nn.Module:
+    """A draft that agrees with the target most of the time."""
+    draft = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    draft.config.name_or_path = f"{model.config.name_or_path}-draft"
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+def shortened(model: GPT2LMHeadModel, context: int) -> GPT2LMHeadModel:
+    """A draft that is the same model with fewer positions, and cannot read beyond them."""
+    short = build("gpt2", n_positions=context)
+    with torch.no_grad():
+        for own, other in zip(short.parameters(), model.parameters(), strict=True):
+            own.copy_(other[: len(own)])
+    short.config.name_or_path = f"{model.config.name_or_path}-draft"
+    short.generation_config.assistant_confidence_threshold = 0.0
+    return short
+
+
+def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), seed: int = 0) -> Judge:
+    config = target.config.get_text_config()
+    judge = Judge(
+        JudgeInfo(
+            target=target.config.name_or_path,
+            target_fingerprint=fingerprint(target),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            draft=f"{target.config.name_or_path}-draft",
+            special_tokens=list(special_tokens),
+            components=4,
+            threshold=0.5,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        judge.projection.copy_(torch.randn(judge.projection.shape, generator=generator) / config.hidden_size**0.5)
+        judge.head.weight.copy_(torch.randn(judge.head.weight.shape, generator=generator))
+        judge.head.weight[:, : len(SCALARS)] *= 0.1
+        judge.head.bias.zero_()
+    return judge
+
+
+class Collect:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class Pace:
+    """A target whose forwards wait at a gate from the `first` on, and are counted."""
+
+    def __init__(self, model):
+        self.model, self.calls, self.first, self.gate = copy.copy(model), 0, 1, threading.Event()
+        self.gate.set()
+        forward = model.forward
+
+        def paced(*args, **kwargs):
+            self.calls += 1
+            if self.calls >= self.first:
+                assert self.gate.wait(60)
+                time.sleep(0.02)
+            return forward(*args, **kwargs)
+
+        self.model.forward = paced
+
+    def hold_from(self, first: int) -> None:
+        self.calls, self.first = 0, first
+        self.gate.clear()
+
+
+CHARACTERS = string.ascii_lowercase + string.digits + " .,?!:;-+*/()=\n"
+
+
+def tiny_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token a character; 0 is unknown, 1 ends the text."""
+    vocabulary = {"<unk>": 0, "<eos>": 1} | {c: i for i, c in enumerate(characters, start=2)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+
+
+WORDS = ("the", "sky", "looks", "blue", "because")
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Decodes as Llama's does: `▁` is a space, dropped where a text begins, and characters may come as bytes."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.ascii_letters]
+    vocabulary += [f"▁{word}" for word in WORDS]
+    index = {token: i for i, token in enumerate(vocabulary)}
+    core = Tokenizer(models.BPE(index, [], unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Decodes as GPT-2's does: a token is some bytes."""
+    vocabulary = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"Ġ{word}" for word in WORDS)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")

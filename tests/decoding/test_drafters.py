@@ -1,0 +1,292 @@
+"""Every candidate generator of transformers, and the length of drafts."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.generation import AssistedCandidateGenerator
+from transformers.modeling_layers import MtpModel
+
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.drafting import AutoLength
+from hf_selfjudge.rules import Coin, Lossless
+from tests.builders import HEADS, NO_EOS, SIZES, VOCAB, build, perturbed
+
+
+NEW = 24  # tokens
+
+
+def assistant(target, tokenizer, monkeypatch):
+    return target, {"assistant_model": perturbed(target)}
+
+
+def other_tokenizer(target, tokenizer, monkeypatch):
+    """A draft whose vocabulary has the same characters in another order, and a few more."""
+    vocabulary = sorted(tokenizer.get_vocab(), key=lambda token: (token != "<unk>", token != "<eos>", token[::-1]))
+    vocabulary = {token: i for i, token in enumerate([*vocabulary, "ä", "ö", "ü"])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    other = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+    other.clean_up_tokenization_spaces = tokenizer.clean_up_tokenization_spaces = False
+    target = build("llama", vocab_size=len(tokenizer))
+    draft = perturbed(build("llama", vocab_size=len(other)))
+    return target, {"assistant_model": draft, "tokenizer": tokenizer, "assistant_tokenizer": other}
+
+
+def prompt_lookup(target, tokenizer, monkeypatch):
+    return target, {"prompt_lookup_num_tokens": 4}
+
+
+def early_exit(target, tokenizer, monkeypatch):
+    return target, {"assistant_early_exit": 1}
+
+
+def dflash(target, tokenizer, monkeypatch):
+    torch.manual_seed(1)
+    sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = AutoConfig.for_model(
+        "muse_glimmer_assistant", **sizes, **HEADS, **NO_EOS, head_dim=8, sliding_window=8, block_size=4,
+        layer_types=["sliding_attention", "full_attention"], mask_token_id=0, target_layer_ids=[0, 1],
+    )  # fmt: skip
+    return target, {"assistant_model": AutoModel.from_config(config).eval(), "speculation_type": "dflash"}
+
+
+def mtp(target, tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model(
+        "glm4_moe", **SIZES, **HEADS, **NO_EOS, **experts, head_dim=8, first_k_dense_replace=1, num_mtp_layers=2,
+        n_group=1, topk_group=1,
+    )  # fmt: skip
+    target = AutoModelForCausalLM.from_config(config).eval()
+
+    def random_weights(main_model, device_map=None):
+        model, generator = MtpModel(main_model, 2).eval(), torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if name.startswith("layers"):
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm" in name))
+        return model
+
+    monkeypatch.setattr(MtpModel, "from_pretrained", random_weights)
+    return target, {"use_mtp": True}
+
+
+DRAFTERS = [assistant, other_tokenizer, prompt_lookup, early_exit, dflash, mtp]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_every_drafter(llama, tokenizer, drafter, do_sample, monkeypatch):
+    ids = tokenizer("abc, abc, abc, ", return_tensors="pt").input_ids
+    outputs, stats = [], []
+    for rule in (None, Lossless(), Coin(1.0)):
+        # Built anew each time: sampling from a draft with another tokenizer prunes the draft.
+        target, options = drafter(llama[0], tokenizer, monkeypatch)
+        model = target if rule is None else JudgedModel(target, rule)
+        torch.manual_seed(0)
+        outputs.append(
+            model.generate(ids, **options, max_new_tokens=NEW, do_sample=do_sample, top_k=0, pad_token_id=0)
+        )
+        stats.append(None if rule is None else model.stats)
+    stock, never, always = outputs
+    # (Sampling from a draft with another tokenizer, transformers does not repeat itself under one seed: these are then
+    # three texts, and what one of them has more of is chance.)
+    if not (drafter is other_tokenizer and do_sample):
+        assert torch.equal(stock, never)
+        assert do_sample or torch.equal(never, target.generate(ids, max_new_tokens=NEW, pad_token_id=0))
+        assert stats[2].judged > 0
+        assert stats[2].tokens_per_round >= stats[1].tokens_per_round
+    assert stats[1].judged == 0
+    assert stats[1].drafted > 0
+    assert stats[1].tokens == never.shape[1] - ids.shape[1]
+    assert stats[2].tokens == always.shape[1] - ids.shape[1]
+
+
+def test_stateful_targets_are_refused_before_the_first_token():
+    config = AutoConfig.for_model("mamba", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    target = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="not supported with stateful models, such as MambaForCausalLM"):
+        JudgedModel(target, Lossless()).generate(torch.ones(1, 4, dtype=torch.long), prompt_lookup_num_tokens=3)
+
+
+# The draft without the preparations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+@pytest.mark.parametrize("confidence", [0.0, 0.6])
+def test_drafts_are_those_of_transformers(pair, prompt, do_sample, confidence, monkeypatch):
+    """Same candidates and logits, round for round, also where the draft stops on low confidence."""
+    target, draft = pair[0], perturbed(pair[0])
+    draft.generation_config.assistant_confidence_threshold = confidence
+    seen: list[list] = [[], []]
+    get_candidates = AssistedCandidateGenerator.get_candidates
+    for run, model in zip(seen, (target, JudgedModel(target, Lossless())), strict=True):
+
+        def spy(self, input_ids, run=run, **kwargs):
+            run.append(get_candidates(self, input_ids, **kwargs))
+            return run[-1]
+
+        monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", spy)
+        torch.manual_seed(0)
+        model.generate(prompt, assistant_model=draft, max_new_tokens=NEW, do_sample=do_sample, top_k=0)
+    assert len(seen[0]) == len(seen[1])
+    for (ids, logits), (fast_ids, fast_logits) in zip(*seen, strict=True):
+        assert torch.equal(ids, fast_ids)
+        if logits is not None:
+            torch.testing.assert_close(logits, fast_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_generate_of_the_draft_runs_once(llama, prompt, monkeypatch):
+    target, draft = llama
+    calls = []
+    generate = type(draft).generate
+    monkeypatch.setattr(type(draft), "generate", lambda self, *a, **k: calls.append(self) or generate(self, *a, **k))
+    judged = JudgedModel(target, Lossless())
+    judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
+    assert judged.stats.rounds > 3
+    assert sum(model is draft for model in calls) == 1
+
+
+def test_nothing_outlives_a_call(llama, prompt, monkeypatch):
+    """Caches go when the call ends, not at the next garbage collection."""
+    target, draft = llama
+    generators = []
+    get_candidates = AssistedCandidateGenerator.get_candidates
+
+    def spy(self, input_ids, **kwargs):
+        generators.append(weakref.ref(self))
+        return get_candidates(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        JudgedModel(target, Lossless(), "auto").generate(prompt, assistant_model=draft, max_new_tokens=NEW)
+        assert generators
+        assert generators[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_early_exit_leaves_the_config_alone(llama, prompt):
+    target, _ = llama
+
+    def fail_while_drafting(ids, scores):
+        if ids.shape[1] > prompt.shape[1] + 2:
+            1 / 0  # noqa: B018
+        return scores
+
+    with pytest.raises(ZeroDivisionError):
+        JudgedModel(target, Lossless()).generate(
+            prompt, assistant_early_exit=1, max_new_tokens=NEW, logits_processor=[fail_while_drafting]
+        )
+    assert target.config.num_hidden_layers == 2
+
+
+# Draft length --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_fixed_length(llama, prompt, length):
+    target, draft = llama
+    judged = JudgedModel(target, Lossless(), draft_length=length)
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
+    assert torch.equal(output, target.generate(prompt, max_new_tokens=NEW))
+    assert len(judged.stats.offered_at) == length
+    assert draft.generation_config.num_assistant_tokens == 5
+
+
+def test_auto_length_is_lossless_too(llama, prompt):
+    target, draft = llama
+    for options in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
+        judged = JudgedModel(target, Lossless(), draft_length="auto")
+        output = judged.generate(prompt.repeat(1, 3), max_new_tokens=60, **options)
+        assert torch.equal(output, target.generate(prompt.repeat(1, 3), max_new_tokens=60))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+@pytest.mark.parametrize("length", [3, "auto"])
+@pytest.mark.filterwarnings("error:Unfeasible length")
+def test_length_with_a_minimum_and_transformers_own_schedules(llama, prompt, length, schedule):
+    target, _ = llama
+    draft = perturbed(target, noise=0.005)
+    draft.generation_config.assistant_confidence_threshold = 0.4
+    draft.generation_config.num_assistant_tokens_schedule = schedule
+    options = {"max_new_tokens": 60, "min_new_tokens": 20, "eos_token_id": 7}
+    judged = JudgedModel(target, Lossless(), draft_length=length)
+    output = judged.generate(prompt, assistant_model=draft, **options)
+    assert torch.equal(output, target.generate(prompt, **options))
+    assert len(judged.stats.offered_at) <= (3 if length == 3 else 16)
+    assert draft.generation_config.num_assistant_tokens == 5
+
+
+def test_length_of_drafts_that_have_their_own(llama, tokenizer, prompt, monkeypatch):
+    target, options = dflash(llama[0], tokenizer, monkeypatch)
+    with pytest.raises(ValueError, match="`draft_length` cannot be set for DFlashTokenCandidateGenerator"):
+        JudgedModel(target, Lossless(), draft_length=3).generate(prompt, max_new_tokens=NEW, **options)
+
+
+class Fixed(AutoLength):
+    """Drafts of one length."""
+
+    def goes_on(self, confidence: float | None) -> bool:
+        self.confidences.append(confidence)
+        return len(self.confidences) < self.first
+
+
+class Blind(AutoLength):
+    """Is not told how confident the draft is."""
+
+    def goes_on(self, confidence: float | None) -> bool:
+        return super().goes_on(None)
+
+
+def speed(length: AutoLength, draft: float, row: float, tokens: int = 4000) -> float:
+    """Tokens a second where candidates are kept as often as the draft's confidence in them says, a candidate costs
+    `draft` seconds, and a verification 1 and `row` more for each of its rows."""
+    rng, done, seconds = np.random.default_rng(0), 0, 0.0
+    while done < tokens:
+        length.begin()
+        confidences = rng.choice([0.35, 0.92, 0.97], p=[0.2, 0.3, 0.5], size=length.longest)
+        drafted = next(place for place, c in enumerate(confidences, start=1) if not length.goes_on(c))
+        kept = int((rng.random(drafted) < confidences[:drafted]).cumprod().sum())
+        costs = drafted * draft, 1 + row * drafted
+        length.observe(drafted, kept, *costs)
+        done, seconds = done + kept + 1, seconds + sum(costs)
+    return done / seconds
+
+
+@pytest.mark.parametrize(
+    ("draft", "row", "gain"), [(0.02, 0, 0.97), (0.1, 0, 1.05), (0.1, 0.1, 1.08), (0.5, 0, 1.03), (0.3, 0.3, 1.02)]
+)
+def test_auto_length_is_near_the_best_fixed_one_and_better_with_confidence(draft, row, gain):
+    best = max(speed(Fixed(first), draft, row) for first in range(1, 17))
+    assert speed(Blind(), draft, row) > 0.95 * best
+    assert speed(AutoLength(), draft, row) > gain * best
+
+
+def test_auto_length_ends():
+    assert AutoLength().blind() == 5  # nothing measured yet
+    for kept, lengths in ((0, {1}), (99, {16})):
+        length = AutoLength()
+        for _ in range(60):
+            drafted = length.blind()
+            length.observe(drafted, min(kept, drafted), 0.1 * drafted, 1.0)
+        assert {length.blind()} == lengths
+    length.observe(0, 0, 0.1, 1.0)  # prompt lookup found nothing
+    assert length.blind() == 16
+
+
+def test_heuristic_schedule_is_kept_as_transformers_keeps_it(llama, prompt):
+    target, draft = llama
+    lengths = []
+    for model in (target, JudgedModel(target, Lossless())):
+        draft = perturbed(target, noise=0.0)
+        draft.generation_config.num_assistant_tokens_schedule = "heuristic"
+        model.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
+        lengths.append(draft.generation_config.num_assistant_tokens)
+    assert lengths[0] == lengths[1] != 5

@@ -1,0 +1,198 @@
+"""Each rule on rows made by hand, and what all rules must respect inside `generate`."""
+
+import math
+
+import pytest
+import torch
+from tokenizers import AddedToken
+
+from hf_selfjudge import JudgedModel, JudgeRule, special_tokens
+from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, Rows, TopK
+from tests.builders import VOCAB, build, random_judge, tiny_tokenizer
+
+
+def rows(probabilities, candidate=1, draft=None, matches_after=0, position=0) -> Rows:
+    """One row over a small vocabulary; a probability of 0 is a masked token."""
+    scores = torch.tensor(probabilities).log()[None]
+    return Rows(
+        candidates=torch.tensor([candidate]),
+        scores=scores,
+        final_scores=scores,
+        logits_after=scores,
+        hidden=torch.zeros(1, 2, 4),
+        positions=torch.tensor([position]),
+        matches_after=torch.tensor([matches_after]),
+        draft_logits=None if draft is None else torch.tensor(draft).log()[None],
+    )
+
+
+def test_lossless():
+    assert not Lossless().accept(rows([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(("k", "accepted"), [(1, False), (3, False), (4, True)])  # ties with the last
+def test_top_k(k, accepted):
+    assert TopK(k).accept(rows([0.5, 0.1, 0.3, 0.1])).item() is accepted
+
+
+@pytest.mark.parametrize(("nats", "accepted"), [(0.0, False), (1.09, False), (1.1, True)])
+def test_margin(nats, accepted):
+    assert Margin(nats).accept(rows([0.6, 0.2, 0.2])).item() is accepted  # log 3 = 1.0986
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "accepted"),
+    [
+        ([0.5, 0.4, 0.1], [0.4, 0.5, 0.1], True),  # KL 0.022
+        ([0.5, 0.4, 0.1], [0.1, 0.8, 0.1], False),  # KL 0.53
+        ([0.95, 0.04, 0.01], [0.94, 0.05, 0.01], False),  # the target is sure
+        ([0.6, 0.4, 0.0], [0.5, 0.5, 0.0], True),  # both have masked the same token
+        ([0.5, 0.4, 0.1], [0.5, 0.5, 0.0], False),  # the draft cannot say what the target may
+    ],
+)
+def test_kl_gate(target, draft, accepted):
+    assert KLGate(0.1).accept(rows(target, draft=draft)).item() is accepted
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "matches", "accepted"),
+    [([0.5, 0.5], 2, True), ([0.5, 0.5], 1, False), ([0.99, 0.01], 2, False)],
+)
+def test_look_ahead(probabilities, matches, accepted):
+    rule = LookAhead(window=2, unsure=0.3)  # entropy of (.99, .01) is 0.08 of log 2
+    assert rule.accept(rows(probabilities, matches_after=matches)).item() is accepted
+
+
+def test_coin_is_fair_and_always_falls_the_same_way():
+    throws = [Coin(0.3).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
+    assert abs(sum(throws) / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
+    assert throws == [Coin(0.3).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
+    assert throws != [Coin(0.3, seed=1).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "accepted"),
+    [
+        *((0.39, False), (0.41, True), (0, False), (1, True)),
+        *(("0.13/token", False), ("0.14/token", True), ("0/token", False), ("1/token", True)),
+    ],
+)
+def test_a_threshold_for_each_token_gained(llama, threshold, accepted):
+    """The candidate and the two behind it that match: a probability of 0.4 is 0.133 for each."""
+    judge = random_judge(llama[0])
+    judge.forward = lambda scalars, hidden: torch.tensor([0.4]).logit()
+    assert JudgeRule(judge, threshold).accept(rows([0.5, 0.5], matches_after=2)) == accepted
+
+
+@pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", -0.1, float("nan")])
+def test_thresholds_that_are_none(llama, threshold):
+    with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\].*, got"):
+        JudgeRule(random_judge(llama[0]), threshold)
+
+
+def test_an_operating_point_for_each_token_gained(llama):
+    judge = random_judge(llama[0])
+    judge.info.operating_points["fast"] = {"threshold": "0.03/token"}
+    assert JudgeRule(judge, "fast").threshold == "0.03/token"
+
+
+def test_several_rows_at_once():
+    one = rows([0.6, 0.2, 0.2], draft=[0.5, 0.3, 0.2])
+    other = rows([0.4, 0.35, 0.25], draft=[0.4, 0.35, 0.25], matches_after=3, position=1)
+    both = Rows(**{name: torch.cat([getattr(one, name), getattr(other, name)]) for name in vars(one)})
+    target = build("llama", vocab_size=3, hidden_size=4, intermediate_size=4)
+    judge = JudgeRule(random_judge(target), 0.5)
+    for rule in (Lossless(), TopK(2), Margin(0.5), KLGate(0.01), LookAhead(2), Coin(0.5), judge):
+        alone = torch.cat([rule.accept(one), rule.accept(other)])
+        assert torch.equal(rule.accept(both), alone), rule
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(0), "`k` must be a number of tokens, 1 or more, got 0"),
+        (lambda: Margin(-1), "`nats` must be 0 or more nats, got -1"),
+        (lambda: KLGate(0.1, sure=2), "`sure` must be a probability, got 2"),
+        (lambda: LookAhead(-1), "`window` must be a number of tokens, 0 or more, got -1"),
+        (lambda: Coin(1.5), r"`share` must be a share, in \[0, 1\], got 1.5"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Inside generate -----------------------------------------------------------------------------------------------------
+
+NEVER = [Lossless(), TopK(1), Margin(0.0), KLGate(0.0), LookAhead(99), Coin(0.0)]
+SOME = [TopK(3), Margin(1.0), KLGate(0.5), LookAhead(1, 0.0), Coin(0.5)]
+
+
+@pytest.mark.parametrize("rule", NEVER, ids=lambda rule: type(rule).__name__)
+def test_strictest_setting_is_lossless(llama, prompt, rule):
+    target, draft = llama
+    judged = JudgedModel(target, rule)
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=40)
+    assert torch.equal(output, target.generate(prompt, max_new_tokens=40))
+
+
+@pytest.mark.parametrize("rule", SOME, ids=lambda rule: type(rule).__name__)
+def test_every_rule_keeps_mismatches(llama, rule):
+    target, draft = llama
+    judged = JudgedModel(target, rule)
+    for seed in range(4):
+        prompt = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(seed))
+        judged.generate(prompt, assistant_model=draft, max_new_tokens=60)
+    assert judged.total.judged > 0
+    assert judged.total.calls == 4
+
+
+def test_margin_keeps_what_a_plain_forward_says(llama, prompt):
+    """Every judged token lies within the margin of the target's choice, every correction was outside."""
+    target, draft = llama
+    judged = JudgedModel(target, Margin(1.5))
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=60)
+    logprobs = target(output).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+    margins = logprobs.amax(-1) - logprobs.gather(-1, output[0, prompt.shape[1] :, None]).squeeze(-1)
+    judged_margins = margins[[source == "judged" for source in judged.stats.sources]]
+    assert len(judged_margins)
+    assert (judged_margins > 0).all()
+    assert (judged_margins <= 1.5).all()
+    torch.testing.assert_close(judged_margins.sum().item(), judged.stats.logprob_given_up, atol=1e-3, rtol=1e-3)
+
+
+def test_special_tokens_of_a_rule_that_knows_none(llama, prompt):
+    target, draft = llama
+    free = JudgedModel(target, Coin(1.0))
+    output = free.generate(prompt, assistant_model=draft, max_new_tokens=40)[0, prompt.shape[1] :]
+    token = int(output[free.stats.sources.index("judged")])
+    bound = JudgedModel(target, Coin(1.0), special_tokens=[token])
+    output = bound.generate(prompt, assistant_model=draft, max_new_tokens=40)[0, prompt.shape[1] :]
+    assert token not in {int(t) for t, s in zip(output, bound.stats.sources, strict=True) if s == "judged"}
+
+
+def test_special_tokens_without_a_role(llama):
+    """Such as `<|im_start|>`, which `all_special_ids` does not name."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<tool_call>")])
+    start, call = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<tool_call>"])
+    assert start not in tokenizer.all_special_ids
+    assert {start, *tokenizer.all_special_ids} == set(special_tokens(llama[0], tokenizer))
+    assert call not in special_tokens(llama[0], tokenizer)
+
+
+def test_a_rule_that_compares_with_the_draft_needs_its_logits(llama, prompt):
+    target, _ = llama
+    judged = JudgedModel(target, KLGate(0.1))
+    with pytest.raises(ValueError, match=r"`rule` KLGate .* drafts of PromptLookupCandidateGenerator come without"):
+        judged.generate(prompt, prompt_lookup_num_tokens=3, max_new_tokens=8)
+
+
+def test_what_is_no_rule(llama):
+    target, _ = llama
+    with pytest.raises(TypeError, match=r"`rule` must be a Rule, got Judge. Wrap it: `JudgeRule\(judge\)`"):
+        JudgedModel(target, random_judge(target))
+    with pytest.raises(TypeError, match="`rule` must be a Rule, got str"):
+        JudgedModel(target, "margin")
+    with pytest.raises(ValueError, match="`draft_length` must be a number of tokens, 'auto' or None, got 0"):
+        JudgedModel(target, Lossless(), draft_length=0)

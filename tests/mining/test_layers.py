@@ -1,0 +1,217 @@
+"""Judges that look at states midway in the target: labels read again there, and decoding that sees the same."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import concatenate_datasets
+from peft import LoraConfig
+
+from hf_selfjudge import (
+    Judge,
+    JudgeConfig,
+    JudgedModel,
+    JudgeRule,
+    JudgeTrainer,
+    load_labels,
+    mine,
+    mining_of,
+    new_judge,
+)
+from hf_selfjudge.judge.features import STATES
+from hf_selfjudge.mining.layers import add_layer_states
+from hf_selfjudge.models.load import fingerprint
+from hf_selfjudge.training.script import ScriptArguments, main
+from hf_selfjudge.training.trainer import TargetWithJudge
+from tests.builders import build, perturbed, random_judge
+from tests.mining.test_job import CONFIG, PROMPTS
+
+
+LAYER = 1
+
+
+def midway_judge(target):
+    judge = random_judge(target)
+    judge.info = replace(judge.info, layer=LAYER)
+    return judge
+
+
+def states(model, ids):
+    """What enters the layer, as transformers tells it."""
+    with torch.no_grad():
+        output = model(input_ids=torch.as_tensor(ids).view(1, -1), output_hidden_states=True)
+    return output.hidden_states[LAYER][0]
+
+
+def mined(target, folder, tokenizer):
+    return mine(target, perturbed(target, 0.05), tokenizer, PROMPTS, CONFIG, folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path):
+    target, folder = build(architecture), tmp_path / "labels [1]"
+    before = mined(target, folder, tokenizer)
+    states(target, [3])  # a target that told its states before is no other
+    after = add_layer_states(target, folder, LAYER, tmp_path / "midway", batch=2)
+    assert {*after["layer"]} == {LAYER}
+    after = after.remove_columns("layer")
+    assert before.features == after.features
+    assert before.remove_columns(STATES).to_dict() == after.remove_columns(STATES).to_dict()
+    for row in after:
+        text = [*row["prompt_ids"], *row["answer_ids"][: row["position"]], row["substitute"]]
+        expected = states(target, text)[-2:].half().numpy()
+        found = np.array([row[name] for name in STATES])
+        np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
+    assert not np.allclose(before["hidden_after"][:], after["hidden_after"][:], atol=1e-2)
+
+
+def test_a_run_that_was_cut_off_goes_on(llama, tokenizer, tmp_path):
+    target, folder, output = llama[0], tmp_path / "labels", tmp_path / "midway"
+    mined(target, folder, tokenizer)
+    whole = add_layer_states(target, folder, LAYER, output).to_dict()
+    first, second = sorted(output.glob("labels-*.parquet"))
+    shutil.rmtree(output / "cache")
+    second.unlink()
+    second.with_name(f"{second.stem}.incomplete.parquet").write_bytes(b"half")  # as a kill leaves it
+    assert len(load_labels(output)) == 16
+    kept = first.stat().st_mtime_ns
+    assert add_layer_states(target, folder, LAYER, output).to_dict() == whole
+    assert first.stat().st_mtime_ns == kept
+    assert {path.name for path in output.glob("labels-*.json")} == {path.name for path in folder.glob("labels-*.json")}
+
+
+def test_a_judge_of_these_labels_looks_there(llama, tokenizer, tmp_path):
+    """Trained on labels that were read again, in a file and back, and through the model on the same text."""
+    target, folder = llama[0], tmp_path / "midway"
+    mined(target, tmp_path / "labels", tokenizer)
+    labels = add_layer_states(target, tmp_path / "labels", LAYER, folder)
+    args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=3, use_cpu=True, disable_tqdm=True)
+    trainer = JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=labels)
+    trainer.train()
+    trainer.save_model()
+    judge = Judge.from_pretrained(tmp_path / "judge")
+    assert judge.info.layer == LAYER
+    through = JudgeTrainer(TargetWithJudge(target, judge), args, train_dataset=labels, processing_class=tokenizer)
+    np.testing.assert_allclose(through.odds(labels), trainer.odds(labels), atol=2e-2)
+
+
+@pytest.mark.parametrize("how", ["draft", "processor", "early exit"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
+    """In every round, whatever was dropped before, and whoever ran the target's layers in between."""
+    target, seen = build(architecture), []
+    draft = {"assistant_model": perturbed(target, 0.05)}
+    options = {
+        "draft": draft,
+        "processor": draft | {"logits_processor": [lambda ids, scores: scores + target(ids[:, -4:]).logits[:, -1]]},
+        "early exit": {"assistant_early_exit": 1},
+    }[how]
+
+    class Noting(JudgeRule):
+        def accept(self, rows):
+            seen.append((rows.positions.item(), rows.candidates.item(), rows.hidden[0]))
+            return super().accept(rows)
+
+    judged = JudgedModel(target, Noting(midway_judge(target), 0.5))
+    output = judged.generate(prompt, max_new_tokens=40, do_sample=False, **options)
+    assert len(seen) > 2
+    for position, candidate, hidden in seen:
+        text = torch.cat([output[0, : prompt.shape[1] + position], torch.tensor([candidate])])
+        torch.testing.assert_close(hidden, states(target, text)[-2:], atol=1e-4, rtol=1e-4)
+
+
+def test_batches_give_what_each_gives_alone(llama, prompt):
+    target, draft = llama
+    judged = JudgedModel(target, JudgeRule(midway_judge(target), 0.5))
+    ids = torch.cat([prompt, prompt.roll(3, 1), prompt.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0  # padding on the left
+    how = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
+    together = judged.generate(ids, attention_mask=mask, **how)
+    assert judged.stats.judged
+    for row, shown, answer in zip(ids, mask.bool(), together, strict=True):
+        alone = judged.generate(row[shown][None], **how)[0]
+        assert torch.equal(alone, answer[-len(alone) :])
+
+
+def test_a_shard_without_substitutions_is_kept(llama, tokenizer, tmp_path):
+    target, folder = llama[0], tmp_path / "labels"
+    rows = mined(target, folder, tokenizer)
+    first = min(folder.glob("labels-*.parquet"))
+    rows.select([]).to_parquet(first)
+    left = add_layer_states(target, folder, LAYER, tmp_path / "midway")
+    assert 0 < len(left) == len(load_labels(folder)) < len(rows)
+
+
+def test_states_too_large_for_the_file_are_refused(llama, tokenizer, tmp_path):
+    target = build("llama")
+    mined(target, tmp_path / "labels", tokenizer)
+    with torch.no_grad():
+        target.model.layers[LAYER - 1].mlp.down_proj.weight.mul_(1e6)
+    made = json.loads((tmp_path / "labels" / "mining.json").read_text())
+    (tmp_path / "labels" / "mining.json").write_text(json.dumps(made | {"target_fingerprint": fingerprint(target)}))
+    with pytest.raises(ValueError, match="`layer`: what enters layer 1 is too large for fp16"):
+        add_layer_states(target, tmp_path / "labels", LAYER, tmp_path / "midway")
+    assert not [*(tmp_path / "midway").glob("*.parquet")]
+
+
+def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
+    target, gpt2, folder = llama[0], build("gpt2"), tmp_path / "labels"
+    mined(target, folder, tokenizer)
+    with pytest.raises(ValueError, match="`layer` must be above 0 and below 2, the layers of LlamaForCausalLM, got 2"):
+        add_layer_states(target, folder, 2, tmp_path / "midway")
+    with pytest.raises(ValueError, match="`output` is the folder of the labels"):
+        add_layer_states(target, folder, LAYER, folder)
+    with pytest.raises(ValueError, match="`folder`: the labels are of other weights than `target`"):
+        add_layer_states(build("qwen2"), folder, LAYER, tmp_path / "midway")
+    with pytest.raises(ValueError, match="`batch` must be 1 or more, got 0"):
+        add_layer_states(target, folder, LAYER, tmp_path / "midway", batch=0)
+    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is no decoder with `layers`"):
+        JudgedModel(gpt2, JudgeRule(midway_judge(gpt2), 0.5))
+    assert not (tmp_path / "midway").exists()
+    add_layer_states(target, folder, LAYER, tmp_path / "midway")
+    with pytest.raises(ValueError, match=r"different models or layers \(layer: None and 1\)"):
+        mining_of([folder, tmp_path / "midway"])
+    with pytest.raises(ValueError, match=r"made with other settings \(layer: 1 there, None now\)"):
+        mined(target, tmp_path / "midway", tokenizer)
+
+
+def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
+    target, folder, midway = llama[0], tmp_path / "labels", tmp_path / "midway"
+    last = mined(target, folder, tokenizer)
+    rows = add_layer_states(target, folder, LAYER, midway)
+    args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=1, use_cpu=True, disable_tqdm=True)
+    for labels, other in ((rows, folder), (last, midway)):
+        with pytest.raises(ValueError, match="The labels have hidden states of layer"):
+            JudgeTrainer(new_judge(mining_of([other])[0], args), args, train_dataset=labels)
+    with pytest.raises(ValueError, match="The labels have hidden states of layer None, the judge looks at layer 1"):
+        JudgeTrainer(new_judge(mining_of([midway])[0], args), args, train_dataset=rows, eval_dataset=last)
+    with pytest.raises(ValueError, match=r"hidden states of different layers \(\[None, 1\]\)"):
+        JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=concatenate_datasets([last, rows]))
+    made = JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer)
+    assert made.judge.info.layer == LAYER
+    adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
+    with pytest.raises(ValueError, match="`judge` looks at what enters layer 1, but an adapter is for the last"):
+        JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    with pytest.raises(ValueError, match="`lora_layers`: an adapter is for the last hidden states"):
+        main(ScriptArguments([str(midway)], folds=2, lora_layers=1), args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 0}, "layer is 0, no number of layers"),
+        ({"depth": 1}, "this version of hf_selfjudge does not know depth"),
+        ({"layer": True}, "layer is True, no number of layers"),
+        ({"layer": 1, "adapter": True}, "it has an adapter, which is for the last states, and looks at layer 1"),
+    ],
+)
+def test_a_damaged_config_is_refused(change, message, tmp_path):
+    midway_judge(build("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        Judge.from_pretrained(tmp_path)

