@@ -67,24 +67,24 @@ def prompts_file(tmp_path):
 
 # The matrix of architectures, printed at the end of a run ------------------------------------------------------------
 
-MATRIX: dict[tuple[str, str], dict[str, str]] = {}
-
 
 @pytest.fixture
-def record_matrix():
+def record_matrix(record_property):
     """Note the outcome of one cell: `record_matrix(kind, architecture, decoding, drafter, outcome)`."""
-
-    def record(kind, name, decoding, drafter, outcome):
-        MATRIX.setdefault((kind, name), {})[f"{decoding}, {drafter}"] = outcome
-
-    return record
+    return lambda *cell: record_property("matrix", cell)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not MATRIX:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for name, cell in [one for report in reports for one in getattr(report, "user_properties", ())]:
+        if name == "matrix":
+            kind, architecture, decoding, drafter, outcome = cell
+            table.setdefault((kind, architecture), {})[f"{decoding}, {drafter}"] = outcome
+    if not table:
         return
-    columns = list(next(iter(MATRIX.values())))
+    columns = sorted({column for cells in table.values() for column in cells})
     terminalreporter.section("tokens a round: never (= stock) → always (= whole drafts)")
     terminalreporter.write_line(f"{'':20}{'':18}" + "".join(f"{c:>23}" for c in columns))
-    for (kind, name), cells in MATRIX.items():
+    for (kind, name), cells in sorted(table.items()):
         terminalreporter.write_line(f"{kind:20}{name:18}" + "".join(f"{cells.get(c, '-'):>23}" for c in columns))
