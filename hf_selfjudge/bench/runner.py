@@ -36,7 +36,7 @@ from ..judge.judge import Judge
 from ..judge.replay import Replay
 from ..models.cpu import precision
 from ..models.load import fingerprint
-from ..models.tokens import context_of, eos_tokens, greedy, special_tokens, until_eos
+from ..models.tokens import context_of, eos_tokens, greedy, until_eos
 from ..utils.files import JsonlLog, check_or_write_settings
 from ..utils.names import lasting
 from .methods import ENSEMBLE, Setting
@@ -163,7 +163,7 @@ def answer(
     models: Sequence[PreTrainedModel],
     config: BenchConfig,
     rule: Rule | None,
-    special: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
     keys: Sequence[Keys | None],
 ) -> dict:
     """
@@ -173,7 +173,7 @@ def answer(
         models (`Sequence[PreTrainedModel]`): The draft, unless drafts come from prompt lookup, and the target: copies
             whose forwards may be replaced.
         rule ([`Rule`], *optional*): What the setting decides with, if it has a rule.
-        special (`Sequence[int]`): Tokens that no rule may accept.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the target.
         keys (`Sequence[Keys]`): Of the prompt, for each of `models`.
 
     Returns:
@@ -195,7 +195,7 @@ def answer(
     model, stats = (models[0] if family == "draft" else target), Stats()
     model.generation_config = how  # what `how` leaves open is not filled in from the model's own
     if rule is not None:
-        model = JudgedModel(target, rule, config.draft_length, special)
+        model = JudgedModel(target, rule, config.draft_length, tokenizer)
     since = time.perf_counter()
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **drafts)
     seconds = time.perf_counter() - since
@@ -257,7 +257,7 @@ def decode(
     rules = {setting: setting.rule(judges) for setting in settings if setting.judge is not None}
     for rule in rules.values():
         rule.check_target(target)
-    context, special = readable(target, draft, settings), special_tokens(target, tokenizer)
+    context = readable(target, draft, settings)
     prompts, ids, left_out = fitting(tokenizer, prompts, context, config.max_new_tokens)
     if not prompts:
         raise none_fits(len(left_out), context, config.max_new_tokens)
@@ -282,7 +282,7 @@ def decode(
                 progress.advance(bar)
 
             jobs = [job for job in jobs if job.key not in done]
-            (_side_by_side if config.mode == "quality" else _in_turns)(jobs, models, rules, special, config, keep)
+            (_side_by_side if config.mode == "quality" else _in_turns)(jobs, models, rules, tokenizer, config, keep)
 
         if config.mode == "timing":
             measured = _shares(JsonlLog(folder / "quality.jsonl"), later, lines)
@@ -337,7 +337,7 @@ def _shares(lines: Iterable[dict], coins: Sequence[Setting], before: Iterable[di
     return shares
 
 
-def _side_by_side(jobs, models, rules, special, config, keep) -> None:
+def _side_by_side(jobs, models, rules, tokenizer, config, keep) -> None:
     """Many answers at a time. A prompt is read once, when its first answer begins, and forgotten with its last."""
     # The draft alone takes a forward for each token, and forwards of the draft go first: let nobody wait for a few.
     jobs = sorted(jobs, key=lambda job: job.setting.family != "draft")
@@ -354,18 +354,18 @@ def _side_by_side(jobs, models, rules, special, config, keep) -> None:
         rule = _rule(job, rules)
         if rule is not None and isinstance(rule.replay_on(models[-1]), Replay):
             keys = [*keys[:-1], None]  # the adapter has to see the prompt too
-        keep(answer(job, stand_ins, config, rule, special, keys))
+        keep(answer(job, stand_ins, config, rule, tokenizer, keys))
 
     run_in_lockstep(models, [functools.partial(call, job) for job in jobs], at_once=config.at_once)
 
 
-def _in_turns(jobs, models, rules, special, config, keep) -> None:
+def _in_turns(jobs, models, rules, tokenizer, config, keep) -> None:
     """One answer at a time, behind a short one of each setting, so that none pays for first touches. Which setting
     comes first changes from prompt to prompt."""
     nothing = [None] * len(models)
 
     def one(job: Job, how: BenchConfig) -> dict:
-        return answer(job, [copy.copy(model) for model in models], how, _rule(job, rules), special, nothing)
+        return answer(job, [copy.copy(model) for model in models], how, _rule(job, rules), tokenizer, nothing)
 
     for job in {job.setting: job for job in reversed(jobs)}.values():
         one(job, replace(config, max_new_tokens=8))
@@ -403,7 +403,7 @@ def _made_with(job: Job, rules: Mapping[Setting, Rule]) -> str:
     judge = None
     if job.setting in rules:
         rule = rules[job.setting]
-        threshold = [rule.threshold] if job.setting.values else rule.threshold
+        threshold = [rule.threshold.json()] if job.setting.values else rule.threshold.json()
         judge = [fingerprint(rule.judge), rule.special_tokens, threshold]
     return hashlib.sha256(json.dumps([job.ids.tolist(), judge, job.share]).encode()).hexdigest()[:16]
 

@@ -1,81 +1,84 @@
-"""Judged generation for several prompts: rows that are decoded side by side, each as if it were alone.
+"""Several prompts, decoded side by side, each as if it were alone.
 
-In: a batch padded on the left. Out: what `generate` returns for a batch. How rows share forwards is told in
-`together.py`; here a batch is taken apart and put together again.
+In: a batch padded on the left. Out: what `generate` returns for a batch. Here a batch is taken apart and put together
+again; how its rows share forwards is in `forward/lockstep.py`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..forward.lockstep import run_in_lockstep
-from .processors import copied
+from .decode import decode_one
 from .rules import Rule
+from .stats import Stats
+from .trial import copied
 
 
-if TYPE_CHECKING:
-    from .judged_model import JudgedModel
-
-
-def generate_rows(
-    judged: JudgedModel,
+def decode_batch(
+    target: PreTrainedModel,
+    rules: Sequence[Rule],
+    special_tokens: set[int],
+    draft_length: int | str | None,
     ids: torch.LongTensor,
     generation_config: GenerationConfig | None,
     logits_processor: LogitsProcessorList | None,
-    rules: Sequence[Rule] | None,
     seeds: Sequence[int] | None,
-    kwargs: dict,
-) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-    """`judged.generate` for `ids` of shape `(rows, length)`; see there."""
-    target, rows = judged.target, range(len(ids))
-    rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
-    draft, streamers = rest.pop("assistant_model", None), rest.pop("streamer", None)
-    config = merged(target, generation_config)
-    asked = config.to_dict() | rest
-    _check(judged, len(ids), asked, rest, {"rules": rules, "seeds": seeds, "streamer": streamers})
-    prompts = _prompts(ids, kwargs.get("attention_mask"), asked.get("pad_token_id"))
-    if seeds is None and asked.get("do_sample"):
+    **kwargs,
+) -> tuple[torch.LongTensor | GenerateDecoderOnlyOutput, list[Stats]]:
+    """
+    Decode each row of `ids`, of shape `(rows, length)`, by [`decode_one`].
+
+    Args:
+        rules, seeds: One for each row, see [`JudgedModel.generate`].
+        target, special_tokens, draft_length, generation_config, logits_processor, kwargs: See [`decode_one`].
+
+    Returns:
+        What `generate` returns, and the statistics of each row.
+    """
+    mask = kwargs.pop("attention_mask", None)
+    kwargs.pop("input_ids", None)
+    draft, streamers = kwargs.pop("assistant_model", None), kwargs.pop("streamer", None)
+    config = with_defaults(target, generation_config)
+    options = config.to_dict() | kwargs
+    _check(target, ids, options, kwargs, {"rules": rules, "seeds": seeds, "streamer": streamers})
+    prompts = _prompts(ids, mask, options.get("pad_token_id"))
+    if seeds is None and options.get("do_sample"):
         seeds = torch.randint(2**62, (len(ids),)).tolist()
 
-    def answer(row: int, *models):
-        single = judged.on(models[-1])
-        if rules is not None:
-            single.rule = rules[row]
-            single.special_tokens = {*judged.special_tokens, *rules[row].special_tokens}
-        options = dict(rest)
-        padding = ids.shape[1] - prompts[row].shape[1]
+    def decode_row(row: int, *stand_ins: PreTrainedModel) -> tuple:
+        own, padding = dict(kwargs), ids.shape[1] - prompts[row].shape[1]
         row_config = copy.deepcopy(config)
         for limit in ("max_length", "min_length"):  # these count the padding
-            if options.get(limit):
-                options[limit] -= padding
+            if own.get(limit):
+                own[limit] -= padding
             elif getattr(row_config, limit):
                 setattr(row_config, limit, getattr(row_config, limit) - padding)
-        if (allowed := options.get("prefix_allowed_tokens_fn")) is not None:
-            options["prefix_allowed_tokens_fn"] = lambda _, prefix: allowed(row, prefix)
+        if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
+            own["prefix_allowed_tokens_fn"] = lambda _, prefix: allowed(row, prefix)
         if draft is not None:
-            options["assistant_model"] = models[0]
+            own["assistant_model"] = stand_ins[0]
         if streamers is not None:
-            options["streamer"] = streamers[row]
-        single.target.generation_config = row_config  # the stand-in's own
-        options["attention_mask"] = torch.ones_like(prompts[row])
-        processors = copied(logits_processor or ())  # what they remember is a row's own
-        return single.generate(prompts[row], None, processors, **options), single.stats
+            own["streamer"] = streamers[row]
+        stand_ins[-1].generation_config = row_config  # the stand-in's own
+        own["attention_mask"] = torch.ones_like(prompts[row])
+        special = special_tokens.union(rules[row].special_tokens or ())
+        processors = copied(logits_processor or ())  # what they remember is of one row
+        return decode_one(stand_ins[-1], rules[row], special, draft_length, prompts[row], None, processors, **own)
 
     models = [target] if draft is None else [draft, target]
-    calls = [lambda *stand_ins, row=row: answer(row, *stand_ins) for row in rows]
+    calls = [lambda *stand_ins, row=row: decode_row(row, *stand_ins) for row in range(len(ids))]
     outputs, stats = zip(*run_in_lockstep(models, calls, seeds), strict=True)
-    judged.remember_rows(stats)
-    return _join(ids, prompts, outputs, asked)
+    return _join(ids, prompts, outputs, options), [row or Stats() for row in stats]
 
 
-def merged(target: PreTrainedModel, generation_config: GenerationConfig | None) -> GenerationConfig:
-    """What stock makes of the caller's config: what it leaves open is taken from the target's."""
+def with_defaults(target: PreTrainedModel, generation_config: GenerationConfig | None) -> GenerationConfig:
+    """The caller's config as `generate` completes it: what it leaves open is taken from the target's."""
     config = copy.deepcopy(target.generation_config if generation_config is None else generation_config)
     config.update(**target.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return config
@@ -100,46 +103,43 @@ def _prompts(ids: torch.LongTensor, mask: torch.Tensor | None, pad: int | None) 
     return [row[present.bool()][None] for row, present in zip(ids, mask, strict=True)]
 
 
-def _check(judged: JudgedModel, rows: int, asked: dict, rest: dict, for_each: dict) -> None:
+def _check(target: PreTrainedModel, ids: torch.LongTensor, options: dict, kwargs: dict, for_each: dict) -> None:
     """
     Raises:
-        ValueError: If what is asked of a batch works for one prompt only, or something has not one entry a row.
-        TypeError: If one of the rules is none.
+        ValueError: If an option works for one prompt only, or one of `for_each` has not one entry for each row.
     """
-    if judged.target.config.is_encoder_decoder:
-        raise ValueError("A batch with a draft needs a decoder-only target. Ask for one prompt at a time.")
-    alone = [name for name in ("output_attentions", "output_hidden_states", "assistant_early_exit") if asked.get(name)]
-    alone += [name for name in ("num_beams", "num_return_sequences") if (asked.get(name) or 1) > 1]
-    alone += [name for name in ("speculation_type", "past_key_values") if asked.get(name) is not None]
-    alone += ["assistant_tokenizer"] if "assistant_tokenizer" in rest and asked.get("do_sample") else []
-    alone += [name for name, value in rest.items() if isinstance(value, torch.Tensor)]
-    if alone:
+    if target.config.is_encoder_decoder:
+        raise ValueError("A batch with a draft needs a decoder-only target. Decode one prompt at a time.")
+    single = [
+        *(n for n in ("output_attentions", "output_hidden_states", "assistant_early_exit") if options.get(n)),
+        *(n for n in ("num_beams", "num_return_sequences") if (options.get(n) or 1) > 1),
+        *(n for n in ("speculation_type", "past_key_values") if options.get(n) is not None),
+        *(n for n in ("assistant_tokenizer",) if n in kwargs and options.get("do_sample")),
+        *(name for name, value in kwargs.items() if isinstance(value, torch.Tensor)),
+    ]
+    if single:
         raise ValueError(
-            f"`{'`, `'.join(alone)}` cannot be asked of a batch with a draft. Ask for one prompt at a time."
+            f"`{'`, `'.join(single)}` cannot be used for a batch with a draft. Decode one prompt at a time."
         )
     for name, value in for_each.items():
-        if value is not None and (not isinstance(value, Sequence) or len(value) != rows):
-            raise ValueError(f"`{name}` must be a list with one entry for each of the {rows} rows, got {value!r}.")
-    for rule in for_each["rules"] or ():
-        if not isinstance(rule, Rule):
-            raise TypeError(f"`rules` must be of class Rule, got {type(rule).__name__}.")
-        rule.check_target(judged.target)
+        if value is not None and (not isinstance(value, Sequence) or len(value) != len(ids)):
+            raise ValueError(f"`{name}` must be a list with one entry for each of the {len(ids)} rows, got {value!r}.")
 
 
 def _join(
-    ids: torch.LongTensor, prompts: list[torch.LongTensor], outputs: Sequence, asked: dict
+    ids: torch.LongTensor, prompts: list[torch.LongTensor], outputs: Sequence, options: dict
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
     """A batch of answers, shorter ones filled up: tokens with padding, scores with zeros."""
-    details = not isinstance(outputs[0], torch.Tensor)
+    detailed = not isinstance(outputs[0], torch.Tensor)
     answers = [
-        (output.sequences if details else output)[0, prompt.shape[1] :]
+        (output.sequences if detailed else output)[0, prompt.shape[1] :]
         for output, prompt in zip(outputs, prompts, strict=True)
     ]
-    pad, end = asked.get("pad_token_id"), asked.get("eos_token_id")
+    pad, end = options.get("pad_token_id"), options.get("eos_token_id")
     fill = pad if pad is not None else end if isinstance(end, int) else (end or [0])[0]
     new = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=fill)
     sequences = torch.cat([ids, new], dim=-1)
-    if not details:
+    if not detailed:
         return sequences
     scores = {}
     for name in ("scores", "logits"):

@@ -1,24 +1,20 @@
-"""Where a text ends: after the first token that one of the stopping criteria ends it at.
+"""Where a text ends: after the first token at which a stopping criterion ends it.
 
 In: what a round kept. Out: how much of it is text. Stock assisted generation asks its criteria once a round, about all
-that the round kept, so that a text runs on behind the token that should have ended it.
+that the round kept, so that the text runs on behind the token that should have ended it.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-
-if TYPE_CHECKING:
-    from .verification import Round
+from .verification import Call
 
 
-# What `generate` returns with an entry for each token.
+# Outputs of `generate` with an entry for each token.
 PER_TOKEN_OUTPUTS = (
     *("scores", "logits", "attentions", "hidden_states"),
     *("decoder_attentions", "decoder_hidden_states", "cross_attentions"),
@@ -44,7 +40,7 @@ class HeldStreamer(BaseStreamer):
             self.streamer.put(value)
 
     def release(self, tokens: int) -> None:
-        """Hand on the first `tokens` of what is held."""
+        """Hand on the first `tokens` of the held ones."""
         self.streamer.put(self.held[:, :tokens])
 
     def end(self) -> None:
@@ -63,18 +59,18 @@ class LateCrop:
     def __init__(self, cache: Cache):
         self.cache = cache
         self.tokens: int | None = None  # to remove
-        cache.crop = self._note
+        cache.crop = self._postpone
 
-    def _note(self, tokens_to_remove: int) -> None:
+    def _postpone(self, tokens_to_remove: int) -> None:
         self.tokens = abs(tokens_to_remove)
 
     def crop(self, more: int = 0) -> None:
-        """Remove what was asked for, and `more` tokens."""
+        """Remove what was to be removed, and `more` tokens."""
         type(self.cache).crop(self.cache, -(self.tokens + more))
         self.tokens = None
 
     def undo(self) -> None:
-        """From now on crop at once; also what was put off when a criterion raised."""
+        """From now on crop at once; also what is still put off because a criterion raised."""
         vars(self.cache).pop("crop", None)
         if self.tokens is not None:
             self.crop()
@@ -82,12 +78,12 @@ class LateCrop:
 
 class KeptTokens(StoppingCriteriaList):
     """
-    Asks stopping criteria about each token that a round kept, in order, as plain decoding asks them, and ends the text
-    behind the first one that they end it at.
+    Asks stopping criteria about each token that a round kept, in order, as plain decoding does, and ends the text
+    behind the first token at which they end it.
 
     Args:
         criteria ([`~transformers.StoppingCriteriaList`]): Those of transformers and the caller's.
-        round ([`Round`]): State of the call.
+        call ([`Call`]): The call.
         streamer ([`HeldStreamer`], *optional*): Gets what is text.
 
     Attributes:
@@ -95,9 +91,9 @@ class KeptTokens(StoppingCriteriaList):
         dropped (`int`): Tokens that the last round kept behind the end of the text.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, round: Round, streamer: HeldStreamer | None):
+    def __init__(self, criteria: StoppingCriteriaList, call: Call, streamer: HeldStreamer | None):
         super().__init__(criteria)
-        self.round, self.streamer = round, streamer
+        self.call, self.streamer = call, streamer
         self.cache: LateCrop | None = None
         self.dropped = 0
 
@@ -112,24 +108,24 @@ class KeptTokens(StoppingCriteriaList):
     ) -> torch.BoolTensor:
         if self.cache is None:  # without a draft each token comes by itself
             return super().__call__(input_ids, scores, **kwargs)
-        round, length = self.round, input_ids.shape[1]
-        scores = round.own_scores(scores)
-        for end in range(round.start + 1, length + 1):
-            round.trial.keep(end - 1)  # first, since a criterion may ask a processor how far it is
-            so_far = None if scores is None else scores[: end - round.prompt_length]
-            done = super().__call__(input_ids[:, :end], so_far, **kwargs)
+        call, start, length = self.call, self.call.round.start, input_ids.shape[1]
+        scores = call.own_scores(scores)
+        for end in range(start + 1, length + 1):
+            call.trial.keep(end - 1)  # first, since a criterion may ask a processor how far it is
+            scores_so_far = None if scores is None else scores[: end - call.prompt_length]
+            done = super().__call__(input_ids[:, :end], scores_so_far, **kwargs)
             if done.all():
                 break
         self.dropped = length - end
-        round.end(input_ids[0, round.start : end])
+        call.end_round(input_ids[0, start:end].tolist())
         self.cache.crop(self.dropped)
         if self.streamer is not None:
-            self.streamer.release(end - round.start)
+            self.streamer.release(end - start)
         return done
 
 
 def without_last(output: torch.Tensor | ModelOutput, tokens: int) -> torch.Tensor | ModelOutput:
-    """What `generate` returned, without its last `tokens` tokens."""
+    """The output of `generate` without its last `tokens` tokens."""
     if not tokens:
         return output
     if isinstance(output, torch.Tensor):

@@ -1,132 +1,192 @@
-"""A round under verification: what was drafted, what the target and the rule make of it, and what is kept.
+"""A round: candidates are drafted, the target's forward over them is read, and the rule decides what is kept.
 
-In: candidates, and the target's forward over them. Out: which of them the rule accepts, and counts. Knows nothing of
-how `generate` is called.
+In: what `generate` hands to its candidate generator and its logits processors. Out: scores in which an accepted
+candidate is the only choice, and statistics.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import time
+from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import CandidateGenerator
 
 from ..forward.tap import LayerInput
 from ..judge.replay import LayerStates, ReplaySession
 from .drafting import AutoLength, ContextFullError, set_draft_length
-from .processors import Trial
-from .rules import Rows, Rule
+from .rules import Candidate, Rule
 from .stats import Stats
+from .trial import Trial
 
 
-class Round:
-    """The state of one call: the candidates under verification, the verification forward, and the statistics."""
+@dataclass(eq=False)
+class Verification:
+    """
+    One round.
 
-    def __init__(self, rule: Rule, special_tokens: set[int], replaying: LayerStates | ReplaySession | None = None):
-        self.rule, self.special_tokens, self.replaying = rule, special_tokens, replaying
+    Args:
+        start (`int`): Tokens of the text before the first candidate.
+        prompt_length (`int`): Tokens of the prompt.
+        candidates (`torch.LongTensor` of shape `(k,)`): What was drafted.
+        draft_logits (`torch.FloatTensor` of shape `(k, vocab_size)`, *optional*): If the draft has logits.
+
+    Attributes:
+        hidden, logits (`torch.Tensor` of shape `(k + 1, …)`): Of the target's forward; row `i` chooses candidate `i`.
+        scores (`torch.FloatTensor` of shape `(vocab_size,)`): Of the row that is being processed, see [`Candidate`].
+        asked (`list[int]`): Mismatches that were put to the rule.
+        judged (`dict[int, float]`): Mismatches that it accepted, and the log-probability that each gives up, nats.
+        rejected (`bool`): Whether a candidate was rejected in such a way that nothing behind it can be kept.
+        seconds (`float`): Of the target's forward.
+    """
+
+    start: int
+    prompt_length: int
+    candidates: torch.LongTensor
+    draft_logits: torch.FloatTensor | None = None
+    hidden: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    scores: torch.FloatTensor | None = None
+    asked: list[int] = field(default_factory=list)
+    judged: dict[int, float] = field(default_factory=dict)
+    rejected: bool = False
+    seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @functools.cached_property
+    def tokens(self) -> list[int]:
+        """The candidates."""
+        return self.candidates.tolist()
+
+    @functools.cached_property
+    def _matches(self) -> list[bool]:
+        return (self.logits[:-1].argmax(-1).to(self.candidates.device) == self.candidates).tolist()
+
+    def candidate(self, row: int, final_scores: torch.FloatTensor) -> Candidate:
+        """What a rule is told about candidate `row`."""
+        device = self.candidates.device
+        return Candidate(
+            token=self.tokens[row],
+            position=self.start + row - self.prompt_length,
+            scores=self.scores,
+            final_scores=final_scores,
+            logits_after=self.logits[row + 1].to(device),
+            hidden=self.hidden[row : row + 2],
+            matches_after=sum(itertools.takewhile(bool, self._matches[row + 1 :])),
+            draft_logits=None if self.draft_logits is None else self.draft_logits[row].to(device),
+        )
+
+    def sources(self, kept: list[int]) -> list[str]:
+        """Who decided each of the tokens that the round kept."""
+        decided = ["judged" if row in self.judged else "matched" for row in range(len(self.tokens))]
+        pairs = itertools.zip_longest(kept, self.tokens[: len(kept)], decided[: len(kept)])
+        return [source if token == candidate else "target" for token, candidate, source in pairs]
+
+
+class Call:
+    """
+    What one call of `generate` decodes with, and what it has done so far.
+
+    Args:
+        rule ([`Rule`]): What decides.
+        special_tokens (`set[int]`): Neither accepted nor overruled, beside those that the generation config names.
+        replay ([`LayerStates`] or [`ReplaySession`], *optional*): Computes the hidden states that the rule reads.
+
+    Attributes:
+        stats ([`Stats`]): Of the call.
+        prompt_length (`int`): Tokens of the prompt.
+        replaced (`dict[int, torch.FloatTensor]`): By position in the answer, scores that became one-hot.
+        trial ([`Trial`]): The processors that remember something.
+        round ([`Verification`], *optional*): Under way or just ended. `None` while a draft is made: its forwards and
+            scores do not belong to a verification.
+    """
+
+    def __init__(self, rule: Rule, special_tokens: set[int], replay: LayerStates | ReplaySession | None = None):
+        self.rule, self.special_tokens, self.replay = rule, special_tokens, replay
         self.stats = Stats(calls=1)
         self.prompt_length: int | None = None
-        self.replaced: dict[int, torch.Tensor] = {}  # by place in the answer: scores that became one-hot
+        self.replaced: dict[int, torch.FloatTensor] = {}
         self.trial = Trial([])
-        self.verifying = False  # between a draft and what is kept of it; other forwards and scores are not ours
+        self.round: Verification | None = None
 
-    def prepare(self, config: GenerationConfig, device: torch.device) -> None:
-        """Take what the call decodes with from its final `config`."""
+    def prepare(self, config: GenerationConfig) -> None:
+        """Read what the call decodes with from its final `config`."""
         self.do_sample = config.do_sample
         self.keeps_scores = config.output_scores and config.return_dict_in_generate
         # Whether a candidate may be kept that neither the target nor the rule chose.
         self.others_keep = config.do_sample or config.assistant_ensemble_weight is not None
-        named = (config.eos_token_id, config.bos_token_id, config.pad_token_id, config.decoder_start_token_id)
-        special = [torch.tensor(token, dtype=torch.long).flatten() for token in named if token is not None]
-        special.append(torch.tensor(sorted(self.special_tokens), dtype=torch.long))
-        self.special = torch.cat(special).to(device)
+        for token in (config.eos_token_id, config.bos_token_id, config.pad_token_id, config.decoder_start_token_id):
+            if token is not None:
+                self.special_tokens = self.special_tokens.union([token] if isinstance(token, int) else token)
 
-    def draft(self) -> None:
-        """A draft begins: the forwards and scores until [`begin`] are not of a verification."""
-        self.verifying = False
+    def begin_draft(self) -> None:
+        self.round = None
         self.trial.begin()
 
-    def begin(self, start: int, candidates: torch.LongTensor, draft_logits: torch.Tensor | None) -> None:
-        """`candidates` of shape `(k,)`, with `draft_logits` of shape `(k, vocab_size)` if the draft has any, are about
-        to be verified behind `start` tokens."""
+    def begin_round(self, start: int, candidates: torch.LongTensor, draft_logits: torch.FloatTensor | None) -> None:
+        """Candidates are about to be verified; see [`Verification`]."""
         if self.prompt_length is None:
             self.prompt_length = start
-        self.start, self.candidates, self.draft_logits = start, candidates, draft_logits
-        # What was accepted behind a token that was then rejected did not come to pass.
+        # Scores behind a token that was then rejected were discarded.
         self.replaced = {place: row for place, row in self.replaced.items() if place < start - self.prompt_length}
-        self.scores = self.hidden = self.logits = self.matches = None
-        self.asked: list[int] = []
-        self.judged: dict[int, float] = {}
         self.trial.begin()
-        self.verifying, self.rejected = True, False
-        self.since, self.verify_seconds = time.perf_counter(), 0.0
+        self.round = Verification(start, self.prompt_length, candidates, draft_logits)
 
     def observe(self, hidden: torch.Tensor, logits: torch.Tensor, entered: LayerInput | None = None) -> None:
-        """Keep the last `k + 1` rows of the verification forward: row `i` chooses candidate `i`. A processor may run
-        the target again (classifier-free guidance); the verification is the first forward behind the draft."""
-        if self.verifying and self.logits is None:
-            self.verify_seconds = time.perf_counter() - self.since
-            self.stats.verify_seconds += self.verify_seconds
-            rows = len(self.candidates) + 1
-            if self.replaying is not None:
-                since = time.perf_counter()
-                hidden = self.replaying(entered, self.start + rows - 1 - entered.states.shape[1])
-                self.stats.rule_seconds += time.perf_counter() - since
-            self.hidden, self.logits = hidden[0, -rows:], logits[0, -rows:]
+        """Read the verification: the target's first forward behind the draft. (A processor may run the target too.)"""
+        round = self.round
+        if round is None or round.logits is not None:
+            return
+        round.seconds = time.perf_counter() - round.began
+        self.stats.verify_seconds += round.seconds
+        rows = len(round.candidates) + 1
+        if self.replay is not None:
+            since = time.perf_counter()
+            hidden = self.replay(entered, round.start + rows - 1 - entered.states.shape[1])
+            self.stats.rule_seconds += time.perf_counter() - since
+        round.hidden, round.logits = hidden[0, -rows:], logits[0, -rows:]
 
-    def accepts(self, row: int, final_scores: torch.Tensor) -> bool:
-        """Whether the rule accepts candidate `row`, given the scores of shape `(vocab_size,)` that the target's token
-        would be taken from. Under greedy decoding only a mismatch is put to it; under sampling every candidate is,
-        since what the target would draw is not known yet."""
-        candidate = self.candidates[row]
-        # Under sampling there is no choice yet, and the likeliest token stands for it.
-        choice = (self.scores if self.do_sample else final_scores).argmax()
-        mismatch = bool(choice != candidate)
-        if self.rejected or not (mismatch or self.do_sample):
+    def accepts(self, row: int, final_scores: torch.FloatTensor) -> bool:
+        """
+        Whether the rule accepts candidate `row`. Under greedy decoding it is asked about mismatches only; under
+        sampling about every candidate, since the target's own token is not drawn yet.
+
+        Args:
+            final_scores (`torch.FloatTensor` of shape `(vocab_size,)`): See [`Candidate`].
+        """
+        round = self.round
+        token = round.tokens[row]
+        # Under sampling the likeliest token stands for the choice.
+        choice = int((round.scores if self.do_sample else final_scores).argmax())
+        mismatch = choice != token
+        if round.rejected or not (mismatch or self.do_sample):
             return False
-        self.rejected = not self.others_keep  # then nothing behind it counts
-        # A special token is neither accepted nor overruled; a masked one is never accepted, however it was masked
-        # (`remove_invalid_values` turns -inf into a number).
-        if torch.isin(torch.stack([choice, candidate]), self.special).any() or not final_scores.softmax(-1)[candidate]:
+        round.rejected = not self.others_keep
+        # A masked token is never accepted, however it was masked (`remove_invalid_values` turns -inf into a number).
+        if self.special_tokens & {choice, token} or not final_scores.softmax(-1)[token]:
             return False
         if mismatch:
-            self.asked.append(row)
-        rows = self._rows(row, final_scores)
-        if not self.rule.accept(rows):
+            round.asked.append(row)
+        candidate = round.candidate(row, final_scores)
+        if not self.rule.accept(candidate):
             return False
-        self.rejected = False
+        round.rejected = False
         if mismatch:
-            self.judged[row] = rows.margin.item()
+            round.judged[row] = candidate.margin.item()
         return True
 
-    def _rows(self, row: int, final_scores: torch.Tensor) -> Rows:
-        device = self.candidates.device
-        if self.matches is None:
-            self.matches = self.logits[:-1].argmax(-1).to(device) == self.candidates
-        return Rows(
-            candidates=self.candidates[row, None],
-            scores=self.scores[None],
-            final_scores=final_scores[None],
-            logits_after=self.logits[None, row + 1].to(device),
-            hidden=self.hidden[None, row : row + 2],
-            positions=torch.tensor([self.start + row - self.prompt_length], device=device),
-            matches_after=self.matches[row + 1 :].cumprod(-1).sum(-1, keepdim=True),
-            draft_logits=None if self.draft_logits is None else self.draft_logits[row, None].to(device),
-        )
-
-    def end(self, kept: torch.LongTensor) -> None:
-        """Count what the round kept: `kept` of shape `(n,)` are the tokens it added."""
-        drafted = len(self.candidates)
-        agreed = (kept[:drafted] == self.candidates[: len(kept)]).tolist()
-        sources = [
-            "target" if not same else "judged" if i in self.judged else "matched" for i, same in enumerate(agreed)
-        ]
-        sources += ["target"] * (len(kept) - len(sources))
-        given_up = sum(self.judged[i] for i, source in enumerate(sources) if source == "judged")
-        # What was asked behind an end of text did not come to pass.
-        self.stats.count(drafted, sum(row < len(kept) for row in self.asked), sources, given_up)
+    def end_round(self, kept: list[int]) -> None:
+        """Count what the round kept: these tokens were added to the text."""
+        round = self.round
+        sources = round.sources(kept)
+        given_up = sum(round.judged[row] for row, source in enumerate(sources) if source == "judged")
+        # What was asked behind the end of the text does not count.
+        asked = sum(row < len(kept) for row in round.asked)
+        self.stats.count(len(round.candidates), asked, sources, given_up)
 
     def own_scores(self, scores: tuple[torch.FloatTensor, ...] | None) -> tuple[torch.FloatTensor, ...] | None:
         """The target's own scores of each token, in place of those that became one-hot."""
@@ -135,32 +195,74 @@ class Round:
         return tuple(self.replaced.get(place, row) for place, row in enumerate(scores))
 
 
+class ConstrainedScores(LogitsProcessor):
+    """Keeps a row as it is behind the penalties and constraints and before temperature and filters, where transformers
+    puts the caller's processors. It is what a rule sees."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.call.round is not None:
+            self.call.round.scores = scores[0]
+        return scores
+
+
+class JudgeLogitsProcessor(LogitsProcessor):
+    """
+    Makes the row of an accepted candidate one-hot on it. It comes last, so that nothing that temperature, filters or a
+    watermark mask is accepted, and nothing changes the row again.
+
+    transformers calls the processors once for each row of a verification, with the candidates before it as input.
+    Elsewhere (plain decoding, drafting, the row behind the last candidate) this one changes nothing.
+    """
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        call, round = self.call, self.call.round
+        if round is None or round.logits is None:
+            return scores
+        row = input_ids.shape[1] - round.start
+        if row >= len(round.candidates):
+            return scores
+        since = time.perf_counter()
+        if call.accepts(row, scores[0]):
+            if call.keeps_scores:
+                call.replaced[input_ids.shape[1] - call.prompt_length] = scores.clone()  # stock writes into them
+            scores = torch.full_like(scores, -torch.inf)
+            scores[0, round.tokens[row]] = 0.0
+        call.stats.rule_seconds += time.perf_counter() - since
+        return scores
+
+
 class JudgeCandidateGenerator(CandidateGenerator):
     """
-    Wraps the candidate generator that transformers built, whichever it is, and tells the round what was drafted
-    (`get_candidates`).
+    Wraps the candidate generator that transformers built, and begins a round with what it drafted.
 
     Args:
         inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
-        round ([`Round`]): State of the call.
+        call ([`Call`]): The call.
         length ([`AutoLength`], *optional*): Learns from the rounds.
-        blind (`bool`, defaults to `False`): Set the length that it chooses before each draft, since `inner` does not
-            ask it on the way.
+        sets_length (`bool`, defaults to `False`): Set the draft length that `length` chooses before each draft, since
+            `inner` does not ask it while drafting.
         context (`int`, *optional*): Tokens that the target can attend to: candidates beyond are left out.
 
     Attributes:
-        waits (`bool`): Whether the first round has no candidates: the target's first forward reads embeddings.
+        waits (`bool`): Whether the first round goes without candidates, because the target has to read the prompt
+            first.
     """
 
     def __init__(
         self,
         inner: CandidateGenerator,
-        round: Round,
+        call: Call,
         length: AutoLength | None = None,
-        blind: bool = False,
+        sets_length: bool = False,
         context: int | None = None,
     ):
-        self.inner, self.round, self.length, self.blind, self.context = inner, round, length, blind, context
+        self.inner, self.call, self.length, self.sets_length, self.context = inner, call, length, sets_length, context
         self.waits = False
 
     @property
@@ -172,8 +274,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
         return self.inner.model_kwargs_overrides
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        self.round.draft()
-        if self.blind:
+        self.call.begin_draft()
+        if self.sets_length:
             set_draft_length(self.inner, self.length.blind())
         since = time.perf_counter()
         candidate_ids, logits = input_ids, None  # where the target goes alone
@@ -182,17 +284,17 @@ class JudgeCandidateGenerator(CandidateGenerator):
         if self.waits:  # drafted all the same: the draft has read the prompt
             candidate_ids, logits, self.waits = input_ids, None, False
         self.draft_seconds = time.perf_counter() - since
-        self.round.stats.draft_seconds += self.draft_seconds
+        self.call.stats.draft_seconds += self.draft_seconds
         start = input_ids.shape[1]
         if self.context is not None and candidate_ids.shape[1] > max(start, self.context):
             candidate_ids = candidate_ids[:, : max(start, self.context)]
             logits = None if logits is None else logits[:, : candidate_ids.shape[1] - start]
         candidates = candidate_ids[0, start:].to(input_ids.device)
-        self.round.begin(start, candidates, None if logits is None else logits[0])
+        self.call.begin_round(start, candidates, None if logits is None else logits[0])
         return candidate_ids, logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         if self.length is not None:
-            drafted = len(self.round.candidates)
-            self.length.observe(drafted, num_matches, self.draft_seconds, self.round.verify_seconds)
+            round = self.call.round
+            self.length.observe(len(round.candidates), num_matches, self.draft_seconds, round.seconds)
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)

@@ -28,7 +28,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import TooLong, encode
 from ..decoding.judged_model import JudgedModel
-from ..decoding.rules import JudgeRule, KLGate, Lossless, Margin, Rows, Rule
+from ..decoding.rules import Candidate, JudgeRule, KLGate, Lossless, Margin, Rule
 from ..hub.publish import pull_judge
 from ..judge.card import read_results
 from ..judge.info import PER_TOKEN, limit_of
@@ -100,12 +100,13 @@ class Noting(Rule):
     def replay_on(self, target: PreTrainedModel):
         return self.rule.replay_on(target)
 
-    def accept(self, rows: Rows) -> torch.BoolTensor:
-        accepted = self.rule.accept(rows)
-        cost = self.rule.odds(rows).sigmoid() if isinstance(self.rule, JudgeRule) else rows.margin
-        if accepted.item():
-            choice = rows.final_scores.argmax(-1).item()
-            self.noted[rows.positions.item()] = rows.candidates.item(), choice, cost.item()
+    def accept(self, candidate: Candidate) -> bool:
+        accepted = self.rule.accept(candidate)
+        if accepted:
+            judging = isinstance(self.rule, JudgeRule)
+            cost = self.rule.log_odds(candidate).sigmoid() if judging else candidate.margin
+            choice = candidate.final_scores.argmax().item()
+            self.noted[candidate.position] = candidate.token, choice, cost.item()
         return accepted
 
 
@@ -152,7 +153,8 @@ def answer(
         temperature (`float`): 0 is greedy.
     """
     noting, streamer, stop, progress = Noting(rule), _Rounds(), threading.Event(), Progress()
-    judged = JudgedModel(target, noting, special_tokens=special_tokens)
+    noting.special_tokens = [*(rule.special_tokens or ()), *special_tokens]
+    judged = JudgedModel(target, noting)
     how = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:
         how |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -388,15 +390,14 @@ def build(
         loaded = {
             "judge": f"{from_judge}{threshold:g})",
             "judge per token": f'{from_judge}"{threshold:g}{PER_TOKEN}")',
-            "lossless": "JudgedModel(target, Lossless(), special_tokens=special_tokens(target, tokenizer))",
-            "margin": f"JudgedModel(target, Margin({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
-            "KL gate": f"JudgedModel(target, KLGate({threshold:g}), special_tokens=special_tokens(target, tokenizer))",
+            "lossless": "JudgedModel(target, Lossless())",
+            "margin": f"JudgedModel(target, Margin({threshold:g}), tokenizer=tokenizer)",
+            "KL gate": f"JudgedModel(target, KLGate({threshold:g}), tokenizer=tokenizer)",
         }[rule]
         judging = rule.startswith("judge")
         rules = "" if judging else "from hf_selfjudge.rules import KLGate, Lossless, Margin\n"
-        names = "JudgedModel, load_model" if judging else "JudgedModel, load_model, special_tokens"
         return (
-            f"from hf_selfjudge import {names}\n{rules}\n"
+            f"from hf_selfjudge import JudgedModel, load_model\n{rules}\n"
             f"target, tokenizer = load_model({target_name})\n"
             f"draft, _ = load_model({draft_name})\njudged = {loaded}\n"
             'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'

@@ -2,7 +2,8 @@
 
 from functools import lru_cache
 
-from hf_selfjudge import Judge, JudgedModel, JudgeRule
+from hf_selfjudge import Judge, JudgedModel
+from hf_selfjudge.rules import JudgeRule
 
 
 JUDGE = "{{ repo_id }}"
@@ -20,9 +21,9 @@ def generate(
     **kwargs,
 ):
     """
-    All arguments of `generate`; and of `JudgedModel.from_pretrained` the `threshold` (a number, one for each token
-    gained as "0.03/token", or an operating point), the `draft_length`, `allow_other_weights`, and the `revision` of
-    the judge.
+    Takes all arguments of `generate`, and these of `JudgedModel.from_pretrained`: `threshold` (a number, "0.03/token"
+    for one per token gained, or the name of an operating point), `draft_length`, `allow_other_weights`, and the
+    `revision` and `token` for a judge on the Hub.
     """
     rule = JudgeRule(load(judge, revision=revision, token=token), threshold, allow_other_weights)
     return JudgedModel(model, rule, draft_length).generate(**kwargs)

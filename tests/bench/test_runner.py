@@ -58,7 +58,7 @@ def test_a_judge_that_sees_more_than_last_states(models, tokenizer, tmp_path, ki
     judge = midway_judge(target) if kind == "midway" else adapted_judge(target, adapter(target))
     settings, config = parse_settings(["judge:j=0.5"]), BenchConfig(mode, max_new_tokens=24, at_once=3)
     lines = decode(target, draft, tokenizer, PROMPTS, settings, {"j": judge}, config, tmp_path)
-    judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, tokenizer.all_special_ids)
+    judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, tokenizer)
     for prompt in PROMPTS:
         ids = encode(tokenizer, prompt.said, 256, 24)
         alone = judged.generate(ids, assistant_model=draft, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
@@ -86,7 +86,7 @@ def test_quality_gives_the_text_that_each_setting_gives_alone(architecture, toke
             options["assistant_ensemble_weight"] = 0.5
         elif model is None:
             rule = setting.rule(judges, line["share"])
-            model = JudgedModel(target, rule, 5, tokenizer.all_special_ids)
+            model = JudgedModel(target, rule, 5, tokenizer)
         forwards = count(target)
         how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False}
         output = model.generate(ids, **how, **options)

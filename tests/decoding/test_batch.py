@@ -182,7 +182,7 @@ def test_drafts_with_another_tokenizer(tokenizer, monkeypatch):
     judged, prompts = JudgedModel(target, Margin(1.0)), [p % len(tokenizer) for p in prompts_of(3)]
     options |= {"max_new_tokens": NEW, "pad_token_id": 0}
     assert rows_of(judged, prompts, **options) == [alone(judged, prompt, None, **options) for prompt in prompts]
-    with pytest.raises(ValueError, match="`assistant_tokenizer` cannot be asked of a batch"):
+    with pytest.raises(ValueError, match="`assistant_tokenizer` cannot be used for a batch"):
         judged.generate(**padded(prompts), **options, do_sample=True)
 
 
@@ -312,18 +312,18 @@ def test_what_cannot_be_asked_of_a_batch(llama):
         (empty, "Row 1 of `input_ids` is empty"),
         (unmasked, "`attention_mask` is missing, and a row begins with padding"),
         ({**batch, "attention_mask": batch["attention_mask"][:, 1:]}, "`attention_mask` has shape"),
-        ({**batch, "output_hidden_states": True}, "`output_hidden_states` cannot be asked of a batch"),
-        ({**batch, "num_return_sequences": 2}, "`num_return_sequences` cannot be asked of a batch"),
-        ({**batch, "token_type_ids": batch["input_ids"]}, "`token_type_ids` cannot be asked of a batch"),
+        ({**batch, "output_hidden_states": True}, "`output_hidden_states` cannot be used for a batch"),
+        ({**batch, "num_return_sequences": 2}, "`num_return_sequences` cannot be used for a batch"),
+        ({**batch, "token_type_ids": batch["input_ids"]}, "`token_type_ids` cannot be used for a batch"),
         ({**batch, "guidance_scale": 1.5}, "`guidance_scale` cannot be used with a draft"),
-        ({**batch, "past_key_values": DynamicCache()}, "`past_key_values` cannot be asked of a batch"),
-        ({**batch, "assistant_early_exit": 1}, "`assistant_early_exit` cannot be asked of a batch"),
+        ({**batch, "past_key_values": DynamicCache()}, "`past_key_values` cannot be used for a batch"),
+        ({**batch, "assistant_early_exit": 1}, "`assistant_early_exit` cannot be used for a batch"),
         ({**batch, "streamer": TextStreamer(None)}, "`streamer` must be a list with one entry for each of the 3 rows"),
         ({**batch, "rules": [Lossless()]}, "`rules` must be a list with one entry for each of the 3 rows"),
     ):
         with pytest.raises(ValueError, match=message):
             judged.generate(**options, assistant_model=draft, max_new_tokens=4)
-    with pytest.raises(TypeError, match="`rules` must be of class Rule, got int"):
+    with pytest.raises(TypeError, match="`rules` must be a Rule, got int"):
         judged.generate(**batch, assistant_model=draft, rules=[1, 2, 3])
 
 

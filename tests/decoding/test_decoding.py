@@ -12,7 +12,7 @@ from transformers.generation import AssistedCandidateGenerator
 
 from hf_selfjudge import JudgedModel, JudgeRule
 from hf_selfjudge.forward.tap import ForwardTap
-from hf_selfjudge.rules import Coin, Lossless, Rows, Rule
+from hf_selfjudge.rules import Candidate, Coin, Lossless, Rule
 from tests.builders import VOCAB, build, perturbed, random_judge
 
 
@@ -23,11 +23,11 @@ class AcceptAll(Rule):
     """Accepts what it is asked about, and notes it."""
 
     def __init__(self):
-        self.seen: list[Rows] = []
+        self.seen: list[Candidate] = []
 
-    def accept(self, rows):
-        self.seen.append(rows)
-        return torch.ones_like(rows.candidates, dtype=torch.bool)
+    def accept(self, candidate):
+        self.seen.append(candidate)
+        return True
 
 
 def constraint(name: str) -> dict:
@@ -84,8 +84,8 @@ def test_constraints(llama, prompt, name):
     torch.manual_seed(0)
     output = always.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
     assert rule.seen
-    for rows in rule.seen:
-        assert torch.isfinite(rows.final_scores[0, rows.candidates[0]])
+    for candidate in rule.seen:
+        assert torch.isfinite(candidate.final_scores[candidate.token])
     if name in ("bad_words_ids", "suppress_tokens", "suppress_tokens, sampled"):
         assert not [token for token in output if token % 2 == 0]
     if name == "prefix_allowed_tokens_fn":
@@ -123,8 +123,8 @@ def test_greedy_choice_is_the_watermarked_one(llama, prompt):
         prompt, assistant_model=draft, max_new_tokens=NEW, watermarking_config=WatermarkingConfig(bias=4.0)
     )
     assert rule.seen
-    for rows in rule.seen:
-        assert rows.final_scores[0].argmax() != rows.candidates[0]
+    for candidate in rule.seen:
+        assert candidate.final_scores.argmax() != candidate.token
 
 
 def test_the_rule_is_asked_behind_what_the_ensemble_kept(llama, prompt):
@@ -132,9 +132,9 @@ def test_the_rule_is_asked_behind_what_the_ensemble_kept(llama, prompt):
     asked = []
 
     class Refuse(Rule):
-        def accept(self, rows):
-            asked.append(rows.positions.item())
-            return torch.zeros_like(rows.candidates, dtype=torch.bool)
+        def accept(self, candidate):
+            asked.append(candidate.position)
+            return False
 
     judged = JudgedModel(target, Refuse())
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW, assistant_ensemble_weight=0.5)
@@ -169,18 +169,18 @@ def test_a_rejected_position_follows_the_target():
     counts = {True: torch.zeros(8), False: torch.zeros(8)}
     for seed in range(2000):
         coin = Coin(0.5, seed)
-        asked: list[Rows] = []
+        asked: list[Candidate] = []
 
         class Spy(Rule):
-            def accept(self, rows, coin=coin, asked=asked):
-                asked.append(rows)
-                return coin.accept(rows)
+            def accept(self, candidate, coin=coin, asked=asked):
+                asked.append(candidate)
+                return coin.accept(candidate)
 
         output = JudgedModel(target, Spy()).generate(
             prompt, assistant_model=draft, max_new_tokens=2, do_sample=True, top_k=0
         )
-        counts[bool(coin.accept(asked[0]))][output[0, 4]] += 1
-    q = asked[0].draft_logits[0].softmax(-1)
+        counts[coin.accept(asked[0])][output[0, 4]] += 1
+    q = asked[0].draft_logits.softmax(-1)
     for kind, expected in ((False, p), (True, q)):
         n = counts[kind].sum()
         assert n > 800

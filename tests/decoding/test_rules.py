@@ -1,43 +1,47 @@
 """Each rule on rows made by hand, and what all rules must respect inside `generate`."""
 
+import copy
 import math
 
 import pytest
 import torch
 from tokenizers import AddedToken
+from transformers.utils import logging
 
 from hf_selfjudge import JudgedModel, JudgeRule, special_tokens
-from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, Rows, TopK
+from hf_selfjudge.judge.features import candidate_scalars
+from hf_selfjudge.judge.threshold import Threshold
+from hf_selfjudge.rules import Candidate, Coin, KLGate, LookAhead, Lossless, Margin, TopK
 from tests.builders import VOCAB, build, random_judge, tiny_tokenizer
 
 
-def rows(probabilities, candidate=1, draft=None, matches_after=0, position=0) -> Rows:
-    """One row over a small vocabulary; a probability of 0 is a masked token."""
-    scores = torch.tensor(probabilities).log()[None]
-    return Rows(
-        candidates=torch.tensor([candidate]),
+def candidate(probabilities, token=1, draft=None, matches_after=0, position=0) -> Candidate:
+    """A candidate over a small vocabulary; a probability of 0 is a masked token."""
+    scores = torch.tensor(probabilities).log()
+    return Candidate(
+        token=token,
+        position=position,
         scores=scores,
         final_scores=scores,
         logits_after=scores,
-        hidden=torch.zeros(1, 2, 4),
-        positions=torch.tensor([position]),
-        matches_after=torch.tensor([matches_after]),
-        draft_logits=None if draft is None else torch.tensor(draft).log()[None],
+        hidden=torch.zeros(2, 4),
+        matches_after=matches_after,
+        draft_logits=None if draft is None else torch.tensor(draft).log(),
     )
 
 
 def test_lossless():
-    assert not Lossless().accept(rows([0.5, 0.5]))
+    assert not Lossless().accept(candidate([0.5, 0.5]))
 
 
 @pytest.mark.parametrize(("k", "accepted"), [(1, False), (3, False), (4, True)])  # ties with the last
 def test_top_k(k, accepted):
-    assert TopK(k).accept(rows([0.5, 0.1, 0.3, 0.1])).item() is accepted
+    assert TopK(k).accept(candidate([0.5, 0.1, 0.3, 0.1])) is accepted
 
 
 @pytest.mark.parametrize(("nats", "accepted"), [(0.0, False), (1.09, False), (1.1, True)])
 def test_margin(nats, accepted):
-    assert Margin(nats).accept(rows([0.6, 0.2, 0.2])).item() is accepted  # log 3 = 1.0986
+    assert Margin(nats).accept(candidate([0.6, 0.2, 0.2])) is accepted  # log 3 = 1.0986
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_margin(nats, accepted):
     ],
 )
 def test_kl_gate(target, draft, accepted):
-    assert KLGate(0.1).accept(rows(target, draft=draft)).item() is accepted
+    assert KLGate(0.1).accept(candidate(target, draft=draft)) is accepted
 
 
 @pytest.mark.parametrize(
@@ -60,14 +64,14 @@ def test_kl_gate(target, draft, accepted):
 )
 def test_look_ahead(probabilities, matches, accepted):
     rule = LookAhead(window=2, unsure=0.3)  # entropy of (.99, .01) is 0.08 of log 2
-    assert rule.accept(rows(probabilities, matches_after=matches)).item() is accepted
+    assert rule.accept(candidate(probabilities, matches_after=matches)) is accepted
 
 
 def test_coin_is_fair_and_always_falls_the_same_way():
-    throws = [Coin(0.3).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
+    throws = [Coin(0.3).accept(candidate([0.5, 0.5], position=i)) for i in range(2000)]
     assert abs(sum(throws) / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
-    assert throws == [Coin(0.3).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
-    assert throws != [Coin(0.3, seed=1).accept(rows([0.5, 0.5], position=i)).item() for i in range(2000)]
+    assert throws == [Coin(0.3).accept(candidate([0.5, 0.5], position=i)) for i in range(2000)]
+    assert throws != [Coin(0.3, seed=1).accept(candidate([0.5, 0.5], position=i)) for i in range(2000)]
 
 
 @pytest.mark.parametrize(
@@ -81,30 +85,35 @@ def test_a_threshold_for_each_token_gained(llama, threshold, accepted):
     """The candidate and the two behind it that match: a probability of 0.4 is 0.133 for each."""
     judge = random_judge(llama[0])
     judge.forward = lambda scalars, hidden: torch.tensor([0.4]).logit()
-    assert JudgeRule(judge, threshold).accept(rows([0.5, 0.5], matches_after=2)) == accepted
+    assert JudgeRule(judge, threshold).accept(candidate([0.5, 0.5], matches_after=2)) == accepted
 
 
-@pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", -0.1, float("nan")])
-def test_thresholds_that_are_none(llama, threshold):
-    with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\].*, got"):
+@pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", "slow", -0.1, float("nan"), True])
+def test_thresholds_that_are_invalid(llama, threshold):
+    with pytest.raises(
+        ValueError, match=r"`threshold` must be in \[0, 1\].*, got|none of the judge's operating points"
+    ):
         JudgeRule(random_judge(llama[0]), threshold)
 
 
 def test_an_operating_point_for_each_token_gained(llama):
     judge = random_judge(llama[0])
     judge.info.operating_points["fast"] = {"threshold": "0.03/token"}
-    assert JudgeRule(judge, "fast").threshold == "0.03/token"
+    rule = JudgeRule(judge, "fast")
+    assert (rule.threshold, rule.threshold.name) == (Threshold(0.03, per_token=True), "fast")
+    rule.threshold = Threshold(0.5)
+    assert rule.threshold.limit == 0.5
 
 
-def test_several_rows_at_once():
-    one = rows([0.6, 0.2, 0.2], draft=[0.5, 0.3, 0.2])
-    other = rows([0.4, 0.35, 0.25], draft=[0.4, 0.35, 0.25], matches_after=3, position=1)
-    both = Rows(**{name: torch.cat([getattr(one, name), getattr(other, name)]) for name in vars(one)})
+def test_the_judge_is_told_what_a_rule_is_told():
+    """The features of one candidate, in a batch of one."""
     target = build("llama", vocab_size=3, hidden_size=4, intermediate_size=4)
-    judge = JudgeRule(random_judge(target), 0.5)
-    for rule in (Lossless(), TopK(2), Margin(0.5), KLGate(0.01), LookAhead(2), Coin(0.5), judge):
-        alone = torch.cat([rule.accept(one), rule.accept(other)])
-        assert torch.equal(rule.accept(both), alone), rule
+    rule = JudgeRule(random_judge(target), 0.5)
+    one = candidate([0.4, 0.35, 0.25], matches_after=3, position=1)
+    inputs = one.scores[None], torch.tensor([1]), one.logits_after[None], torch.tensor([1])
+    expected = rule.judge(candidate_scalars(*inputs), one.hidden[None])
+    assert torch.equal(rule.log_odds(one)[None], expected)
+    assert rule.accept(one) is (expected.sigmoid().item() < 0.5)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +170,39 @@ def test_margin_keeps_what_a_plain_forward_says(llama, prompt):
     torch.testing.assert_close(judged_margins.sum().item(), judged.stats.logprob_given_up, atol=1e-3, rtol=1e-3)
 
 
-def test_special_tokens_of_a_rule_that_knows_none(llama, prompt):
-    target, draft = llama
-    free = JudgedModel(target, Coin(1.0))
-    output = free.generate(prompt, assistant_model=draft, max_new_tokens=40)[0, prompt.shape[1] :]
-    token = int(output[free.stats.sources.index("judged")])
-    bound = JudgedModel(target, Coin(1.0), special_tokens=[token])
-    output = bound.generate(prompt, assistant_model=draft, max_new_tokens=40)[0, prompt.shape[1] :]
-    assert token not in {int(t) for t, s in zip(output, bound.stats.sources, strict=True) if s == "judged"}
+def judged_tokens(model: JudgedModel, prompt, draft) -> set[int]:
+    output = model.generate(prompt, assistant_model=draft, max_new_tokens=40)[0, prompt.shape[1] :]
+    return {int(token) for token, source in zip(output, model.stats.sources, strict=True) if source == "judged"}
+
+
+def test_special_tokens_of_a_rule_that_knows_none(llama, prompt, tmp_path):
+    """They are the tokenizer's: the one that is passed, or that of the target's folder."""
+    target, draft = copy.copy(llama[0]), llama[1]
+    tokenizer = tiny_tokenizer()
+    free = judged_tokens(JudgedModel(target, Coin(1.0), tokenizer=tokenizer), prompt, draft)
+    token = max(token for token in free if token < len(tokenizer))
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(token)]})
+    assert token not in judged_tokens(JudgedModel(target, Coin(1.0), tokenizer=tokenizer), prompt, draft)
+    tokenizer.save_pretrained(tmp_path)
+    target.config = copy.deepcopy(target.config)
+    target.config.name_or_path = str(tmp_path)
+    model = JudgedModel(target, Coin(1.0))
+    assert model.special_tokens == {0, 1, token}
+    assert token not in judged_tokens(model, prompt, draft)
+    # Beside those of a judge only if a tokenizer is passed.
+    rule = JudgeRule(random_judge(llama[0], special_tokens=(7,)), allow_other_weights=True)
+    assert JudgedModel(llama[0], rule).special_tokens == {7}
+    assert JudgedModel(llama[0], rule, tokenizer=tokenizer).special_tokens == {0, 1, 7, token}
+
+
+def test_a_target_without_tokenizer_is_warned_of(llama, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("hf_selfjudge"), "propagate", True)
+    logging.get_logger("hf_selfjudge").warning_once.cache_clear()
+    for _ in range(2):
+        assert JudgedModel(llama[0], Margin(1.0)).special_tokens == set()
+    JudgedModel(llama[0], Lossless())  # accepts nothing
+    JudgedModel(llama[0], Margin(1.0), tokenizer=tiny_tokenizer())
+    assert caplog.text.count("Pass `tokenizer=`") == 1
 
 
 def test_special_tokens_without_a_role(llama):

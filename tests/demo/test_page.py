@@ -25,6 +25,7 @@ from hf_selfjudge.demo.page import (
     rows_of,
     rule_of,
 )
+from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.rules import KLGate, Lossless, Margin
 from tests.builders import Pace, perturbed, random_judge
 
@@ -38,7 +39,7 @@ def parts(llama, tokenizer):
 def test_streamed_text_is_what_generate_gives(parts, prompt):
     target, draft, tokenizer, judge = parts
     for rule in (JudgeRule(judge, 0.5), Margin(1.0), Lossless()):
-        judged = JudgedModel(target, rule, special_tokens=tokenizer.all_special_ids)
+        judged = JudgedModel(target, rule, tokenizer=tokenizer)
         expected = judged.generate(prompt, assistant_model=draft, max_new_tokens=40, do_sample=False)
         seen = [
             (len(progress.tokens), sum(progress.rounds))
@@ -80,7 +81,7 @@ def test_an_error_in_decoding_arrives(parts, prompt):
     target, draft, *_ = parts
 
     class Broken(Lossless):
-        def accept(self, rows):
+        def accept(self, candidate):
             raise RuntimeError("broken on purpose")
 
     with pytest.raises(RuntimeError, match="broken on purpose"):
@@ -109,7 +110,7 @@ def test_what_is_shown(parts, prompt):
     assert right == [("sky ", None), ("a", "differs"), ("s", None), (" on", "differs")]
     assert len(picture({"lossless": [3, 4], "judge": [5]}).axes) == 2
     made = {type(rule_of(name, 0.5, judge)) for name in RULES}
-    assert rule_of("judge per token", 0.03, judge).threshold == "0.03/token"
+    assert rule_of("judge per token", 0.03, judge).threshold == Threshold(0.03, per_token=True)
     assert made == {JudgeRule, KLGate, Lossless, Margin}
     with pytest.raises(ValueError, match="`rule` must be one of judge, judge per token, lossless"):
         rule_of("luck", 0.5, judge)
@@ -178,7 +179,7 @@ def test_eight_clients_at_once(parts, page):
         texts = list(pool.map(ask, prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        judged = JudgedModel(target, JudgeRule(judge, 0.5), special_tokens=tokenizer.all_special_ids)
+        judged = JudgedModel(target, JudgeRule(judge, 0.5), tokenizer=tokenizer)
         output = judged.generate(ids, assistant_model=draft, max_new_tokens=24, do_sample=False)
         assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 

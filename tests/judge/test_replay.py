@@ -80,9 +80,9 @@ def test_the_judge_sees_the_adapted_states_of_the_text(architecture, prompt):
     made = adapter(target)
 
     class Noting(JudgeRule):
-        def accept(self, rows):
-            seen.append((rows.positions.item(), rows.candidates.item(), rows.hidden[0]))
-            return super().accept(rows)
+        def accept(self, candidate):
+            seen.append((candidate.position, candidate.token, candidate.hidden))
+            return super().accept(candidate)
 
     judged = JudgedModel(target, Noting(adapted_judge(target, made), 0.5))
     output = judged.generate(prompt, assistant_model=perturbed(target, 0.05), max_new_tokens=40, do_sample=False)

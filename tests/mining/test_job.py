@@ -70,17 +70,17 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
     met = []
 
     class Noting(Rule):
-        def accept(self, rows):
-            met.append((rows.positions.item(), rows.candidates.item()))
-            return torch.zeros(1, dtype=torch.bool)
+        def accept(self, candidate):
+            met.append((candidate.position, candidate.token))
+            return False
 
     class Always(Rule):
-        def accept(self, rows):
-            return torch.ones(1, dtype=torch.bool)
+        def accept(self, candidate):
+            return True
 
     config = replace(CONFIG, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
     rows = mine(target, None, tokenizer, PROMPTS, config, tmp_path)
-    judged = JudgedModel(target, Noting(), special_tokens=tokenizer.all_special_ids)
+    judged = JudgedModel(target, Noting(), tokenizer=tokenizer)
     for prompt in PROMPTS:
         ids = encode(tokenizer, prompt.said, 256, 48)
         judged.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=48, do_sample=False)
@@ -92,7 +92,7 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
         met.clear()
     # Along a text that has other tokens than the target's choices, what proposes these is a mismatch too.
     ids = encode(tokenizer, PROMPTS[0].said, 256, 48)
-    all_judged = JudgedModel(target, Always(), special_tokens=tokenizer.all_special_ids)
+    all_judged = JudgedModel(target, Always(), tokenizer=tokenizer)
     text = all_judged.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
     (read,) = read_answers(target, PROMPTS[:1], [ids], [text])
     decided = enumerate(zip(text.tolist(), all_judged.stats.sources, strict=True))

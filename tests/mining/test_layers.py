@@ -111,9 +111,9 @@ def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
     }[how]
 
     class Noting(JudgeRule):
-        def accept(self, rows):
-            seen.append((rows.positions.item(), rows.candidates.item(), rows.hidden[0]))
-            return super().accept(rows)
+        def accept(self, candidate):
+            seen.append((candidate.position, candidate.token, candidate.hidden))
+            return super().accept(candidate)
 
     judged = JudgedModel(target, Noting(midway_judge(target), 0.5))
     output = judged.generate(prompt, max_new_tokens=40, do_sample=False, **options)
