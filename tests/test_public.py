@@ -31,7 +31,8 @@ def test_the_rules():
 
 
 def test_python_dash_m(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "hf_selfjudge", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "hf_selfjudge", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "quickstart" in done.stdout
 
