@@ -4,6 +4,7 @@ import copy
 import string
 import threading
 import time
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from hf_selfjudge import Judge, JudgeInfo
+from hf_selfjudge.judge.card import write_card
 from hf_selfjudge.judge.features import SCALARS
 from hf_selfjudge.models.load import fingerprint
 
@@ -99,6 +101,11 @@ def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), 
         judge.head.weight[:, : len(SCALARS)] *= 0.1
         judge.head.bias.zero_()
     return judge
+
+
+def card_of(judge: Judge, folder: Path) -> Path:
+    """Write the judge's card into a folder."""
+    return write_card(folder, judge.info, fingerprint(judge))
 
 
 class Collect:

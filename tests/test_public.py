@@ -8,7 +8,7 @@ import pytest
 
 import hf_selfjudge
 from hf_selfjudge import Judge, rules
-from hf_selfjudge.judge.card import HUB_CARDS, SHIPPED, shipped_judge
+from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
 from hf_selfjudge.models.pair import PAIRS
 
 

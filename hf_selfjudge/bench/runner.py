@@ -405,7 +405,7 @@ def _made_with(job: Job, rules: Mapping[Setting, Rule]) -> str:
         rule = rules[job.setting]
         threshold = [rule.threshold.json()] if job.setting.values else rule.threshold.json()
         judge = [fingerprint(rule.judge), rule.special_tokens, threshold]
-    return hashlib.sha256(json.dumps([job.ids.tolist(), judge, job.share]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([job.ids.tolist(), judge, job.share], default=str).encode()).hexdigest()[:16]
 
 
 def _found(lines: JsonlLog, made: dict[tuple, str]) -> dict[tuple, dict]:

@@ -33,6 +33,7 @@ from ..hub.publish import pull_judge
 from ..judge.card import read_results
 from ..judge.info import PER_TOKEN, limit_of
 from ..judge.judge import Judge
+from ..models.load import fingerprint
 from ..models.tokens import context_of, special_tokens
 from ..utils.names import public_name
 from ..utils.text import in_markdown, in_python, pieces, token_text
@@ -414,10 +415,10 @@ def build(
 
     def at(point: str):
         """The judge, and the slider at one of its operating points."""
-        rule, value = shown_as(points[point]["threshold"])
+        rule, value = shown_as(points[point])
         return rule, gr.Slider(0, 1, value, step=STEP, label=UNITS[rule], interactive=True)
 
-    points = judge.info.operating_points
+    points = judge.info.thresholds
     own, value = shown_as(judge.info.threshold)
     begins = {"judge": (1, 0.3), "judge per token": (1, 0.03)} | {own: (1, value)}
     begins |= {"lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
@@ -480,7 +481,7 @@ def build(
 
 def _curve(judge: Judge, folder: Path | None) -> None:
     """What was measured of the judge."""
-    benches = {} if folder is None else read_results(folder, judge).get("bench", {})
+    benches = {} if folder is None else read_results(folder, fingerprint(judge)).get("bench", {})
     if not benches:
         gr.Markdown("Nothing was measured of this judge yet. `hf-selfjudge bench` and `hf-selfjudge card` do that.")
     for name, bench in benches.items():

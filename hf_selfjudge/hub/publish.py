@@ -16,13 +16,16 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..judge.card import HUB_CARDS, public_file, published, read_quality
+from ..judge.card import repo_files
 from ..judge.judge import Judge
+from ..judge.shipped import HUB_CARDS
 from ..mining.labels import load_labels, mining_of, shards_of
+from ..models.load import fingerprint
 from ..utils.files import json_text, read_text, shipped
 from ..utils.names import is_hub_id, public_mining
 from ..utils.text import in_markdown, in_shell
 from ..utils.transfer import HubError, download, said, upload
+from .results import public_file, read_quality
 
 
 SPACES = shipped("spaces")
@@ -48,7 +51,7 @@ def push_judge(folder: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
         HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     judge = Judge.from_pretrained(folder)
-    return upload(repo_id, published(folder, judge, repo_id), "Upload judge", **how)
+    return upload(repo_id, repo_files(folder, judge.info, fingerprint(judge), repo_id), "Upload judge", **how)
 
 
 def pull_judge(

@@ -1,37 +1,61 @@
-"""TODO."""
+"""What is known about a judge besides its weights: the content of its `config.json`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
 
 from ..utils.names import public_mining, public_name
 from .features import SCALARS, STATES
+from .threshold import Threshold
 
 
-PER_TOKEN = "/token"
+# The type of each field, and for numbers and lists of numbers the largest value that any judge has.
+TYPES = {
+    **dict.fromkeys(("target", "target_fingerprint", "draft"), str),
+    **dict.fromkeys(("hidden_size", "vocab_size", "components"), int),
+    **dict.fromkeys(("special_tokens", "scalars", "states"), list),
+    **dict.fromkeys(("operating_points", "training"), dict),
+    "adapter": bool,
+}
+LARGEST = {"hidden_size": 2**17, "vocab_size": 2**24, "components": 2**12}
+
+
+class TrainingRecord(TypedDict, total=False):
+    """How a judge was trained and what was measured then. Absent parts did not happen."""
+
+    mining: list[dict[str, Any]]  # one `mining.json` for each set of labels
+    fit: dict[str, Any]  # options of the training, and the calibration's `slope` and `intercept`
+    held_out: dict[str, Any]  # measurements on held-out prompts
+    calibration: dict[str, Any]  # which bench the operating points come from
 
 
 @dataclass(frozen=True)
 class JudgeInfo:
     """
-    What a judge is and which models it belongs to; the content of `config.json`.
+    What a judge is and which models it belongs to; the content of `config.json`. All of it is checked.
 
     Args:
-        target (`str`): Hub id of the target; of one from a folder, its [`public_name`].
-        target_fingerprint (`str`): Of its weights, see [`fingerprint`].
-        hidden_size (`int`): Of the target.
-        vocab_size (`int`): Of the target.
-        draft (`str`): The same of the draft whose mismatches it was trained on.
-        special_tokens (`list[int]`): Tokens that are never accepted against the target, nor overruled.
-        components (`int`): Dimensions kept of each hidden state.
-        threshold (`float` or `str`): See [`JudgeRule`]; no name.
-        scalars (`list[str]`): Which of `SCALARS` it looks at.
-        states (`list[str]`): Which of `STATES` it looks at.
-        layer (`int`, *optional*): How many of the target's layers are below these states. `None`: all, and its last
-            normalisation.
-        operating_points (`dict[str, dict]`): Thresholds with a name, and what was measured at each.
-        adapter (`bool`): Whether an adapter belongs to it: hidden states are then those of the target with it.
-        training (`dict`): How it was made and what it measured: for the reader, not for the code.
+        target (`str`): Hub id of the target. A folder is replaced by its [`public_name`].
+        target_fingerprint (`str`): [`fingerprint`] of the target's weights.
+        hidden_size (`int`): Size of the target's hidden states.
+        vocab_size (`int`): Size of the target's vocabulary.
+        draft (`str`): Hub id of the draft whose mismatches the judge was trained on, treated as `target`; or
+            [`LOOKUP`].
+        special_tokens (`list[int]`): Tokens that the judge neither accepts against the target nor overrules.
+        components (`int`): Principal components kept of each hidden state.
+        threshold ([`Threshold`], `float` or `str`): The judge's own threshold, used where none is given.
+        scalars (`list[str]`): The scalar features that it uses, of `SCALARS`.
+        states (`list[str]`): The hidden states that it uses, of `STATES`.
+        layer (`int`, *optional*): The states are those that enter this layer of the target, counted from 0. `None`:
+            the last hidden states.
+        operating_points (`dict[str, dict]`): For each name a `threshold`, as `config.json` holds it, and what was
+            measured there.
+        adapter (`bool`): Whether a LoRA adapter belongs to the judge, which then sees the adapted target's states.
+        training ([`TrainingRecord`]): For the card.
+
+    Raises:
+        ValueError: If a value has the wrong type, is larger than any judge's, or is unknown to this version.
     """
 
     target: str
@@ -41,85 +65,92 @@ class JudgeInfo:
     draft: str
     special_tokens: list[int]
     components: int
-    threshold: float | str
+    threshold: Threshold
     scalars: list[str] = field(default_factory=lambda: list(SCALARS))
     states: list[str] = field(default_factory=lambda: list(STATES))
     layer: int | None = None
-    operating_points: dict[str, dict] = field(default_factory=dict)
+    operating_points: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapter: bool = False
-    training: dict = field(default_factory=dict)
+    training: TrainingRecord = field(default_factory=TrainingRecord)
 
     def __post_init__(self):
-        # A judge's files are made to be shared, and those of earlier versions hold paths.
+        self._check()
+        object.__setattr__(self, "threshold", Threshold.parse(self.threshold))
+        # Judges are shared, and their files must not tell the paths of the computer they were made on.
         for name in ("target", "draft"):
             object.__setattr__(self, name, public_name(getattr(self, name), here=False))
         if "mining" in self.training:
-            mining = [public_mining(made, here=False) for made in self.training["mining"]]
+            mining = [public_mining(record, here=False) for record in self.training["mining"]]
             object.__setattr__(self, "training", self.training | {"mining": mining})
 
+    @property
+    def thresholds(self) -> dict[str, Threshold]:
+        """The operating points' thresholds by name."""
+        return {name: Threshold.parse(point["threshold"]) for name, point in self.operating_points.items()}
 
-def _check_info(info: JudgeInfo) -> None:
-    """
-    Raises:
-        ValueError: If a value is of another type than it should be, or beyond what any judge has.
-    """
-    kinds = {
-        **dict.fromkeys(("target", "target_fingerprint", "draft"), str),
-        **dict.fromkeys(("hidden_size", "vocab_size", "components"), int),
-        **dict.fromkeys(("special_tokens", "scalars", "states"), list),
-        **{"threshold": (int, float, str), "adapter": bool, "operating_points": dict, "training": dict},
-    }
-    for name, kind in kinds.items():
-        value = getattr(info, name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{name} is a {type(value).__name__}")
-    for name, most in (("hidden_size", 2**17), ("vocab_size", 2**24), ("components", 2**12)):
-        if not 0 <= getattr(info, name) <= most:
-            raise ValueError(f"{name} is {getattr(info, name)}, not in [0, {most}]")
-    for name, kind in (("special_tokens", int), ("scalars", str), ("states", str)):
-        values = getattr(info, name)
-        if not all(isinstance(value, kind) for value in values) or len(set(values)) < len(values):
-            raise ValueError(f"{name} is no list of different values of type {kind.__name__}")
-    if info.layer is not None and (type(info.layer) is not int or not 0 < info.layer < 2**12):
-        raise ValueError(f"layer is {info.layer!r}, no number of layers")
-    if info.layer is not None and info.adapter:
-        raise ValueError(f"it has an adapter, which is for the last states, and looks at layer {info.layer}")
-    if not all(0 <= token < 2**31 for token in info.special_tokens):
-        raise ValueError("special_tokens are not all tokens")
-    for threshold in (info.threshold, *(point["threshold"] for point in _points(info))):
-        limit_of(threshold)
+    def _check(self) -> None:
+        for name, kind in TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+        for name, largest in LARGEST.items():
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} is {getattr(self, name)}, not in [0, {largest}]")
+        for name, known in (("scalars", SCALARS), ("states", STATES)):
+            values = getattr(self, name)
+            if unknown := [value for value in values if value not in known]:
+                raise ValueError(
+                    f"it uses the {name} {unknown}, this version of hf_selfjudge computes {list(known)}. Install the "
+                    "version that the judge was made with, or train it again"
+                )
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice")
+        if not all(type(token) is int and 0 <= token < 2**31 for token in self.special_tokens):
+            raise ValueError("special_tokens has values that are not tokens")
+        if self.layer is not None and (type(self.layer) is not int or not 0 < self.layer < 2**12):
+            raise ValueError(f"layer is {self.layer!r}, not the number of a layer")
+        if self.layer is not None and self.adapter:
+            raise ValueError(
+                f"it has an adapter, which belongs to the last hidden states, and uses layer {self.layer}"
+            )
+        if not all(isinstance(point, dict) and "threshold" in point for point in self.operating_points.values()):
+            raise ValueError("an operating point has no threshold")
+        mining = self.training.get("mining", [])
+        if not isinstance(mining, list) or not all(isinstance(record, dict) for record in mining):
+            raise ValueError("training.mining is not a list of records")
+        _ = self.thresholds  # parsed, so that a wrong one is found here
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"threshold": self.threshold.json()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> JudgeInfo:
+        """
+        Read the content of `config.json`.
+
+        Raises:
+            ValueError: If it is not that of a judge of this version.
+        """
+        if unknown := content.keys() - {f.name for f in fields(cls)}:
+            raise ValueError(f"this version of hf_selfjudge does not know {', '.join(sorted(unknown))}")
+        try:
+            return cls(**content)
+        except (AttributeError, TypeError) as error:  # missing fields, or nested values of other types
+            raise ValueError(str(error)) from error
+
+
+# Until all callers use `Threshold`.
+PER_TOKEN = "/token"
 
 
 def read_threshold(text: str | None) -> float | str | None:
-    """A number, one for each token gained (`0.03/token`), the name of an operating point, or nothing."""
     try:
         return text if text is None else float(text)
     except ValueError:
         return text
 
 
-def limit_of(threshold: float | str) -> tuple[float, bool]:
-    """
-    A threshold as a number, and whether it is one for each token gained (`"0.03/token"`).
-
-    Raises:
-        ValueError: If it is no such text and no number, or not in [0, 1].
-    """
-    per_token = isinstance(threshold, str) and threshold.endswith(PER_TOKEN)
-    try:
-        limit = float(threshold.removesuffix(PER_TOKEN)) if per_token else threshold
-    except ValueError:
-        limit = None
-    if not isinstance(limit, int | float) or not 0 <= limit <= 1:
-        raise ValueError(
-            "`threshold` must be in [0, 1] (0 is lossless, 1 accepts every candidate), or as text such a number for "
-            f"each token gained ('0.03{PER_TOKEN}'), got {threshold!r}."
-        )
-    return limit, per_token
-
-
-def _points(info: JudgeInfo) -> list[dict]:
-    points = [*info.operating_points.values()]
-    if not all(isinstance(point, dict) and "threshold" in point for point in points):
-        raise ValueError("an operating point has no threshold")
-    return points
+def limit_of(value: Threshold | float | str) -> tuple[float, bool]:
+    threshold = Threshold.parse(value)
+    return threshold.limit, threshold.per_token

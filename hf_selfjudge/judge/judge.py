@@ -6,10 +6,10 @@ number for each candidate. Knows nothing of generation. Saved as `config.json` a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -24,29 +24,26 @@ from ..models.wheels import described
 from ..utils.files import atomic_write, read_json, write_json
 from ..utils.names import is_hub_id, public_name
 from ..utils.transfer import download, upload
-from .card import plot_reliability, published
+from .card import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, plot_reliability, repo_files
 from .features import SCALARS, STATES
-from .info import JudgeInfo, _check_info
+from .info import JudgeInfo
 from .replay import Adapter
 
 
 logger = logging.get_logger(__name__)
 
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-# Bytes of a file that is not read any more: a judge's are far smaller.
+# Larger files (bytes) are not read: a judge's are far smaller.
 CONFIG_LIMIT, HEADER_LIMIT, ADAPTER_LIMIT = 2**24, 2**20, 2**31
 
 
 class Judge(torch.nn.Module):
     """
     A linear head over normalised scalars and a few principal components of hidden states. Normalisation and
-    projection are part of it, so that it takes raw features. A new one says 0.5 to everything.
+    projection are part of it, so it takes raw features. A new judge gives every candidate the probability 0.5.
 
     Args:
-        info ([`JudgeInfo`]): Sizes and the models it belongs to.
-        adapter ([`Adapter`], *optional*): In the target's last layers, if one belongs to it.
+        info ([`JudgeInfo`]): Sizes, features and the models that it belongs to.
+        adapter ([`Adapter`], *optional*): The LoRA adapter that belongs to it, for the target's last layers.
     """
 
     def __init__(self, info: JudgeInfo, adapter: Adapter | None = None):
@@ -68,26 +65,29 @@ class Judge(torch.nn.Module):
         Args:
             scalars (`torch.Tensor` of shape `(candidates, len(SCALARS))`): See [`candidate_scalars`].
             hidden (`torch.Tensor` of shape `(candidates, len(STATES), hidden_size)`): The target's hidden states
-                before and after each candidate, above `info.layer` of its layers.
+                before and after each candidate: those that enter `info.layer`, or the last ones.
 
         Returns:
             `torch.FloatTensor` of shape `(candidates,)`: log-odds that accepting the candidate changes the meaning.
         """
-        with torch.autocast(hidden.device.type, enabled=False):  # fp32, also where the target runs in less
+        with torch.autocast(hidden.device.type, enabled=False):  # fp32, even if the target runs in less
             scalars = (scalars[:, self.columns].float() - self.scalar_mean) / self.scalar_scale
             centred = hidden[:, self.sides].float() - self.hidden_mean
             components = torch.einsum("nsh,shc->nsc", centred, self.projection)
             return self.head(torch.cat([scalars, components.flatten(1)], dim=-1)).squeeze(-1)
 
-    # -- which target it belongs to --------------------------------------------------------------------------------
-
     def check_target(self, target: PreTrainedModel, allow_other_weights: bool = False) -> None:
         """
-        Warns of other weights of the same id (another revision or precision, a quantised copy).
+        Check that the judge was made for a target. Other weights under the same Hub id (another revision or precision,
+        a quantised copy) only lead to a warning.
+
+        Args:
+            target ([`~transformers.PreTrainedModel`]): The target.
+            allow_other_weights (`bool`, defaults to `False`): Accept other weights of the same sizes under any name.
 
         Raises:
-            ValueError: If the judge was made for another target; says which of id, hidden size, vocabulary and
-                fingerprint differs. With `allow_other_weights`, id and fingerprint may.
+            ValueError: If it was made for another target; says which of id, hidden size, vocabulary and fingerprint
+                differ.
         """
         config, info = target.config.get_text_config(), self.info
         sizes = {
@@ -98,72 +98,68 @@ class Judge(torch.nn.Module):
             "id": (info.target, public_name(target.config.name_or_path)),
             "fingerprint": (info.target_fingerprint, fingerprint(target)),
         }
-        different = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
-        other = {name: pair for name, pair in weights.items() if pair[0] != pair[1]}
-        # A folder is not an id: the same model may lie anywhere, and another one too. Its fingerprint tells.
-        same_id = "id" not in other and is_hub_id(info.target)
-        if "fingerprint" in other and not allow_other_weights and not same_id:
-            different |= other
-        if not different:
-            if "fingerprint" in other:
-                logger.warning_once(
-                    f"The judge was made on other weights of {info.target} than those of `target`: on "
-                    f"{described(info.target_fingerprint) or info.target_fingerprint}. How well it does here was not "
-                    "measured."
-                )
-            return
-        found = "; ".join(f"{name}: judge {made!r}, target {given!r}" for name, (made, given) in different.items())
-        advice = f"Load {info.target}, or a judge made for this target."
-        if not different.keys() & sizes.keys():
-            advice += " Same model in another precision, or a light fine-tune? Pass `allow_other_weights=True`."
-        raise ValueError(f"`judge` was made for another target. What differs: {found}. {advice}")
+        wrong_sizes = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+        wrong_weights = {name: pair for name, pair in weights.items() if pair[0] != pair[1]}
+        if "fingerprint" not in wrong_weights:
+            wrong_weights = {}  # the same weights under another name, a folder say
+        # A folder's name is no id: another model may have it. Only a Hub id says that both are the same model.
+        same_id = wrong_weights and "id" not in wrong_weights and is_hub_id(info.target)
+        if wrong_sizes or (wrong_weights and not allow_other_weights and not same_id):
+            different = wrong_sizes if allow_other_weights or same_id else wrong_sizes | wrong_weights
+            differences = "; ".join(f"{name}: judge {a!r}, target {b!r}" for name, (a, b) in different.items())
+            advice = f"Load {info.target}, or a judge made for this target."
+            if not wrong_sizes:
+                advice += " Same model in another precision, or a light fine-tune? Pass `allow_other_weights=True`."
+            raise ValueError(f"`judge` was made for another target. What differs: {differences}. {advice}")
+        if wrong_weights:
+            logger.warning_once(
+                f"The judge was made on other weights of {info.target} than those of `target`: on "
+                f"{described(info.target_fingerprint) or info.target_fingerprint}. Its quality on these was not "
+                "measured."
+            )
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def configs(self) -> dict[str, dict]:
-        """Content of its JSON files: of `config.json`, and of `adapter_config.json` if it has an adapter."""
-        found = {CONFIG: asdict(self.info)}
-        if self.adapter is not None:  # PEFT notes the path that the target was loaded from
-            found[ADAPTER_CONFIG] = self.adapter.config | {"base_model_name_or_path": self.info.target}
-        return found
-
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """
-        Write `config.json` and `model.safetensors`, and an adapter as PEFT does, each under a temporary name first.
+        Write `config.json` and `model.safetensors`, and the adapter as PEFT does. Files that are there stay as they
+        are until all new ones are written.
 
         Raises:
             OSError: If `folder` cannot be written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # All is written before any of it is renamed.
-        with atomic_write(folder / CONFIG) as config, atomic_write(folder / WEIGHTS) as weights:
-            write_json(config, self.configs()[CONFIG])
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
-            if self.adapter is not None:
-                with (
-                    atomic_write(folder / ADAPTER_CONFIG) as adapter_config,
-                    atomic_write(folder / ADAPTER) as adapter,
-                ):
-                    write_json(adapter_config, self.configs()[ADAPTER_CONFIG])
-                    save_file(self.adapter.tensors, adapter)
+        with contextlib.ExitStack() as files:
 
-    def push_to_hub(self, repo_id: str, **how) -> CommitInfo:
+            def new(name: str) -> Path:
+                return files.enter_context(atomic_write(folder / name))
+
+            write_json(new(CONFIG), self.info.to_json())
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, new(WEIGHTS))
+            if self.adapter is not None:  # PEFT writes down the path that the target was loaded from
+                config = self.adapter.config | {"base_model_name_or_path": self.info.target}
+                write_json(new(ADAPTER_CONFIG), config)
+                save_file(self.adapter.tensors, new(ADAPTER_WEIGHTS))
+
+    def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
         """
         Publish the judge with its card, in one commit.
 
         Args:
-            repo_id (`str`): Where to; made if it is not there.
-            how: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
+            repo_id (`str`): The repo, created if it does not exist.
+            options: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
 
         Raises:
-            HubError: If it was refused or interrupted; the repo is as it was.
+            HubError: If the Hub refused or could not be reached. The repo is as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            if measured := self.info.training.get("held_out"):
-                plot_reliability(measured["reliability"], Path(folder) / "reliability.png")
-            return upload(repo_id, published(folder, self, repo_id), "Upload judge", **how)
+            if "held_out" in self.info.training:
+                plot_reliability(self.info.training["held_out"]["reliability"], Path(folder) / "reliability.png")
+            return upload(
+                repo_id, repo_files(folder, self.info, fingerprint(self), repo_id), "Upload judge", **options
+            )
 
     @classmethod
     def from_pretrained(
@@ -176,20 +172,23 @@ class Judge(torch.nn.Module):
         local_files_only: bool = False,
     ) -> Judge:
         """
-        Load a judge from a folder or a Hub repo. Reads safetensors only, never a pickle.
+        Load a judge from a folder or a Hub repo: safetensors only, never a pickle. Names, shapes and types are checked
+        before any weight is read.
+
+        Args:
+            reference (`str`): Folder or Hub id.
+            revision, token, cache_dir, local_files_only: See [`download`].
 
         Raises:
-            FileNotFoundError: If `config.json` or `model.safetensors` is missing.
-            ValueError: If one of them is damaged or larger than it can be, or its content is not a judge of this
-                version. Names, shapes and types are looked at before anything is read.
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged or too large, or is not that of a judge of this version.
             HubError: If the Hub could not be reached.
         """
 
-        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-
-        def fetch(name: str, limit: int, revision: str | None) -> Path:
+        def fetch(name: str, limit: int) -> Path:
+            access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
             try:
-                return download(reference, name, limit, revision=revision, **where)
+                return download(reference, name, limit, revision=revision, **access)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"`judge`: {error} A judge is a folder or Hub repo with {CONFIG} and {WEIGHTS}, as "
@@ -198,75 +197,53 @@ class Judge(torch.nn.Module):
             except ValueError as error:
                 raise ValueError(f"`judge`: {error}") from error
 
-        config = fetch(CONFIG, CONFIG_LIMIT, revision)
+        config = fetch(CONFIG, CONFIG_LIMIT)
         if not Path(reference).is_dir():
-            revision = config.parent.name  # the commit: all files are of one
-        info = _read_info(config)
-        with torch.device("meta"):  # nothing is allocated before the weights are known to be there
+            revision = config.parent.name  # the commit, so that all files are of one commit
+        try:
+            info = JudgeInfo.from_json(read_json(config))
+        except ValueError as error:
+            raise ValueError(f"`judge`: {config} is not the config of a judge ({error}).") from error
+        with torch.device("meta"):  # nothing is allocated before the file is known to hold the weights
             judge = cls(info)
-        expected = {name: tuple(tensor.shape) for name, tensor in judge.state_dict().items()}
-        size = sum(4 * math.prod(shape) for shape in expected.values())
-        judge.load_state_dict(_read_tensors(fetch(WEIGHTS, size + HEADER_LIMIT, revision), expected), assign=True)
-        if judge.info.adapter:
-            settings = _read_json(fetch(ADAPTER_CONFIG, CONFIG_LIMIT, revision))
-            judge.adapter = Adapter(settings, _read_tensors(fetch(ADAPTER, ADAPTER_LIMIT, revision)))
+        shapes = {name: tuple(tensor.shape) for name, tensor in judge.state_dict().items()}
+        size = sum(4 * math.prod(shape) for shape in shapes.values())
+        judge.load_state_dict(_read_tensors(fetch(WEIGHTS, size + HEADER_LIMIT), shapes), assign=True)
+        if info.adapter:
+            adapter_config = read_json(fetch(ADAPTER_CONFIG, CONFIG_LIMIT))
+            judge.adapter = Adapter(adapter_config, _read_tensors(fetch(ADAPTER_WEIGHTS, ADAPTER_LIMIT)))
         return judge.eval()
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
     """
-    Content of a safetensors file. Names, shapes and types are looked at before anything is read.
+    Read a safetensors file, after a check of its names, shapes and types.
 
     Args:
-        expected (`dict[str, tuple[int, ...]]`, *optional*): What must be in it, in fp32.
+        path (`Path`): The file.
+        expected (`dict[str, tuple[int, ...]]`, *optional*): The names and shapes that it must have, in fp32.
     """
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
-            types = {part.get_dtype() for part in found.values()}
+            names = [*file.keys()]  # noqa: SIM118 (not a mapping)
+            slices = {name: file.get_slice(name) for name in names}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            types = {part.get_dtype() for part in slices.values()}
             if expected is not None and shapes != expected:
-                wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))[0]
+                wrong = min(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
                 raise ValueError(
                     f"`judge`: {path} does not fit {CONFIG} ({wrong}: {expected.get(wrong)} by the config, "
                     f"{shapes.get(wrong)} there). Fetch both again."
                 )
             if types - ({"F32"} if expected is not None else {"F32", "F16", "BF16"}):
-                raise ValueError(
-                    f"`judge`: {path} holds numbers of type {', '.join(sorted(types))}; fp32 is expected."
-                )
-            # Copies: where a file is mapped into memory, sums may be rounded otherwise.
-            tensors = {name: file.get_tensor(name).clone() for name in found}
+                raise ValueError(f"`judge`: {path} has numbers of type {', '.join(sorted(types))}, not fp32.")
+            # Copies: sums over tensors that are mapped into memory may be rounded differently.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"`judge`: {path} is not a whole safetensors file ({error}). It is truncated, or of another format (a "
+            f"`judge`: {path} is not a complete safetensors file ({error}). It is truncated or in another format (a "
             "pickle is never loaded). Fetch it again."
         ) from error
     if broken := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
-        raise ValueError(f"`judge`: {path} holds numbers that are none ({broken[0]}). Fetch it again.")
+        raise ValueError(f"`judge`: {path} contains NaN or infinity ({broken[0]}). Fetch it again.")
     return tensors
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
-
-
-def _read_info(path: Path) -> JudgeInfo:
-    content = _read_json(path)
-    try:
-        if unknown := content.keys() - {f.name for f in fields(JudgeInfo)}:
-            raise ValueError(f"this version of hf_selfjudge does not know {', '.join(sorted(unknown))}")
-        info = JudgeInfo(**content)
-        _check_info(info)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"`judge`: {path} is not the config of a judge ({error}).") from error
-    for name, known in (("scalars", SCALARS), ("states", STATES)):
-        if unknown := set(getattr(info, name)) - set(known):
-            raise ValueError(
-                f"`judge`: {path} names the {name} {sorted(unknown)}, this version of hf_selfjudge computes "
-                f"{list(known)}. Install the version that the judge was made with, or train it again."
-            )
-    return info

@@ -73,7 +73,7 @@ class Threshold:
 
     def json(self) -> float | str:
         """What `config.json` holds: a number, or text for one that is meant for each token gained."""
-        return f"{self.limit:g}{PER_TOKEN}" if self.per_token else self.limit
+        return f"{self.limit}{PER_TOKEN}" if self.per_token else self.limit
 
     def __str__(self) -> str:
         return f"{self.limit:g}{PER_TOKEN * self.per_token}"

@@ -33,7 +33,7 @@ from ..judge.card import plot_reliability, write_card
 from ..judge.judge import Judge
 from ..judge.replay import apart
 from ..mining.labels import folders_of, load_labels, mining_of
-from ..models.load import load_model
+from ..models.load import fingerprint, load_model
 from ..utils.names import public_mining
 from .config import NONE, SCORES, JudgeConfig, without_text
 from .data import soft_labels
@@ -194,7 +194,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         trainer.save_model()
         folder = Path(training_args.output_dir)
         plot_reliability(measured["reliability"], folder / "reliability.png")
-        write_card(judge, folder)
+        write_card(folder, judge.info, fingerprint(judge))
     return judge
 
 

@@ -441,7 +441,7 @@ class JudgeTrainer(Trainer):
 
     def _write_card(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            write_card(self.judge, folder)
+            write_card(folder, self.judge.info, fingerprint(self.judge))
 
     def push_to_hub(
         self,

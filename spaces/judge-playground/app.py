@@ -4,7 +4,7 @@ import os
 
 from hf_selfjudge import Judge, load_model
 from hf_selfjudge.demo.page import build, folder_of
-from hf_selfjudge.judge.card import shipped_judge
+from hf_selfjudge.judge.shipped import shipped_judge
 
 
 JUDGE = os.environ.get("JUDGE") or str(shipped_judge("qwen2.5-coder"))

@@ -16,7 +16,7 @@ from rich.console import Console
 from hf_selfjudge import Judge, Prompt, Stats, load_labels
 from hf_selfjudge.bench.quick import Run, print_answer, ratio_of_seconds, results_table
 from hf_selfjudge.cli import app as cli
-from hf_selfjudge.judge.card import public_file
+from hf_selfjudge.hub.results import public_file
 from hf_selfjudge.models.load import fingerprint
 from tests.builders import build, random_judge, tiny_tokenizer
 from tests.training.test_trainer import RESULTS

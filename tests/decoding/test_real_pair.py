@@ -5,7 +5,7 @@ import torch
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.data.prompts import encode
-from hf_selfjudge.judge.card import shipped_judge
+from hf_selfjudge.judge.shipped import shipped_judge
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import DRAFT_MODEL, LOOKUP, PAIRS
 from hf_selfjudge.models.tokens import greedy

@@ -35,14 +35,16 @@ from hf_selfjudge import (
 from hf_selfjudge.bench.tables import heading
 from hf_selfjudge.demo.page import folder_of
 from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
-from hf_selfjudge.judge.card import add_results, read_results, write_card
+from hf_selfjudge.hub.results import add_results
+from hf_selfjudge.judge.card import read_results
+from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.mining.labels import folders_of
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.utils.names import public_mining
 from hf_selfjudge.utils.text import in_markdown
 from hf_selfjudge.utils.transfer import HubError
-from tests.builders import random_judge
+from tests.builders import card_of, random_judge
 from tests.hub_server import Fault, Hub
 from tests.judge.test_replay import adapted_judge, adapter
 from tests.training.test_trainer import RESULTS, write_labels
@@ -94,15 +96,15 @@ def test_push_and_load(hub, folder):
     changed = Judge.from_pretrained(folder)
     changed.info = replace(changed.info, threshold=0.25)
     changed.push_to_hub(REPO)
-    assert Judge.from_pretrained(REPO).info.threshold == 0.25
-    assert Judge.from_pretrained(REPO, revision="v1").info.threshold == 0.5
+    assert Judge.from_pretrained(REPO).info.threshold == Threshold(0.25)
+    assert Judge.from_pretrained(REPO, revision="v1").info.threshold == Threshold(0.5)
     changed.info = replace(changed.info, threshold=0.75)
     made = changed.push_to_hub(REPO, create_pr=True)
     assert made.pr_url
-    assert Judge.from_pretrained(REPO).info.threshold == 0.25
-    assert Judge.from_pretrained(REPO, revision="refs/pr/1").info.threshold == 0.75
+    assert Judge.from_pretrained(REPO).info.threshold == Threshold(0.25)
+    assert Judge.from_pretrained(REPO, revision="refs/pr/1").info.threshold == Threshold(0.75)
     changed.push_to_hub(REPO, revision="try")
-    assert Judge.from_pretrained(REPO, revision="try").info.threshold == 0.75
+    assert Judge.from_pretrained(REPO, revision="try").info.threshold == Threshold(0.75)
     with pytest.raises(FileNotFoundError, match="has no revision 'none'"):
         Judge.from_pretrained(REPO, revision="none")
     before = hub.files(REPO)
@@ -148,7 +150,7 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     }
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     (bench / "curve.png").write_bytes(b"a picture")
-    add_results(folder, judge, benches=[bench])
+    add_results(folder, fingerprint(judge), benches=[bench])
     push_judge(folder, REPO)
     files = hub.files(REPO)
     card = ModelCard(files["README.md"].decode())
@@ -167,15 +169,15 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     with torch.no_grad():
         judge.head.bias.add_(1)
     judge.save_pretrained(folder)  # other weights: nothing was measured of these
-    assert read_results(folder, judge) == {}
+    assert read_results(folder, fingerprint(judge)) == {}
     push_judge(folder, "me/other")
     assert not {"curve-gsm8k.png", "results.json"} & hub.files("me/other").keys()
     with pytest.raises(ValueError, match="has no results of this judge"):
-        add_results(folder, judge, benches=[bench])
+        add_results(folder, fingerprint(judge), benches=[bench])
     del quality["comparisons_unchanged"]
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     with pytest.raises(ValueError, match="by an earlier version"):
-        add_results(folder, judge, benches=[bench])
+        add_results(folder, fingerprint(judge), benches=[bench])
 
 
 def test_who_may(hub, folder, monkeypatch):
@@ -218,7 +220,7 @@ def test_the_page_shows_what_the_repo_tells(hub, folder, monkeypatch):
     assert folder_of(str(folder)) == folder
     fetched = folder_of(REPO)
     assert same(Judge.from_pretrained(fetched), judge)
-    assert read_results(fetched, judge)["bench"] == {}
+    assert read_results(fetched, fingerprint(judge))["bench"] == {}
     assert (fetched / "curve-gsm8k.png").read_bytes() == b"a picture"
     Judge.from_pretrained(REPO)  # by its name, so that the cache knows it
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -286,7 +288,7 @@ def test_a_space_has_the_package_with_it(hub, tmp_path):
     code = """if True:
         from hf_selfjudge import Judge
         from hf_selfjudge.demo import page as playground
-        from hf_selfjudge.judge.card import shipped_judge
+        from hf_selfjudge.judge.shipped import shipped_judge
         for place in playground.__file__, shipped_judge("qwen2.5-coder"):
             print(place)
         Judge.from_pretrained(place)"""
@@ -360,8 +362,8 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     bench = bench_of_private(tmp_path / "gsm8k", private, judge)
     figures = tmp_path / "figures.json"
     figures.write_text(json.dumps(RESULTS | {"pair": ",".join(private)}))
-    add_results(folder, judge, figures, [bench])
-    write_card(judge, folder)
+    add_results(folder, fingerprint(judge), figures, [bench])
+    card_of(judge, folder)
     shared = [path for path in folder.rglob("*") if path.name in ("README.md", "config.json", "results.json")]
     assert len(shared) == 5  # of a checkpoint, too
     assert not tells_of_this_machine({path.name: path.read_bytes() for path in shared}, tmp_path)
@@ -436,11 +438,11 @@ def test_names_that_mean_harm_leave_the_card_whole(hub, tmp_path):
     quality["quality"]["categories"] = {name: {"prompts": 3, "retention_by": "same"}}
     quality["quality"]["settings"][0]["setting"] = f"judge:{name}=0.5"
     (bench / "quality-results.json").write_text(json.dumps(quality))
-    add_results(folder, judge, benches=[bench])
+    add_results(folder, fingerprint(judge), benches=[bench])
     push_judge(folder, REPO)
     push_labels([labels], "me/labels")
     push_results(bench, "me/results")
-    texts = [write_card(judge, folder).read_text(), hub.files(REPO)["README.md"].decode()]
+    texts = [card_of(judge, folder).read_text(), hub.files(REPO)["README.md"].decode()]
     texts += [hub.files(repo, kind="datasets")["README.md"].decode() for repo in ("me/labels", "me/results")]
     for text in texts:
         card = ModelCard(text)
@@ -480,7 +482,7 @@ def test_a_push_that_breaks_leaves_the_repo_as_it_was(hub, folder, stage, kind):
     assert hub.files(REPO) == before
     hub.faults.clear()
     push_judge(folder, REPO)
-    assert Judge.from_pretrained(REPO).info.threshold == 0.125
+    assert Judge.from_pretrained(REPO).info.threshold == Threshold(0.125)
 
 
 @pytest.mark.parametrize("stage", ["config.json", "model.safetensors"])
@@ -527,8 +529,12 @@ class Harm:
 def hostile():
     """Name of each, and what it puts in the place of a judge's files."""
     return {
-        "a pickle named as weights": ("model.safetensors", pickle.dumps(Harm()), "not a whole safetensors file"),
-        "a header of 10 GB": ("model.safetensors", struct.pack("<Q", 10 * 2**30) + b"{}", "not a whole safetensors"),
+        "a pickle named as weights": ("model.safetensors", pickle.dumps(Harm()), "not a complete safetensors file"),
+        "a header of 10 GB": (
+            "model.safetensors",
+            struct.pack("<Q", 10 * 2**30) + b"{}",
+            "not a complete safetensors",
+        ),
         "a file that is too large": ("model.safetensors", bytes(2**21), "bytes; no such file has more than"),
         "a config that is too large": ("config.json", b"[" * 2**25, "bytes; no such file has more than"),
         "a config that is deep": ("config.json", b"[" * 2**20, "is not the config of a judge"),
@@ -537,10 +543,10 @@ def hostile():
         "components beyond all": ("config.json", {"components": 10**9}, "components is 1000000000"),
         "a threshold beyond all": ("config.json", {"threshold": 7}, r"`threshold` must be in \[0, 1\].*, got 7"),
         "a threshold that is none": ("config.json", {"threshold": float("nan")}, "`threshold` must be in"),
-        "a threshold as text": ("config.json", {"threshold": "0.5"}, "`threshold` must be in"),
+        "a threshold as text": ("config.json", {"threshold": "half"}, "`threshold` 'half' is none of"),
         "an operating point without": ("config.json", {"operating_points": {"x": {}}}, "has no threshold"),
-        "unknown states": ("config.json", {"states": ["hidden_everywhere"]}, "names the states"),
-        "states twice": ("config.json", {"states": ["hidden_before"] * 2}, "no list of different values"),
+        "unknown states": ("config.json", {"states": ["hidden_everywhere"]}, "uses the states"),
+        "states twice": ("config.json", {"states": ["hidden_before"] * 2}, "states names one twice"),
         "other sizes": ("config.json", {"components": 5}, "does not fit config.json"),
         "an adapter that is not there": ("config.json", {"adapter": True}, "has no adapter_config.json"),
     }
@@ -565,9 +571,9 @@ def test_a_hostile_repo_is_refused(hub, folder, tmp_path, monkeypatch, case):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["head.weight"].fill_(float("nan")), r"holds numbers that are none \(head.weight\)"),
-        (lambda t: t.update({"head.bias": t["head.bias"].half()}), "holds numbers of type F16"),
-        (lambda t: t.update({"head.bias": t["head.bias"].long()}), "holds numbers of type .*I64"),
+        (lambda t: t["head.weight"].fill_(float("nan")), r"contains NaN or infinity \(head.weight\)"),
+        (lambda t: t.update({"head.bias": t["head.bias"].half()}), "has numbers of type F16"),
+        (lambda t: t.update({"head.bias": t["head.bias"].long()}), "has numbers of type .*I64"),
         (lambda t: t.update({"head.weight": t["head.weight"][:, 1:].contiguous()}), r"head.weight: \(1, 15\) by"),
         (lambda t: t.pop("projection"), r"projection: .* None there"),
         (lambda t: t.update({"more": torch.zeros(1)}), r"more: None by the config, \(1,\) there"),

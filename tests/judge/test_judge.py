@@ -52,7 +52,7 @@ def test_truncated_weights(saved):
     _, folder = saved
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         Judge.from_pretrained(folder)
 
 
@@ -83,7 +83,7 @@ def test_damaged_config(saved):
     with pytest.raises(ValueError, match="is not the config of a judge"):
         Judge.from_pretrained(folder)
     path.write_text(json.dumps(content | {"scalars": ["rank"]}))
-    with pytest.raises(ValueError, match="names the scalars"):
+    with pytest.raises(ValueError, match="uses the scalars"):
         Judge.from_pretrained(folder)
     path.write_text(json.dumps(content | {"components": 8}))
     with pytest.raises(ValueError, match="does not fit config.json"):

@@ -16,8 +16,10 @@ import torch
 
 from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge
 from hf_selfjudge.forward.tap import ForwardTap
-from hf_selfjudge.judge.card import HUB_CARDS, SHIPPED, add_results, shipped_judge, write_card
+from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.features import SCALARS, STATES
+from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
+from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.mining.labels import features_of
 from hf_selfjudge.mining.layers import DataCollatorForJudge, answers_of
 from hf_selfjudge.models.cpu import HalfLinear
@@ -30,7 +32,7 @@ from hf_selfjudge.training.evaluation import calibrate, held_out, log_loss, reli
 from hf_selfjudge.training.script import ScriptArguments, main, make_parser
 from hf_selfjudge.training.trainer import TargetWithJudge
 from tests.builders import HIDDEN as TINY
-from tests.builders import build
+from tests.builders import build, card_of
 
 
 HIDDEN = 24
@@ -125,7 +127,7 @@ def test_what_was_trained_is_on_disk(fitted):
 def test_the_threshold_accepts_the_share_asked_for(fitted, tmp_path):
     folder, judge, _ = fitted
     wide = main(script(folder, accept_share=0.9), config(tmp_path))
-    assert 0 < judge.info.threshold < wide.info.threshold < 1
+    assert 0 < judge.info.threshold.limit < wide.info.threshold.limit < 1
 
 
 def test_training_again_gives_the_same(fitted, tmp_path):
@@ -417,18 +419,18 @@ def test_the_card_says_that_mining_was_stopped(fitted, tmp_path):
     other = copy.deepcopy(judge)
     other.info = replace(judge.info, training=judge.info.training | {"mining": mining})
     for each, told in ((judge, 0), (other, 2)):
-        write_card(each, tmp_path)
+        card_of(each, tmp_path)
         assert (tmp_path / "README.md").read_text().count("stopped after 1 of 7 shards") == told
 
 
 def test_the_card_says_which_layer(fitted, tmp_path):
     _, judge, _ = fitted
-    write_card(judge, tmp_path)
+    card_of(judge, tmp_path)
     assert "reread" not in (tmp_path / "README.md").read_text()
     other, training = copy.deepcopy(judge), copy.deepcopy(judge.info.training)
     training["mining"][0] |= {"layer": 5, "reread_dtype": "bfloat16"}
     other.info = replace(judge.info, layer=5, training=training)
-    write_card(other, tmp_path)
+    card_of(other, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "the target's hidden states above its first 5 layers: hidden_before, hidden_after |" in text
     mined, read, trained = (line for line in text.splitlines() if line.startswith("hf-selfjudge "))
@@ -457,7 +459,7 @@ def test_training_anew_forgets_what_was_measured(fitted, tmp_path):
     again.train()
     assert not again.judge.info.training
     assert not again.judge.info.operating_points
-    assert again.judge.info.threshold == 0.5
+    assert again.judge.info.threshold == Threshold(0.5)
 
 
 def test_a_target_needs_no_arguments(target, answers, monkeypatch, tmp_path):
@@ -861,7 +863,7 @@ def test_errors(fitted, target, answers, tmp_path):
 )
 def test_shipped_cards_are_what_the_command_writes(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / folder.name)
-    assert write_card(Judge.from_pretrained(copy), copy).read_text() == (folder / "README.md").read_text()
+    assert card_of(Judge.from_pretrained(copy), copy).read_text() == (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("pair", "drafts"), SHIPPED)
@@ -888,7 +890,7 @@ RESULTS = {
 def test_card(fitted, tmp_path):
     _, judge, _ = fitted
     judge.save_pretrained(tmp_path / "my-judge")
-    text = write_card(Judge.from_pretrained(tmp_path / "my-judge"), tmp_path / "my-judge").read_text()
+    text = card_of(Judge.from_pretrained(tmp_path / "my-judge"), tmp_path / "my-judge").read_text()
     assert text.startswith("---\nlibrary_name: hf_selfjudge\n") or "library_name: hf_selfjudge" in text.split("---")[1]
     assert "base_model:\n- tiny/llama" in text
     assert "# my-judge\n" in text
@@ -898,18 +900,18 @@ def test_card(fitted, tmp_path):
     options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0"
     assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output_dir my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
-    add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
-    text = write_card(judge, tmp_path / "my-judge").read_text()
+    add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
+    text = card_of(judge, tmp_path / "my-judge").read_text()
     assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
     assert "5 drafted tokens a round, threshold 0.300, float32" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"threshold": "0.03/token"}))
-    add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
-    assert "threshold 0.03/token, float32" in write_card(judge, tmp_path / "my-judge").read_text()
+    add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
+    assert "threshold 0.03/token, float32" in card_of(judge, tmp_path / "my-judge").read_text()
     judge.info.training["mining"][0] |= {
         "prompts_options": {"system": "Don't ramble.", "limit": 40, "shuffle": 0},
         "written_by": "me/first judge, weights 0123, threshold 0.3",
     }
-    text = write_card(judge, tmp_path / "my-judge").read_text()
+    text = card_of(judge, tmp_path / "my-judge").read_text()
     (command,) = (line for line in text.splitlines() if line.startswith("hf-selfjudge mine"))
     arguments = shlex.split(command)
     assert arguments[arguments.index("--system") + 1] == "Don't ramble."
@@ -917,4 +919,4 @@ def test_card(fitted, tmp_path):
     assert arguments.count("--limit") == arguments.count("--shuffle") == 1
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of `hf-selfjudge quickstart --json`"):
-        add_results(tmp_path / "my-judge", judge, tmp_path / "results.json")
+        add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")

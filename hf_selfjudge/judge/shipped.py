@@ -1,0 +1,36 @@
+"""The judges that come with the package, for the known pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..models.pair import DRAFT_MODEL, LOOKUP
+from ..utils.files import shipped
+
+
+HUB_CARDS = shipped("hub_cards")
+# (pair, what drafts) -> folder in `hub_cards/`.
+SHIPPED = {
+    ("qwen2.5-coder", DRAFT_MODEL): "qwen2.5-coder-1.5b-selfjudge",
+    ("qwen2.5-coder", LOOKUP): "qwen2.5-coder-1.5b-lookup-selfjudge",
+}
+
+
+def shipped_judge(pair: str, drafts: str = DRAFT_MODEL) -> Path:
+    """
+    The folder of the judge that is shipped for a known pair.
+
+    Args:
+        pair (`str`): A name of [`PAIRS`].
+        drafts (`str`, defaults to `DRAFT_MODEL`): `DRAFT_MODEL` for the pair's draft model, or `LOOKUP`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if (pair, drafts) not in SHIPPED:
+        raise FileNotFoundError(
+            f"`pair`: no judge is shipped for {pair!r} with {drafts} (only for "
+            f"{', '.join(f'{name!r} with {kind}' for name, kind in SHIPPED)}). Name one with `--judge`, or make one: "
+            "`hf-selfjudge mine`, then `train`."
+        )
+    return HUB_CARDS / SHIPPED[pair, drafts]
