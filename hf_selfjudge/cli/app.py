@@ -38,9 +38,12 @@ from ..bench.tables import plot as plot_curve
 from ..data.prompts import Prompt, balanced, counted, fitting, none_fits, read_prompts
 from ..decoding.judged_model import JudgedModel
 from ..hub.publish import pull_judge, push_judge, push_labels, push_results, push_space
-from ..judge.card import SHIPPED, add_results, family_in, read_quality, shipped_judge, write_card
+from ..hub.results import add_results, family_in, read_quality
+from ..judge.card import write_card
 from ..judge.info import read_threshold
 from ..judge.judge import Judge
+from ..judge.shipped import SHIPPED, shipped_judge
+from ..judge.threshold import Threshold
 from ..mining.job import counts_of, judged_writer, mine, this_process
 from ..mining.labels import MiningConfig, folders_of, mining_of
 from ..mining.layers import add_layer_states
@@ -172,7 +175,7 @@ def quickstart(
                 "left_out": left_out,
                 "max_new_tokens": max_new_tokens,
                 "draft_length": draft_length,
-                "threshold": judged.threshold,
+                "threshold": Threshold.parse(judged.threshold).json(),
                 "dtype": precision(target),
                 "speed_against_assisted": {
                     row["decoding"]: ratio_of_seconds(runs, "assisted", row["decoding"]) for row in rows
@@ -447,7 +450,9 @@ def bench_command(
         found = summarise_quality(grid_of(lines, questions, settings, scorer), lines)
         judged = [setting for setting in settings if setting.judge is not None]
         found["judges"] = {family_of(setting): fingerprint(judges[setting.judge]) for setting in judged}
-        found["thresholds"] = {setting.name: setting.rule(judges).threshold for setting in judged}
+        found["thresholds"] = {
+            setting.name: Threshold.parse(setting.rule(judges).threshold).json() for setting in judged
+        }
         found["dataset"] = None if local or split != "test" else prompts.partition(":")[0]
         plot_curve(found, output / "curve.png")
     else:
@@ -474,7 +479,7 @@ def calibrate_command(
     second becomes the judge's own."""
     found = Judge.from_pretrained(judge)
     quality = read_quality(bench)
-    family = family_in(quality, found, bench)
+    family = family_in(quality, fingerprint(found), bench)
     points = operating_points(quality, family)
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
@@ -483,7 +488,7 @@ def calibrate_command(
     training_info = found.info.training | {"calibration": made}
     found.info = replace(found.info, threshold=own, operating_points=points, training=training_info)
     found.save_pretrained(judge)
-    write_card(found, judge)
+    write_card(judge, found.info, fingerprint(found))
     for name, point in points.items():
         console.print(
             f"{name}: threshold {point['threshold']}, {point['tokens_per_round'][0]:.2f} tokens a round, retention "
@@ -505,8 +510,8 @@ def card(
     """Write a judge's card anew, with results of decoding; they are kept beside it."""
     found = Judge.from_pretrained(judge)
     if results or bench:
-        add_results(judge, found, results, bench or [])
-    console.print(f"Card written to {write_card(found, judge)}", soft_wrap=True)
+        add_results(judge, fingerprint(found), results, bench or [])
+    console.print(f"Card written to {write_card(judge, found.info, fingerprint(found))}", soft_wrap=True)
 
 
 Repo = Annotated[str, typer.Argument(help="USER/NAME on the Hub.")]
