@@ -1,161 +1,190 @@
-"""What a bench compares: rules with their thresholds, and decoding without one.
+"""Methods of decoding that a bench compares: rules with their thresholds, and decoding without a rule.
 
-In: text such as `margin=0.3,0.7`. Out: [`Setting`]s. Models are not needed to read them, so that a mistake is found
-before any is loaded.
+In: text such as `margin=0.3,0.7`. Out: [`Method`]s. No model is needed to read them, so that a mistake is found before
+any is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..decoding.rules import Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, Rule, TopK
-from ..judge.info import limit_of, read_threshold
 from ..judge.judge import Judge
-
-
-# Decoding without a threshold: the target alone, stock assisted generation, ours without a rule, the draft alone.
-PLAIN = ("greedy", "stock", "lossless", "draft")
-TRAINING_FREE = {"top-k": TopK, "margin": Margin, "kl": KLGate, "look-ahead": LookAhead, "coin": Coin}
-ENSEMBLE, COIN, JUDGE = "ensemble", "coin", "judge"
-# Drafts of prompt lookup have no probabilities, and there is no draft that could answer alone.
-NEED_DRAFT = ("draft", "kl", ENSEMBLE)
-DEFAULT_RULES = (
-    *PLAIN,
-    "ensemble=0.25,0.5,0.75",
-    "top-k=2,3,5",
-    "margin=0.5,1,2",
-    "kl=0.05,0.2,0.8",
-    "look-ahead=2:0.05,2:0.02,1:0.02",
-    "coin=0.25,0.5,0.75",
-)
+from ..judge.threshold import Threshold
+from .tradeoff import BASE
 
 
 @dataclass(frozen=True)
-class Setting:
+class Family:
     """
-    One way of decoding.
+    What methods that differ in their arguments have in common.
 
     Args:
-        family (`str`): What settings that differ in their threshold have in common: a line in a plot.
-        values (`tuple[float | str, ...]`): The rule's arguments; the threshold first. Of a judge it may be for each
-            token gained (`0.03/token`), or the name of an operating point.
-        judge (`str`, *optional*): Folder or Hub id, if the rule is a judge.
-        like ([`Setting`], *optional*): Of a coin: whose share of accepted mismatches it has.
+        name (`str`): In the text that names a method.
+        rule (`type[Rule]`, *optional*): The rule that decides about mismatches; `None` for decoding without one.
+        defaults (`str`): Arguments to compare by default, as text. Empty: the family takes none.
+        needs_draft (`bool`): Whether it needs a draft model: drafts of prompt lookup have no probabilities.
+    """
+
+    name: str
+    rule: type[Rule] | None = None
+    defaults: str = ""
+    needs_draft: bool = False
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("lossless", Lossless),  # this package, where the rule accepts nothing
+        Family("greedy"),  # the target alone
+        Family("stock"),  # assisted generation of transformers
+        Family("draft", needs_draft=True),  # the draft alone
+        # Assisted generation that verifies against a mixture of target and draft.
+        Family("ensemble", None, "0.25,0.5,0.75", needs_draft=True),
+        Family("top-k", TopK, "2,3,5"),
+        Family("margin", Margin, "0.5,1,2"),
+        Family("kl", KLGate, "0.05,0.2,0.8", needs_draft=True),
+        Family("look-ahead", LookAhead, "2:0.05,2:0.02,1:0.02"),
+        Family("coin", Coin, "0.25,0.5,0.75"),
+        Family("judge", JudgeRule, "0.2,0.35,0.5"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One method of decoding.
+
+    Args:
+        family (`str`): A name of `FAMILIES`.
+        arguments (`tuple`): The rule's, the threshold first: numbers; of a judge a [`Threshold`] or the name of one
+            of its operating points.
+        judge (`str`, *optional*): Folder or Hub id of the judge.
+        named (`bool`): Whether tables tell the judge's name, since it is not the one that is shipped.
+        like ([`Method`], *optional*): Of a coin: the method of a judge whose share of accepted mismatches it has.
+        draft (`str`, *optional*): The draft, where it is not the pair's own.
     """
 
     family: str
-    values: tuple[float | str, ...] = ()
+    arguments: tuple[float | str | Threshold, ...] = ()
     judge: str | None = None
-    like: Setting | None = None
+    named: bool = False
+    like: Method | None = None
+    draft: str | None = None
+
+    @property
+    def curve(self) -> str:
+        """What methods that differ in their arguments alone are called: a line in a plot."""
+        if self.like is not None:
+            return f"{self.family} like {self.like.curve}"
+        return f"{self.family}:{Path(self.judge).name}" if self.named else self.family
 
     @property
     def name(self) -> str:
+        """Unique among the methods of a bench."""
         if self.like is not None:
             return f"{self.family} like {self.like.name}"
-        values = (value if isinstance(value, str) else f"{value:g}" for value in self.values)
-        return self.family + ("=" if self.values else "") + ":".join(values)
+        arguments = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in self.arguments]
+        return self.curve + "=" * bool(arguments) + ":".join(arguments) + (f", {self.draft}" if self.draft else "")
 
-    def rule(self, judges: Mapping[str, Judge], share: float | None = None) -> Rule:
+    @property
+    def judge_curve(self) -> str | None:
+        """The curve of the judge that this method is or imitates."""
+        return self.like.curve if self.like is not None else None if self.judge is None else self.curve
+
+    def rule(self, judges: Mapping[str, Judge], share: float | None = None) -> Rule | None:
         """
+        The rule to decode with; `None` without one.
+
         Args:
-            judges (`Mapping[str, Judge]`): Those that are named, loaded.
-            share (`float`, *optional*): Of a coin that is like another setting: that setting's, in [0, 1].
+            judges (`Mapping[str, Judge]`): By folder or Hub id.
+            share (`float`, *optional*): Of a coin like a judge: how many mismatches that judge accepts, in [0, 1].
         """
         if self.judge is not None:
-            return JudgeRule(judges[self.judge], *self.values, allow_other_weights=True)
-        if self.like is not None:
-            return Coin(share)
-        return Lossless() if self.family == "lossless" else TRAINING_FREE[self.family](*self.values)
+            return JudgeRule(judges[self.judge], *self.arguments, allow_other_weights=True)
+        rule = FAMILIES[self.family].rule
+        arguments = self.arguments if self.like is None else (share,)
+        return None if rule is None else rule(*arguments)
 
 
-def parse_settings(texts: Sequence[str], shipped: str | None = None, lookup: bool = False) -> list[Setting]:
+def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, lookup: bool = False) -> list[Method]:
     """
     Read what is to be compared: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
     `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or `judge:FOLDER=strict`;
-    `judge=0.03/token` is a threshold for each token gained, and without a value a judge decodes with its own. A `coin`
-    without a value is thrown once for each setting of a judge, with the share that this one accepts.
+    `judge=0.03/token` is a threshold for each token gained, and without a value a judge decodes with its own. `coin`
+    without a value is one coin for each method of a judge, which accepts the same share of mismatches.
 
     Args:
+        texts (`Sequence[str]`, *optional*): By default all families that can be used, with their default arguments.
         shipped (`str`, *optional*): Folder of the judge that is shipped for the pair.
         lookup (`bool`): Whether drafts come from prompt lookup.
 
     Returns:
-        `list[Setting]`: `lossless`, with which everything is compared, is always one of them.
+        `list[Method]`: `lossless`, with which all others are compared, comes first.
 
     Raises:
         ValueError: If a text is none of these, or cannot be decoded with.
     """
-    settings: dict[str, Setting] = {"lossless": Setting("lossless")}
-    coins_like_judges = False
+    if not texts:
+        families = [f for f in FAMILIES.values() if not (lookup and f.needs_draft) and (shipped or f.name != "judge")]
+        texts = [f.name + ("=" + f.defaults if f.defaults else "") for f in families] + ["coin"] * bool(shipped)
+    methods = {BASE: Method(BASE)}
     for text in texts:
-        name, _, numbers = text.rpartition("=") if "=" in text else (text, "", "")
-        family, _, folder = name.partition(":")
-        if family == JUDGE and not folder and shipped is None:
-            raise ValueError(
-                f"`rule` {text!r}: no judge is shipped for this `pair` and kind of draft. Name one: judge:FOLDER=0.3."
-            )
-        if lookup and needs_draft(text):
-            raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
-        coins_like_judges |= text == COIN
-        for setting in [] if text == COIN else _read(text, family, folder or shipped, bool(folder), numbers):
-            if (before := settings.setdefault(setting.name, setting)) != setting:
-                if setting.judge == before.judge:
-                    raise ValueError(f"`rule`: two thresholds are both {setting.name}. Leave one out.")
+        for method in _parse(text, shipped, lookup) if text != "coin" else ():
+            before = methods.setdefault(method.name, method)
+            if before.judge != method.judge:
                 raise ValueError(
-                    f"`rule`: the judges {before.judge} and {setting.judge} have the same name {setting.family!r}. "
+                    f"`rule`: the judges {before.judge} and {method.judge} have the same name {method.curve!r}. "
                     "Rename one of the folders."
                 )
-    judges = [setting for setting in settings.values() if setting.judge is not None]
-    if coins_like_judges and not judges:
-        raise ValueError("`rule` 'coin' is thrown like a judge, but no judge is compared. Give it a share: coin=0.5.")
-    if coins_like_judges:
-        settings |= {coin.name: coin for coin in (Setting(COIN, like=judge) for judge in judges)}
-    return list(settings.values())
+            if before != method:
+                raise ValueError(f"`rule`: two thresholds are both {method.name}. Leave one out.")
+    if "coin" in texts:
+        coins = [Method("coin", like=method) for method in methods.values() if method.judge is not None]
+        if not coins:
+            raise ValueError(
+                "`rule` 'coin' accepts as often as a judge, but no judge is compared. Give it a share: coin=0.5."
+            )
+        methods |= {coin.name: coin for coin in coins}
+    return list(methods.values())
 
 
-def needs_draft(text: str) -> bool:
-    """Whether what a text names is nothing without a draft model."""
-    return text.partition("=")[0] in NEED_DRAFT
-
-
-def _read(text: str, family: str, judge: str | None, named: bool, numbers: str) -> list[Setting]:
-    """The settings of one text."""
-    takes = (
-        {JUDGE: (True, False)} | dict.fromkeys(PLAIN, (False,)) | dict.fromkeys((*TRAINING_FREE, ENSEMBLE), (True,))
-    )
-    valued = bool(numbers)
-    if ("=" in text) != valued or valued not in takes.get(family, ()) or (named and family != JUDGE):
+def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
+    """The methods of one text."""
+    name, has_values, values = text.rpartition("=") if "=" in text else (text, "", "")
+    name, named, folder = name.partition(":")
+    family, judged = FAMILIES.get(name), name == "judge"
+    wrong = bool(has_values) != bool(values) or (named and not judged)
+    if family is None or wrong or (bool(values) != bool(family.defaults) and not (judged and not values)):
+        plain = [f.name for f in FAMILIES.values() if not f.defaults]
+        others = [f.name for f in FAMILIES.values() if f.defaults]
         raise ValueError(
-            f"`rule` must be {', '.join(PLAIN)}, or one of {', '.join([*TRAINING_FREE, ENSEMBLE, JUDGE])} with its "
-            f"thresholds (margin=0.3,0.7; judge:FOLDER=0.2,0.4), got {text!r}."
+            f"`rule` must be {', '.join(plain)}, or one of {', '.join(others)} with its thresholds (margin=0.3,0.7; "
+            f"judge:FOLDER=0.2,0.4), got {text!r}."
         )
-    settings = []
-    for part in numbers.split(","):
+    if judged and not folder and shipped is None:
+        raise ValueError(
+            f"`rule` {text!r}: no judge is shipped for this `pair` and kind of draft. Name one: judge:FOLDER=0.3."
+        )
+    if lookup and family.needs_draft:
+        raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
+    for part in values.split(","):
         try:
-            if family == JUDGE:
-                values = (read_threshold(part),) if numbers else ()
-                for threshold in values:
-                    # A name is that of an operating point, and the judge has not been read yet.
-                    if isinstance(threshold, float) or not threshold.isidentifier():
-                        limit_of(threshold)
-                name = f"judge:{Path(judge).name}" if named else JUDGE
-                settings.append(Setting(name, values, judge))
+            if judged:
+                # A name is that of an operating point; the judge has not been read yet.
+                arguments = (part if part.isidentifier() else Threshold.parse(part),) if part or values else ()
+                yield Method(name, arguments, folder or shipped, bool(folder))
                 continue
-            values = tuple(_number(value) for value in part.split(":")) if numbers else ()
-            setting = Setting(family, values)
-            if family == ENSEMBLE:
-                (weight,) = values
-                if not 0 < weight < 1:
-                    raise ValueError(f"the target's weight must lie between 0 and 1, got {weight}.")
-            elif values:
-                setting.rule({})
-            settings.append(setting)
+            arguments = tuple(
+                int(value) if value.strip().isdecimal() else float(value) for value in part.split(":") if values
+            )
+            if name == "ensemble" and (len(arguments) != 1 or not 0 < arguments[0] < 1):
+                raise ValueError(f"the target's weight must lie between 0 and 1, got {part}.")
+            method = Method(name, arguments)
+            method.rule({})  # refuses arguments that it cannot have
+            yield method
         except (TypeError, ValueError) as error:
             raise ValueError(f"`rule` {text!r}: {error}") from error
-    return settings
-
-
-def _number(text: str) -> float:
-    return int(text) if text.strip().isdecimal() else float(text)

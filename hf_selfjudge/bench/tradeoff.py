@@ -1,47 +1,48 @@
-"""Speed against quality: what each rule buys, what it costs, and how sure that is.
+"""Speed against quality: what each rule gains, what it costs, and how sure that is.
 
-In: a [`Grid`], figures of every setting on every prompt. Out: tables, curves and comparisons, each with a 95 %
-bootstrap interval over prompts, drawn within categories. Knows nothing of models.
+In: a [`Grid`], the figures of every method on every prompt. Out: comparisons, each with a 95 % bootstrap interval over
+prompts, drawn within categories. Knows nothing of models.
 
-**Retention** of a setting is how much of the lossless answers' quality it keeps: in each category the mean score of
-its answers divided by that of the lossless answers, and over all the mean of the categories.
+**Retention** of a method is how much of the lossless answers' quality it keeps: in each category the mean score of its
+answers divided by that of the lossless answers, and over all the mean of the categories.
 
 **Speed** is tokens a round, the bonus token included, divided by that of lossless decoding.
 
-Rules are compared at equal retention, and at equal means of a measure that is 1 for the lossless answers.
+Rules are compared where they keep the same: at equal retention, or at equal means of another measure that is 1 for the
+lossless answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..scoring.statistics import draws
+from ..scoring.statistics import Interval, draws
 
 
-BASE = "lossless"
+BASE = "lossless"  # the method that all others are compared with
 
 
 @dataclass
 class Grid:
     """
-    Figures of `S` settings on `P` prompts.
+    Figures of `M` methods on `P` prompts.
 
     Args:
-        settings (`list[str]`): Their names; `lossless` is one.
-        families (`list[str]`): For each, the rule it is a threshold of.
+        methods (`list[str]`): Their names; `lossless` is one.
+        curves (`list[str]`): For each method, the curve that it lies on: methods of one curve differ in a threshold.
         categories (`np.ndarray` of shape `(P,)`): Of the prompts.
-        tokens (`np.ndarray` of shape `(S, P)`): Of the answers.
-        rounds (`np.ndarray` of shape `(S, P)`): Forwards of the target; NaN where it had none.
-        scores (`dict[str, np.ndarray]` of shape `(S, P)`): Of each measure; NaN where it does not apply.
+        tokens (`np.ndarray` of shape `(M, P)`): Of the answers.
+        rounds (`np.ndarray` of shape `(M, P)`): Forwards of the target; NaN where it had none.
+        scores (`dict[str, np.ndarray]` of shape `(M, P)`): Of each measure; NaN where it does not apply.
         resamples (`int`): Of the bootstrap.
         seed (`int`): Of the bootstrap.
     """
 
-    settings: list[str]
-    families: list[str]
+    methods: list[str]
+    curves: list[str]
     categories: np.ndarray
     tokens: np.ndarray
     rounds: np.ndarray
@@ -51,14 +52,14 @@ class Grid:
 
     def __post_init__(self):
         self.weights = draws(self.categories, self.resamples, self.seed)
-        self.base = self.settings.index(BASE)
+        self.base = self.methods.index(BASE)
 
     def among(self, category: str | None) -> np.ndarray:
-        """Which prompts are of a category, or all of them."""
+        """Which prompts are of a category; all of them where it is `None`."""
         return np.ones(len(self.categories), bool) if category is None else self.categories == category
 
     def ratio(self, above: np.ndarray, below: np.ndarray, category: str | None = None) -> np.ndarray:
-        """Sum of `above` over sum of `below`, both of shape `(S, P)`: `(1 + resamples, S)`, the first row of the
+        """Sum of `above` over sum of `below`, both of shape `(M, P)`: `(1 + resamples, M)`, the first row for the
         prompts as they are."""
         here = self.weights[:, self.among(category)]
         above, below = (values[:, self.among(category)].T for values in (above, below))
@@ -66,13 +67,19 @@ class Grid:
             return (here @ above) / (here @ below)
 
     def speed(self, category: str | None = None) -> np.ndarray:
-        """Tokens a round over those of lossless decoding, `(1 + resamples, S)`."""
+        """Tokens a round over those of lossless decoding, `(1 + resamples, M)`."""
         rate = self.ratio(self.tokens, self.rounds, category)
         return rate / rate[:, [self.base]]
 
     def mean(self, measure: str, category: str | None = None) -> np.ndarray:
-        """Mean score, `(1 + resamples, S)`; NaN where a prompt has none."""
+        """Mean score, `(1 + resamples, M)`; NaN where a prompt has none."""
         return self.ratio(self.scores[measure], np.ones_like(self.tokens), category)
+
+    def mean_where_known(self, measure: str) -> np.ndarray:
+        """Mean score over the prompts that have one for every method, `(1 + resamples, M)`."""
+        scores = self.scores[measure]
+        known = np.isfinite(scores).all(0)
+        return self.ratio(np.where(known, scores, 0), np.broadcast_to(known, scores.shape).astype(float))
 
     def measure_of(self, category: str, preference: Sequence[str]) -> str | None:
         """The first of some measures that all answers of a category have, and at which the lossless ones are good
@@ -87,14 +94,14 @@ class Grid:
 
     def retention(self, preference: Sequence[str], category: str | None = None) -> np.ndarray:
         """
-        Share of the lossless answers' quality that is kept, `(1 + resamples, S)`.
+        Share of the lossless answers' quality that is kept, `(1 + resamples, M)`.
 
         Args:
             preference (`Sequence[str]`): Measures; each category is judged by one ([`measure_of`]). Categories with
                 none are left out.
             category (`str`, *optional*): One instead of the mean of all.
         """
-        total, count = np.zeros((2, len(self.weights), len(self.settings)))
+        total, count = np.zeros((2, len(self.weights), len(self.methods)))
         for name in [category] if category is not None else sorted(set(self.categories)):
             measure = self.measure_of(name, preference)
             if measure is not None:
@@ -107,34 +114,29 @@ class Grid:
             return total / count
 
     def known(self, measure: str) -> Grid:
-        """Of the prompts that have a measure for every setting."""
+        """The grid of the prompts that have a measure for every method."""
         here = np.isfinite(self.scores[measure]).all(0)
-        scores = {name: values[:, here] for name, values in self.scores.items()}
-        figures = self.categories[here], self.tokens[:, here], self.rounds[:, here], scores
-        return Grid(self.settings, self.families, *figures, self.resamples, self.seed)
+        return replace(
+            self,
+            categories=self.categories[here],
+            tokens=self.tokens[:, here],
+            rounds=self.rounds[:, here],
+            scores={name: values[:, here] for name, values in self.scores.items()},
+        )
 
-    def curve(self, family: str) -> list[int]:
-        """The settings of a rule, and lossless decoding: where every curve begins."""
-        return [self.base] + [i for i, name in enumerate(self.families) if name == family and i != self.base]
-
-
-def interval(values: np.ndarray) -> list[float] | None:
-    """`[value, low, high]` of a first value and its bootstrap samples; `None` where it is undefined."""
-    if not np.isfinite(values[0]):
-        return None
-    samples = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (np.nan, np.nan)
-    return [float(values[0]), float(low), float(high)]
+    def on_curve(self, curve: str) -> list[int]:
+        """The methods on a curve, and first lossless decoding, where every curve begins."""
+        return [self.base] + [i for i, name in enumerate(self.curves) if name == curve and i != self.base]
 
 
 def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
     """
     The highest speed at which a rule keeps a share of the quality. Between two thresholds it can use the one for some
-    prompts and the other for the rest. Then what both need adds up, rounds a token: the speed is their harmonic mean.
+    prompts and the other for the rest. Rounds a token then add up: the speed is the harmonic mean of the two.
 
     Args:
         level (`float`): Share to keep.
-        retention, speed (`np.ndarray` of shape `(n, k)`): Of the rule's settings, one of which keeps it.
+        retention, speed (`np.ndarray` of shape `(n, k)`): Of the rule's methods, one of which keeps it.
 
     Returns:
         `np.ndarray` of shape `(n,)`.
@@ -153,9 +155,10 @@ def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarr
 
 def falling(retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
     """
-    Retention of a rule's settings, of shape `(n, k)`, lossless decoding first, as it is if a faster one keeps no more
-    than a slower one, and none more than lossless decoding: the nearest such values (isotonic regression). Without
-    this, the best of many noisy settings would pass for a good rule, the more so the more thresholds it has.
+    Retention of a rule's methods, of shape `(n, k)`, lossless decoding first, under the assumption that a faster one
+    keeps no more than a slower one, and none more than lossless decoding: the nearest such values (isotonic
+    regression). Without this, the best of many noisy methods would pass for a good rule, the more so the more
+    thresholds it has.
     """
     order = np.argsort(speed[:, 1:], axis=1)
     values = np.take_along_axis(retention[:, 1:], order, 1)
@@ -180,47 +183,47 @@ def area_between(
 
 def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: str, second: str) -> dict:
     """
-    One rule against another where they keep the same.
+    Compare two rules where they keep the same.
 
     Args:
-        kept (`np.ndarray` of shape `(1 + resamples, S)`): Share of the lossless answers' quality that each setting
+        kept (`np.ndarray` of shape `(1 + resamples, M)`): Share of the lossless answers' quality that each method
             keeps: [`Grid.retention`], or the mean of a measure that is 1 for the lossless answers.
         levels (`Sequence[float]`): Shares to compare at.
+        first, second (`str`): Their curves.
 
     Returns:
         `dict`: `speed_ratio` for each of `levels`, tokens a round where both keep so much, first over second, and
-        `area_between`, over levels from the least of them to 1, each `[value, low, high]`; and how many thresholds
+        `area_between`, over levels from the least of them to 1, each an [`Interval`]; and in `thresholds` how many
         each has: more of them reach further.
     """
-    speed = grid.speed()
-    curves = grid.curve(first), grid.curve(second)
-    one, other = ((falling(kept[:, curve], speed[:, curve]), speed[:, curve]) for curve in curves)
-    ratios = {str(level): interval(speed_at(level, *one) / speed_at(level, *other)) for level in levels}
+    speed, curves = grid.speed(), [grid.on_curve(first), grid.on_curve(second)]
+    points = [(falling(kept[:, curve], speed[:, curve]), speed[:, curve]) for curve in curves]
+    ratios = {level: speed_at(level, *points[0]) / speed_at(level, *points[1]) for level in levels}
     return {
         "first": first,
         "second": second,
         "thresholds": [len(curve) - 1 for curve in curves],
-        "speed_ratio": ratios,
-        "area_between": interval(area_between(one, other, min(levels))),
+        "speed_ratio": {str(level): Interval.of(ratio) for level, ratio in ratios.items()},
+        "area_between": Interval.of(area_between(*points, min(levels))),
     }
 
 
-def separation(grid: Grid, coin: str | None) -> list[dict]:
+def separation(grid: Grid, others: Sequence[str]) -> list[dict]:
     """
-    How far each measure tells the lossless answers from those of a coin and of the draft: the mean difference,
-    lossless first, as `[value, low, high]`, and the same in standard deviations of the lossless answers' scores. A
-    measure whose interval holds 0 does not tell them apart.
+    How far each measure separates the lossless answers from those of other methods (a coin, the draft): the mean
+    difference, lossless first, as an [`Interval`], and the same in standard deviations of the lossless answers'
+    scores. A measure whose interval contains 0 does not separate them.
     """
     rows = []
     for name, scores in grid.scores.items():
         known = np.isfinite(scores).all(0)
         spread = scores[grid.base, known].std() if known.any() else 0
         row = {"measure": name, "prompts": int(known.sum())}
-        for other in filter(None, (coin, "draft" if "draft" in grid.settings else None)):
-            gap = np.where(known, scores[grid.base] - scores[grid.settings.index(other)], 0.0)
+        for other in others:
+            gap = np.where(known, scores[grid.base] - scores[grid.methods.index(other)], 0.0)
             with np.errstate(invalid="ignore"):  # a sample may hold no prompt that has the measure
                 mean = (grid.weights @ gap) / (grid.weights @ known)
-            row[other] = interval(mean)
+            row[other] = Interval.of(mean)
             # Scores against the answer itself are all 1, to rounding.
             row[f"{other}, standardised"] = float(mean[0] / spread) if spread > 1e-6 else None
         rows.append(row)

@@ -1,4 +1,4 @@
-"""What the bench decodes is what `generate` gives, and what it notes of it is true."""
+"""What a bench decodes is what `generate` gives, and what it records of it is true."""
 
 import copy
 import json
@@ -9,10 +9,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_selfjudge import JudgedModel, JudgeRule
-from hf_selfjudge.bench.methods import parse_settings
-from hf_selfjudge.bench.quick import answer_logprob
-from hf_selfjudge.bench.runner import BenchConfig, accepted_share, decode
+from hf_selfjudge.bench.answers import AnswerRecord, accepted_share
+from hf_selfjudge.bench.methods import parse_methods
+from hf_selfjudge.bench.quickstart import answer_logprob
+from hf_selfjudge.bench.runner import BenchConfig, decode
 from hf_selfjudge.data.prompts import Prompt, TooLong, encode
+from hf_selfjudge.decoding.stats import Stats
+from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin
 from tests.builders import VOCAB, build, perturbed, random_judge
 from tests.judge.test_replay import adapted_judge, adapter
@@ -26,84 +29,86 @@ WITHOUT_DRAFT = [rule for rule in RULES if not rule.startswith(("draft", "ensemb
 CONFIG = BenchConfig(max_new_tokens=24, at_once=7)
 
 
-def build_pair(architecture):
+def build_pair(architecture, tokenizer):
     target = build(architecture)
     target.generation_config.eos_token_id = 5
     draft = perturbed(target, 0.03)
     draft.generation_config.eos_token_id = 5
-    draft.generation_config.num_assistant_tokens = 5
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
-    return target, draft
+    return Pair(target, draft, tokenizer)
 
 
 @pytest.fixture(scope="module")
-def models():
-    return build_pair("llama")
+def pair(tokenizer):
+    return build_pair("llama", tokenizer)
 
 
-def bench(models, tokenizer, folder, rules=RULES, config=CONFIG, prompts=PROMPTS):
-    target, draft = models
-    settings = parse_settings(rules, lookup=config.lookup)
-    judges = {"j": random_judge(target)}
-    draft = None if config.lookup else draft
-    return settings, judges, decode(target, draft, tokenizer, prompts, settings, judges, config, folder)
+def bench(pair, folder, rules=RULES, config=CONFIG, prompts=PROMPTS):
+    methods = parse_methods(rules, lookup=pair.draft is None)
+    judges = {"j": random_judge(pair.target)}
+    return methods, judges, decode(pair, prompts, methods, judges, config, folder)
 
 
 @pytest.mark.parametrize("mode", ["quality", "timing"])
 @pytest.mark.parametrize("kind", ["adapter", "midway"])
-def test_a_judge_that_sees_more_than_last_states(models, tokenizer, tmp_path, kind, mode):
+def test_a_judge_that_sees_more_than_last_states(pair, tmp_path, kind, mode):
     """An adapter sees the prompt too, whatever else is shared; a judge that looks midway need not."""
-    target, draft = models
+    target = pair.target
     judge = midway_judge(target) if kind == "midway" else adapted_judge(target, adapter(target))
-    settings, config = parse_settings(["judge:j=0.5"]), BenchConfig(mode, max_new_tokens=24, at_once=3)
-    lines = decode(target, draft, tokenizer, PROMPTS, settings, {"j": judge}, config, tmp_path)
-    judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, tokenizer)
+    methods, config = parse_methods(["judge:j=0.5"]), BenchConfig(mode, max_new_tokens=24, at_once=3)
+    records = decode(pair, PROMPTS, methods, {"j": judge}, config, tmp_path)
+    judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, pair.tokenizer)
     for prompt in PROMPTS:
-        ids = encode(tokenizer, prompt.said, 256, 24)
-        alone = judged.generate(ids, assistant_model=draft, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
-        (line,) = (x for x in lines if (x["setting"], x["prompt"]) == ("judge:j=0.5", prompt.id))
-        assert line["tokens"] == alone[: len(line["tokens"])].tolist()
-        assert line["judged"] == judged.stats.judged
+        ids = encode(pair.tokenizer, prompt.said, 256, 24)
+        alone = judged.generate(ids, assistant_model=pair.draft, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        (record,) = (each for each in records if (each.method, each.prompt) == ("judge:j=0.5", prompt.id))
+        assert record.tokens == alone[: len(record.tokens)].tolist()
+        assert record.stats.judged == judged.stats.judged
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("lookup", [False, True])
-def test_quality_gives_the_text_that_each_setting_gives_alone(architecture, tokenizer, tmp_path, lookup):
-    models = target, draft = build_pair(architecture)
-    config = BenchConfig(max_new_tokens=24, at_once=7, lookup=lookup)
-    settings, judges, lines = bench(models, tokenizer, tmp_path, WITHOUT_DRAFT if lookup else RULES, config)
-    assert len(lines) == len(settings) * len(PROMPTS)
-    settings = {setting.name: setting for setting in settings}
-    for line in lines:
-        setting = settings[line["setting"]]
-        ids = encode(tokenizer, PROMPTS[int(line["prompt"][1:])].text, 256, 24)
+@pytest.mark.parametrize(
+    ("architecture", "lookup"),
+    [
+        ("llama", False),
+        ("llama", True),
+        pytest.param("gemma3", False, marks=pytest.mark.heavy),
+        pytest.param("gpt2", True, marks=pytest.mark.heavy),
+    ],
+)
+def test_quality_gives_the_text_that_each_method_gives_alone(architecture, tokenizer, tmp_path, lookup):
+    pair = build_pair(architecture, tokenizer)
+    target, draft = pair.target, pair.draft
+    pair = Pair(target, None, tokenizer) if lookup else pair
+    methods, judges, records = bench(pair, tmp_path, WITHOUT_DRAFT if lookup else RULES)
+    assert len(records) == len(methods) * len(PROMPTS)
+    methods = {method.name: method for method in methods}
+    for record in records:
+        method = methods[record.method]
+        ids = encode(tokenizer, PROMPTS[int(record.prompt[1:])].text, 256, 24)
         options = {"prompt_lookup_num_tokens": 5} if lookup else {"assistant_model": draft}
-        model = {"greedy": target, "stock": target, "draft": draft, "ensemble": target}.get(setting.family)
-        if setting.family in ("greedy", "draft"):
+        model = {"greedy": target, "stock": target, "draft": draft, "ensemble": target}.get(method.family)
+        if method.family in ("greedy", "draft"):
             options = {}
-        elif setting.family == "ensemble":
+        elif method.family == "ensemble":
             options["assistant_ensemble_weight"] = 0.5
         elif model is None:
-            rule = setting.rule(judges, line["share"])
-            model = JudgedModel(target, rule, 5, tokenizer)
+            model = JudgedModel(target, method.rule(judges, record.share), 5, pair.tokenizer)
         forwards = count(target)
         how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False}
         output = model.generate(ids, **how, **options)
         forwards, tokens = forwards(), output[0, ids.shape[1] :].tolist()
-        assert line["tokens"] == tokens, line
-        assert line["finished"] == (tokens[-1] == 5)
-        assert line["logprob"] == pytest.approx(answer_logprob(target, ids, tokens), abs=1e-3)
-        if setting.family == "draft":
-            assert line["lengths"] == []
+        assert record.tokens == tokens, record
+        assert record.finished == (tokens[-1] == 5)
+        assert record.logprob == pytest.approx(answer_logprob(pair, PROMPTS[int(record.prompt[1:])], tokens), abs=1e-3)
+        if method.family == "draft":
+            assert record.lengths == []
         else:
-            assert len(line["lengths"]) == forwards
-            assert sum(line["lengths"]) == len(tokens)
-            assert min(line["lengths"]) >= 1
+            assert len(record.lengths) == forwards
+            assert sum(record.lengths) == len(tokens)
+            assert min(record.lengths) >= 1
         if isinstance(model, JudgedModel):
-            for name in ("drafted", "matched", "asked", "judged", "target", "bonus"):
-                assert line[name] == getattr(model.stats, name), name
-    assert any(line["judged"] for line in lines)
+            for name in ("drafted", "matched", "asked", "judged", "target", "bonus", "sources"):
+                assert getattr(record.stats, name) == getattr(model.stats, name), name
+    assert any(record.stats.judged for record in records)
 
 
 def count(target):
@@ -118,92 +123,101 @@ def count(target):
     return stop
 
 
-def test_a_coin_like_a_judge_accepts_as_often(models, tokenizer, tmp_path):
-    settings, judges, lines = bench(models, tokenizer, tmp_path)
-    of = {name: [line for line in lines if line["setting"] == name] for name in {line["setting"] for line in lines}}
+def test_a_coin_like_a_judge_accepts_as_often(pair, tmp_path):
+    methods, judges, records = bench(pair, tmp_path, ["judge:j=0.5,0.9", "coin"])
+    by_method = {method.name: [record for record in records if record.method == method.name] for method in methods}
     for threshold in ("0.5", "0.9"):
-        share = accepted_share(of[f"judge:j={threshold}"])
-        assert {line["share"] for line in of[f"coin like judge:j={threshold}"]} == {round(share, 4)}
-    assert settings[-1].rule(judges, 0.3) == Coin(0.3)
+        share = accepted_share(by_method[f"judge:j={threshold}"])
+        assert {record.share for record in by_method[f"coin like judge:j={threshold}"]} == {round(share, 4)}
+    assert methods[-1].rule(judges, 0.3) == Coin(0.3)
+
+
+def with_counts(**counts):
+    return AnswerRecord("margin=1", "p", 0, None, [1], True, None, -1.0, [1], 1, Stats(**counts))
 
 
 def test_accepted_share():
-    lines = [{"judged": 0, "asked": 1}, {"judged": 2, "asked": 3}]
-    assert accepted_share(lines) == 2 / 4
-    assert accepted_share([{"judged": 0, "asked": 0}]) == 0
+    assert accepted_share([with_counts(judged=0, asked=1), with_counts(judged=2, asked=3)]) == 2 / 4
+    assert accepted_share([with_counts(judged=0, asked=0)]) == 0
 
 
 @pytest.mark.parametrize("lookup", [False, True])
-def test_a_coin_that_always_says_yes_accepts_all_it_is_asked(models, tokenizer, tmp_path, lookup):
+def test_a_coin_that_always_says_yes_accepts_all_it_is_asked(pair, tmp_path, lookup):
     """Mismatches with a special token and rounds without a draft do not count: the rule has no say there."""
-    config = BenchConfig(max_new_tokens=24, lookup=lookup)
-    _, _, lines = bench(models, tokenizer, tmp_path, ["coin=1"], config)
-    assert accepted_share([line for line in lines if line["setting"] == "coin=1"]) == 1
+    pair = Pair(pair.target, None, pair.tokenizer) if lookup else pair
+    _, _, records = bench(pair, tmp_path, ["coin=1"])
+    assert accepted_share([record for record in records if record.method == "coin=1"]) == 1
 
 
-def test_a_bench_goes_on(models, tokenizer, tmp_path, monkeypatch):
-    _, _, whole = bench(models, tokenizer, tmp_path / "whole")
+def test_a_bench_goes_on(pair, tmp_path):
+    rules = ["greedy", "draft", "margin=1", "judge:j=0.5", "coin"]
+    _, _, whole = bench(pair, tmp_path / "whole", rules)
     path = tmp_path / "cut" / "quality.jsonl"
-    bench(models, tokenizer, tmp_path / "cut", RULES[:3], prompts=PROMPTS[:2])
+    bench(pair, tmp_path / "cut", rules[:3], prompts=PROMPTS[:2])
     written = path.read_text().splitlines(keepends=True)
     path.write_text("".join(written[:3]) + written[3][:20])
-    _, _, resumed = bench(models, tokenizer, tmp_path / "cut")
-    close = [pytest.approx(line.pop("logprob"), abs=1e-4) for line in whole]  # others shared the forwards
-    assert [line.pop("logprob") for line in resumed] == close
+    _, _, resumed = bench(pair, tmp_path / "cut", rules)
+    for record, other in zip(resumed, whole, strict=True):  # others shared the forwards
+        assert record.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert record.stats.logprob_given_up == pytest.approx(other.stats.logprob_given_up, abs=1e-4)
+        record.logprob, record.stats.logprob_given_up = other.logprob, other.stats.logprob_given_up
     assert resumed == whole
     assert path.read_text().startswith("".join(written[:3]))
     assert len(path.read_text().splitlines()) == len(whole)
 
 
-def test_more_prompts_may_follow(models, tokenizer, tmp_path):
-    """A coin that is like a judge stays the one it was."""
-    _, _, before = bench(models, tokenizer, tmp_path, ["judge:j=0.5", "coin"], prompts=PROMPTS[:2])
-    _, _, after = bench(models, tokenizer, tmp_path, ["judge:j=0.5", "coin"])
-    assert [line for line in after if line["prompt"] in ("p0", "p1")] == before
-    assert len({line["share"] for line in after if line["setting"] == "coin like judge:j=0.5"}) == 1
+def test_more_prompts_may_follow(pair, tmp_path):
+    """A coin that is like a judge keeps its share."""
+    _, _, before = bench(pair, tmp_path, ["judge:j=0.5", "coin"], prompts=PROMPTS[:2])
+    _, _, after = bench(pair, tmp_path, ["judge:j=0.5", "coin"])
+    assert [record for record in after if record.prompt in ("p0", "p1")] == before
+    assert len({record.share for record in after if record.method == "coin like judge:j=0.5"}) == 1
 
 
-def test_answers_of_others_are_refused(models, tokenizer, tmp_path):
-    target, draft = models
-    bench(models, tokenizer, tmp_path, ["judge:j=0.5"])
+def test_answers_of_others_are_refused(pair, tmp_path):
+    bench(pair, tmp_path, ["judge:j=0.5"])
     with pytest.raises(ValueError, match="max_new_tokens: 24 there, 8 now"):
-        bench(models, tokenizer, tmp_path, ["judge:j=0.5"], BenchConfig(max_new_tokens=8))
+        bench(pair, tmp_path, ["judge:j=0.5"], BenchConfig(max_new_tokens=8))
     changed = [Prompt("p0", "another text", "some")]
     with pytest.raises(ValueError, match=r"has an answer of '.*' to prompt 'p0', but the prompt or the judge"):
-        bench(models, tokenizer, tmp_path, ["judge:j=0.5"], prompts=changed)
-    settings, other = parse_settings(["judge:j=0.5"]), {"j": random_judge(target, seed=1)}
+        bench(pair, tmp_path, ["judge:j=0.5"], prompts=changed)
+    methods, other = parse_methods(["judge:j=0.5"]), {"j": random_judge(pair.target, seed=1)}
     with pytest.raises(ValueError, match="'judge:j=0.5' to prompt"):
-        decode(target, draft, tokenizer, PROMPTS, settings, other, CONFIG, tmp_path)
-    settings, stricter = parse_settings(["judge:j"]), {"j": random_judge(target)}
-    decode(target, draft, tokenizer, PROMPTS[:1], settings, stricter, CONFIG, tmp_path)
+        decode(pair, PROMPTS, methods, other, CONFIG, tmp_path)
+    methods, stricter = parse_methods(["judge:j"]), {"j": random_judge(pair.target)}
+    decode(pair, PROMPTS[:1], methods, stricter, CONFIG, tmp_path)
     stricter["j"].info = replace(stricter["j"].info, threshold=0.1)
     with pytest.raises(ValueError, match="'judge:j' to prompt"):
-        decode(target, draft, tokenizer, PROMPTS[:1], settings, stricter, CONFIG, tmp_path)
+        decode(pair, PROMPTS[:1], methods, stricter, CONFIG, tmp_path)
+    (tmp_path / "quality.jsonl").write_text('{"setting": "lossless", "prompt": "p0", "repeat": 0}\n')
+    with pytest.raises(ValueError, match=r"quality.jsonl was written by another version. Choose another folder."):
+        bench(pair, tmp_path)
 
 
-def test_timing(models, tokenizer, tmp_path):
+def test_timing(pair, tmp_path):
     config = BenchConfig("timing", max_new_tokens=24, repeats=2)
     with pytest.raises(ValueError, match="how often judge:j=0.5 accepts is not known here yet"):
-        bench(models, tokenizer, tmp_path, RULES, config)
-    _, _, quality = bench(models, tokenizer, tmp_path)
-    _, _, lines = bench(models, tokenizer, tmp_path, RULES, config)
-    assert len(lines) == 2 * len(quality)
-    assert all(line["seconds"] > 0 for line in lines)
-    same = ("setting", "prompt", "tokens", "lengths", "draft_forwards", "judged", "share")
-    texts = [{name: line[name] for name in same} for line in quality]
-    assert [{name: line[name] for name in same} for line in lines] == texts + texts
-    order = [json.loads(line)["setting"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+        bench(pair, tmp_path, RULES, config)
+    _, _, quality = bench(pair, tmp_path)
+    _, _, records = bench(pair, tmp_path, RULES, config)
+    assert len(records) == 2 * len(quality)
+    assert all(record.seconds > 0 for record in records)
+
+    def measured(record):
+        return record.method, record.prompt, record.tokens, record.lengths, record.draft_forwards, record.share
+
+    assert [measured(record) for record in records] == [measured(record) for record in quality] * 2
+    assert [record.stats.judged for record in records] == [record.stats.judged for record in quality] * 2
+    order = [json.loads(line)["method"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     first, second = (order[i * 14 : i * 14 + 14] for i in (0, 1))
     assert second == [*first[1:], first[0]]
 
 
-def test_timing_may_let_the_clock_choose(models, tokenizer, tmp_path):
+def test_timing_may_let_the_clock_choose(pair, tmp_path):
     config = BenchConfig("timing", max_new_tokens=24, draft_length="auto")
-    _, _, lines = bench(models, tokenizer, tmp_path, ["stock"], config)
-    of = {
-        line["setting"]: [other["tokens"] for other in lines if other["setting"] == line["setting"]] for line in lines
-    }
-    assert of["stock"] == of["lossless"]
+    _, _, records = bench(pair, tmp_path, ["stock"], config)
+    lossless, stock = ([r.tokens for r in records if r.method == name] for name in ("lossless", "stock"))
+    assert lossless == stock
 
 
 @pytest.mark.parametrize(
@@ -219,34 +233,46 @@ def test_what_makes_no_sense_is_refused(wrong, message):
         BenchConfig(**wrong)
 
 
-def test_the_models_are_left_as_they_were(models, tokenizer, tmp_path):
-    before = [copy.copy(vars(model)) for model in models]
-    bench(models, tokenizer, tmp_path)
-    assert [vars(model) for model in models] == before
+@pytest.mark.parametrize("mode", ["quality", "timing"])
+def test_the_models_are_left_as_they_were(pair, tmp_path, mode):
+    before = [copy.copy(vars(model)) for model in pair.models]
+    bench(pair, tmp_path, ["draft", "judge:j=0.5"], BenchConfig(mode, max_new_tokens=8))
+    assert [vars(model) for model in pair.models] == before
 
 
 @pytest.mark.parametrize("mode", ["quality", "timing"])
-def test_prompts_that_are_too_long_are_left_out(models, tokenizer, tmp_path, mode):
+def test_prompts_that_are_too_long_are_left_out(pair, tmp_path, mode):
     """The others are answered as without them, and a bench that is started again finds them so."""
     config, rules = BenchConfig(mode, max_new_tokens=24), ["lossless", "stock"]
-    asked = [PROMPTS[0], Prompt("long", "a" * 233), PROMPTS[1]]
-    _, _, lines = bench(models, tokenizer, tmp_path, rules, config, asked)
-    assert [line["prompt"] for line in lines] == ["p0", "p0", "p1", "p1"]
-    assert bench(models, tokenizer, tmp_path, rules, config, asked)[2] == lines
+    prompts = [PROMPTS[0], Prompt("long", "a" * 233), PROMPTS[1]]
+    _, _, records = bench(pair, tmp_path, rules, config, prompts)
+    assert [record.prompt for record in records] == ["p0", "p0", "p1", "p1"]
+    assert bench(pair, tmp_path, rules, config, prompts)[2] == records
     fits = Prompt("fits", "a" * 232)
-    _, _, lines = bench(models, tokenizer, tmp_path, rules, config, [fits])
-    assert [len(line["tokens"]) for line in lines] == [24, 24]
+    _, _, records = bench(pair, tmp_path, rules, config, [fits])
+    assert [len(record.tokens) for record in records] == [24, 24]
     with pytest.raises(TooLong, match="all 1 are too long: with `max_new_tokens`=24 each exceeds the context of 256"):
-        bench(models, tokenizer, tmp_path, rules, config, asked[1:2])
+        bench(pair, tmp_path, rules, config, prompts[1:2])
 
 
-def test_the_context_of_a_draft_that_answers_alone_counts_too(tokenizer, tmp_path):
-    target, _ = build_pair("llama")
+def test_the_context_of_a_draft_that_answers_alone_counts_too(pair, tmp_path):
     # Its positions are learned: behind the last one there is nothing.
     draft = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
-    asked = [Prompt("fits", "a" * 40), Prompt("long", "a" * 41), Prompt("longer", "a" * 65)]
+    pair = Pair(pair.target, draft, pair.tokenizer)
+    prompts = [Prompt("fits", "a" * 40), Prompt("long", "a" * 41), Prompt("longer", "a" * 65)]
     for rules, answered in ((["draft", "greedy"], {"fits"}), (["greedy"], {"fits", "long", "longer"})):
-        settings = [setting for setting in parse_settings(rules) if setting.name in rules]  # without lossless
-        lines = decode(target, draft, tokenizer, asked, settings, {}, CONFIG, tmp_path / rules[0])
-        assert {line["prompt"] for line in lines} == answered
-        assert len(lines) == len(answered) * len(settings)
+        methods = [method for method in parse_methods(rules) if method.name in rules]  # without lossless
+        records = decode(pair, prompts, methods, {}, CONFIG, tmp_path / rules[0])
+        assert {record.prompt for record in records} == answered
+        assert len(records) == len(answered) * len(methods)
+
+
+@pytest.mark.parametrize("mode", ["quality", "timing"])
+def test_answers_are_greedy_whatever_the_models_own_config_says(pair, tmp_path, mode):
+    target = copy.copy(pair.target)
+    target.generation_config = copy.deepcopy(target.generation_config)
+    target.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, min_new_tokens=9)
+    config, rules = BenchConfig(mode, max_new_tokens=16), ["greedy", "stock"]
+    _, _, plain = bench(pair, tmp_path / "plain", rules, config)
+    _, _, records = bench(Pair(target, pair.draft, pair.tokenizer), tmp_path / "own", rules, config)
+    assert [record.tokens for record in records] == [record.tokens for record in plain]

@@ -9,20 +9,31 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.markdown import Markdown
 
-from hf_selfjudge.bench.tables import markdown, operating_points, plot, summarise_quality
-from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, interval, separation, speed_at
-from hf_selfjudge.scoring.statistics import draws
+from hf_selfjudge.bench.answers import AnswerRecord
+from hf_selfjudge.bench.methods import Method
+from hf_selfjudge.bench.plots import plot_tradeoff
+from hf_selfjudge.bench.summary import operating_points, summarise_quality
+from hf_selfjudge.bench.tables import quality_tables
+from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, separation, speed_at
+from hf_selfjudge.judge.threshold import Threshold
+from hf_selfjudge.scoring.statistics import Interval, draws
+from tests.builders import build, random_judge
 
 
-SETTINGS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
-FAMILIES = ["lossless", "margin", "margin", "coin", "draft"]
+METHODS = ["lossless", "margin=1", "margin=2", "coin=0.5", "draft"]
+CURVES = ["lossless", "margin", "margin", "coin", "draft"]
 
 
 def grid(prompts=4, **scores):
-    shape = (len(SETTINGS), prompts)
+    shape = (len(METHODS), prompts)
     rounds = np.array([10.0, 8, 5, 8, np.nan])[:, None] * np.ones(shape)
     categories = np.array(["a", "b"]).repeat(prompts // 2)
-    return Grid(SETTINGS, FAMILIES, categories, np.full(shape, 40.0), rounds, scores, resamples=200)
+    return Grid(METHODS, CURVES, categories, np.full(shape, 40.0), rounds, scores, resamples=200)
+
+
+def grid_of_methods(methods, categories, rounds, scores):
+    names, curves = [method.name for method in methods], [method.curve for method in methods]
+    return Grid(names, curves, np.array(categories), np.full(rounds.shape, 40.0), rounds, scores, resamples=50)
 
 
 def of_categories(a, b):
@@ -77,7 +88,7 @@ def test_prompts_that_are_alone_in_their_category_have_a_spread():
     shape = np.ones((2, 3))
     alone = Grid(["lossless", "margin=1"], ["lossless", "margin"], np.array(list("abc")), shape, shape, {"s": scores})
     kept = alone.retention(["s"])[:, 1]
-    low, high = interval(kept)[1:]
+    low, high = Interval.of(kept)[1:]
     assert kept[0] == pytest.approx(0.6)
     assert (low, high) == (pytest.approx(0.3), pytest.approx(0.9))  # the same prompt three times: 1 of 27 each
 
@@ -87,10 +98,10 @@ def test_interval():
     rng = np.random.default_rng(0)
     values = rng.normal(3, 1, 400)
     mean = draws(np.zeros(400), 2000, 1) @ values / 400
-    value, low, high = interval(mean)
+    value, low, high = Interval.of(mean)
     assert value == pytest.approx(values.mean())
     assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
-    assert interval(np.array([np.nan, 1.0])) is None
+    assert Interval.of(np.array([np.nan, 1.0])) is None
 
 
 @pytest.mark.parametrize(
@@ -139,25 +150,25 @@ def test_rules_are_compared_where_they_keep_the_same():
     assert found["speed_ratio"]["0.99"] == pytest.approx([(1 - 0.2 / 30) / (1 - 0.5 / 20)] * 3)
     assert found["thresholds"] == [2, 1]
     same = compare_rules(made, kept, levels, "margin", "margin")
-    assert same["area_between"] == [0, 0, 0]
+    assert same["area_between"] == (0, 0, 0)
 
 
 def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
     """In wording both rules are alike; the judge leaves all numbers as they were, the margin half of them. Where there
     are no numbers the margin is ten times as fast, which is not to be seen in what is said of numbers."""
-    settings, families = ["lossless", "margin=1", "judge=0.5"], ["lossless", "margin", "judge"]
+    methods = [Method("lossless"), Method("margin", (1,)), Method("judge", (Threshold(0.5),), "j")]
+    judges = {"j": random_judge(build("llama"))}
     numbers = np.array([[1, 1, np.nan, np.nan], [1, 0, np.nan, np.nan], [1, 1, np.nan, np.nan]])
     rounds = np.array([[10.0] * 4, [5, 5, 1, 1], [5, 5, 10, 10]])
     scores = {"agreement": np.ones((3, 4)), "unchanged": numbers}
-    made = Grid(settings, families, np.array(list("aabb")), np.full((3, 4), 40.0), rounds, scores, resamples=50)
-    line = {"tokens": [1], "lengths": [1], "judged": 0, "asked": 0, "draft_forwards": 1, "finished": True}
-    lines = [line | {"setting": name} for name in settings]
-    found = summarise_quality(made, lines)
+    made = grid_of_methods(methods, list("aabb"), rounds, scores)
+    records = [AnswerRecord(method.name, "p", 0, None, [1], True, None, -1.0, [1], 1) for method in methods]
+    found = summarise_quality(made, records, methods, judges)
     (kept,), (told,) = found["comparisons"], found["comparisons_unchanged"]
     assert [value[0] for value in kept["speed_ratio"].values()] == pytest.approx([12 / 30] * 4)
     # Of the margin, which keeps half of them at twice the speed, a mixture with lossless decoding.
     assert [value[0] for value in told["speed_ratio"].values()] == pytest.approx([1.9, 1.8, 1.6, 1.4])
-    assert "| judge (1) ÷ margin (1) | 1.90 [" in markdown({"quality": found})
+    assert "| judge (1) ÷ margin (1) | 1.90 [" in quality_tables(found)
     drawn, draw = [], Axes.errorbar
 
     def watched(axis, x, y, **options):
@@ -165,38 +176,38 @@ def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
         return draw(axis, x, y, **options)
 
     monkeypatch.setattr(Axes, "errorbar", watched)
-    plot(found, tmp_path / "both.png")
+    plot_tradeoff(found, tmp_path / "both.png")
     assert [line[0] for line in drawn] == ["margin", "judge"] * 2
     assert drawn[0][1:] == pytest.approx((1, 1, 1, 40 / 12))
     assert drawn[2][1:] == pytest.approx((1, 0.5, 1, 2))
     assert drawn[3][1:] == pytest.approx((1, 1, 1, 2))
-    alone = Grid(["lossless"], ["lossless"], made.categories, made.tokens[:1], rounds[:1],
-                 {name: values[:1] for name, values in scores.items()}, resamples=50)  # fmt: skip
-    found = summarise_quality(alone, lines[:1])
-    assert found["settings"][0]["numbers"] == {"unchanged": [1, 1, 1], "speed": [1, 1, 1]}
+    alone = grid_of_methods(methods[:1], made.categories, rounds[:1], {name: row[:1] for name, row in scores.items()})
+    found = summarise_quality(alone, records[:1], methods[:1], {})
+    assert found["settings"][0]["numbers"] == {"unchanged": (1, 1, 1), "speed": (1, 1, 1)}
     assert found["comparisons_unchanged"] == []
     del made.scores["unchanged"]
-    found = summarise_quality(made, lines)
+    found = summarise_quality(made, records, methods, judges)
     assert found["comparisons_unchanged"] == []
-    assert "unchanged numbers" not in markdown({"quality": found})
+    assert "unchanged numbers" not in quality_tables(found)
     drawn.clear()
-    plot(found, tmp_path / "one.png")
+    plot_tradeoff(found, tmp_path / "one.png")
     assert len(drawn) == 2
 
 
 def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
     """Of a judge's folder, of a category."""
     judge, category = r"judge:$\frac$ | *x*", "a | <b>"
-    settings = ["lossless", "margin=1", f"{judge}=0.5"]
-    scores = {"agreement": np.ones((3, 4))}
-    categories = np.array([category, "[x](y)"]).repeat(2)
-    rounds = np.array([[10.0] * 4, [5] * 4, [4] * 4])
-    made = Grid(
-        settings, ["lossless", "margin", judge], categories, np.full((3, 4), 40.0), rounds, scores, resamples=9
+    folder = judge.partition(":")[2]
+    methods = [Method("lossless"), Method("margin", (1,)), Method("judge", (Threshold(0.5),), folder, named=True)]
+    made = grid_of_methods(
+        methods,
+        np.array([category, "[x](y)"]).repeat(2),
+        np.array([[10.0] * 4, [5] * 4, [4] * 4]),
+        {"agreement": np.ones((3, 4))},
     )
-    line = {"tokens": [1], "lengths": [1], "judged": 0, "asked": 0, "draft_forwards": 1, "finished": True}
-    found = summarise_quality(made, [line | {"setting": name} for name in settings])
-    text = markdown({"quality": found})
+    records = [AnswerRecord(method.name, "p", 0, None, [1], True, None, -1.0, [1], 1) for method in methods]
+    found = summarise_quality(made, records, methods, {folder: random_judge(build("llama"))})
+    text = quality_tables(found)
     html = MarkdownIt("gfm-like", {"linkify": False}).render(text)
     assert f"<td>{judge}=0.5</td>" in html
     assert "<th>a | &lt;b&gt;</th>" in html
@@ -205,21 +216,22 @@ def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
     shown = io.StringIO()
     Console(file=shown, width=250).print(Markdown(text))
     assert f"{judge}=0.5" in shown.getvalue()
-    plot(found, tmp_path / "curve.png")
+    plot_tradeoff(found, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-def row(setting, speed, retention):
+def row(family, threshold, speed, retention):
     return {
-        **{"setting": setting, "family": setting.partition("=")[0], "accepted_share": 0.5},
+        **{"setting": f"{family}={threshold}", "family": family, "threshold": threshold, "accepted_share": 0.5},
         **{"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "retention": [retention] * 3},
     }
 
 
 def test_operating_points_are_the_fastest_that_keep_enough():
-    slow, lucky, fast = row("judge:j=0.1", 1.1, 0.975), row("judge:j=0.2", 1.2, 0.985), row("judge:j=0.3", 1.5, 0.9)
-    found = {"settings": [row("lossless", 1, 1), fast, slow, lucky, row("judge:k=0.4", 2, 1), row("margin=1", 2, 1)]}
-    found["thresholds"] = {"judge:j=0.1": 0.1, "judge:j=0.2": 0.2, "judge:j=0.3": 0.3, "judge:k=0.4": 0.4}
+    base = row("lossless", None, 1, 1) | {"setting": "lossless"}
+    slow, lucky = row("judge:j", 0.1, 1.1, 0.975), row("judge:j", 0.2, 1.2, 0.985)
+    fast, others = row("judge:j", 0.3, 1.5, 0.9), [row("judge:k", 0.4, 2, 1), row("margin", None, 2, 1)]
+    found = {"settings": [base, fast, slow, lucky, *others]}
     points = operating_points(found, "judge:j")
     # 0.98 is what both of two keep, the faster of which looks better.
     assert {name: point["threshold"] for name, point in points.items()} == {"balanced": 0.2, "fast": 0.3}
@@ -235,7 +247,7 @@ def test_a_measure_that_tells_nothing_shows():
     noise = rng.normal(size=(5, 200))
     good = np.array([1, 0.8, 0.6, 0.5, 0])[:, None] + rng.normal(scale=0.5, size=(5, 200))
     made = grid(200, good=good, noise=noise, task=np.full((5, 200), np.nan))
-    by = {row["measure"]: row for row in separation(made, "coin=0.5")}
+    by = {row["measure"]: row for row in separation(made, ["coin=0.5", "draft"])}
     assert by["good"]["coin=0.5"][1] > 0
     assert by["good"]["draft, standardised"] == pytest.approx(2, abs=0.3)
     assert by["noise"]["coin=0.5"][1] < 0 < by["noise"]["coin=0.5"][2]
