@@ -4,9 +4,11 @@ import copy
 import string
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
@@ -23,7 +25,9 @@ from transformers import (
 from hf_selfjudge import Judge, JudgeInfo
 from hf_selfjudge.judge.card import write_card
 from hf_selfjudge.judge.features import SCALARS
+from hf_selfjudge.judge.lora import Adapter
 from hf_selfjudge.models.load import fingerprint
+from hf_selfjudge.training.trainer import adapter_of
 
 
 VOCAB, HIDDEN = 64, 32
@@ -100,6 +104,28 @@ def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), 
         judge.head.weight.copy_(torch.randn(judge.head.weight.shape, generator=generator))
         judge.head.weight[:, : len(SCALARS)] *= 0.1
         judge.head.bias.zero_()
+    return judge
+
+
+def adapter(model: torch.nn.Module, layers: tuple[int, ...] = (1,), seed: int = 0) -> Adapter:
+    """A random LoRA adapter that changes what a model computes."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=list(layers))
+    config.layers_pattern = "layers"
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    lora = adapter_of(adapted)
+    adapted.unload()
+    return lora
+
+
+def adapted_judge(target: torch.nn.Module, lora: Adapter) -> Judge:
+    """A random judge with an adapter."""
+    judge = random_judge(target)
+    judge.adapter, judge.info = lora, replace(judge.info, adapter=True)
     return judge
 
 

@@ -25,7 +25,7 @@ from ..data.prompts import Prompt, fitting, none_fits
 from ..forward.branches import Keys
 from ..forward.lockstep import run_in_lockstep
 from ..judge.judge import Judge
-from ..judge.replay import Replay
+from ..judge.lora import Replay
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..models.pair import Pair

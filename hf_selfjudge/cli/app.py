@@ -21,20 +21,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..bench.methods import COIN, DEFAULT_RULES, needs_draft, parse_settings
 from ..bench.quick import Run, compare, print_answer, print_speed, ratio_of_seconds, results_table, summarise
+from ..bench.record import heading, write_spec_bench
 from ..bench.runner import BenchConfig, decode, readable
-from ..bench.tables import (
-    OPERATING_POINTS,
-    Scorer,
-    family_of,
-    grid_of,
-    heading,
-    markdown,
-    operating_points,
-    summarise_quality,
-    summarise_timing,
-    write_spec_bench,
-)
-from ..bench.tables import plot as plot_curve
+from ..bench.scores import Scorer, grid_of
+from ..bench.summary import OPERATING_POINTS, operating_points, summarise_quality, summarise_timing
+from ..bench.tables import family_of, markdown
 from ..data.prompts import Prompt, balanced, counted, fitting, none_fits, read_prompts
 from ..decoding.judged_model import JudgedModel
 from ..hub.publish import pull_judge, push_judge, push_labels, push_results, push_space
@@ -61,6 +52,7 @@ from ..mining.report import (
     rates_table,
 )
 from ..mining.report import plot as draw
+from ..mining.report import plot as plot_curve
 from ..models.cpu import precision
 from ..models.load import fingerprint, load_model, resolve_model
 from ..models.pair import DRAFT_MODEL, LOOKUP, PAIRS, load_draft, load_pair, parse_pair

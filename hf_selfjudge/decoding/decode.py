@@ -25,7 +25,7 @@ from transformers.generation.candidate_generator import (
 from transformers.utils import ModelOutput
 
 from ..forward.tap import ForwardTap
-from ..judge.replay import ReplaySession
+from ..judge.lora import ReplaySession
 from ..models.tokens import context_of
 from .drafting import AutoLength, FastDraft, set_draft_length, stay_within_context
 from .rules import Rule

@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from ..judge.features import candidate_scalars, entropy
 from ..judge.judge import Judge
-from ..judge.replay import LayerStates, Replay
+from ..judge.layers import LayerStates
+from ..judge.lora import Replay
 from ..judge.threshold import Threshold
 from ..utils.names import public_name
 

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import CandidateGenerator
 
 from ..forward.tap import LayerInput
-from ..judge.replay import LayerStates, ReplaySession
+from ..judge.layers import LayerStates
+from ..judge.lora import ReplaySession
 from .drafting import AutoLength, ContextFullError, set_draft_length
 from .rules import Candidate, Rule
 from .stats import Stats

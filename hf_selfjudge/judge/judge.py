@@ -27,7 +27,7 @@ from ..utils.transfer import download, upload
 from .card import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, plot_reliability, repo_files
 from .features import SCALARS, STATES
 from .info import JudgeInfo
-from .replay import Adapter
+from .lora import Adapter
 
 
 logger = logging.get_logger(__name__)

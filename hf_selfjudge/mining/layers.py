@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..forward.branches import additive_masks, attention_windows, packs
 from ..forward.tap import ForwardTap
 from ..judge.features import STATES
-from ..judge.replay import LayerStates
+from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..utils.files import atomic_write, check_or_write_settings

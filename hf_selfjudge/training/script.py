@@ -31,7 +31,7 @@ from trl import TrlParser
 
 from ..judge.card import plot_reliability, write_card
 from ..judge.judge import Judge
-from ..judge.replay import apart
+from ..judge.lora import shared_copy
 from ..mining.labels import folders_of, load_labels, mining_of
 from ..models.load import fingerprint, load_model
 from ..utils.names import public_mining
@@ -247,7 +247,7 @@ def _how(script_args: ScriptArguments, mining: dict) -> Callable[[datasets.Datas
         args.learning_rate, args.max_steps = script_args.lora_learning_rate, -1
         args.num_train_epochs = script_args.lora_epochs
         args.per_device_train_batch_size = args.per_device_eval_batch_size = script_args.lora_batch
-        model = TargetWithJudge(apart(target), trainer.judge)
+        model = TargetWithJudge(shared_copy(target), trainer.judge)
         return _train(JudgeTrainer(model, args, train_dataset=labels, processing_class=tokenizer, peft_config=adapter))
 
     return fit

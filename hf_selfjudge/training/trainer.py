@@ -36,7 +36,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from ..judge.card import write_card
 from ..judge.info import JudgeInfo
 from ..judge.judge import Judge
-from ..judge.replay import Adapter
+from ..judge.lora import Adapter
 from ..mining.layers import IGNORED, DataCollatorForJudge, StateReader, answers_of
 from ..models.cpu import HalfLinear
 from ..models.load import fingerprint, load_model, resolve_model

@@ -4,7 +4,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_selfjudge.bench.tradeoff import Grid, interval
+from hf_selfjudge.bench.tradeoff import Grid
+from hf_selfjudge.training.evaluation import interval
 from hf_selfjudge.scoring.meaning import reconvergence
 
 

@@ -17,8 +17,7 @@ from hf_selfjudge.data.prompts import Prompt, TooLong, encode
 from hf_selfjudge.decoding.stats import Stats
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin
-from tests.builders import VOCAB, build, perturbed, random_judge
-from tests.judge.test_replay import adapted_judge, adapter
+from tests.builders import VOCAB, adapted_judge, adapter, build, perturbed, random_judge
 from tests.mining.test_layers import midway_judge
 
 

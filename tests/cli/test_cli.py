@@ -11,10 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hf_selfjudge.bench.quick import Run, print_answer, ratio_of_seconds, results_table
 from rich.console import Console
 
 from hf_selfjudge import Judge, Prompt, Stats, load_labels
-from hf_selfjudge.bench.quick import Run, print_answer, ratio_of_seconds, results_table
 from hf_selfjudge.cli import app as cli
 from hf_selfjudge.hub.results import public_file
 from hf_selfjudge.models.load import fingerprint

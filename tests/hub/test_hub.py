@@ -32,7 +32,7 @@ from hf_selfjudge import (
     mining_of,
     new_judge,
 )
-from hf_selfjudge.bench.tables import heading
+from hf_selfjudge.bench.record import heading
 from hf_selfjudge.demo.page import folder_of
 from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
 from hf_selfjudge.hub.results import add_results
@@ -44,9 +44,8 @@ from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.utils.names import public_mining
 from hf_selfjudge.utils.text import in_markdown
 from hf_selfjudge.utils.transfer import HubError
-from tests.builders import card_of, random_judge
+from tests.builders import adapted_judge, adapter, card_of, random_judge
 from tests.hub_server import Fault, Hub
-from tests.judge.test_replay import adapted_judge, adapter
 from tests.training.test_trainer import RESULTS, write_labels
 
 

@@ -7,35 +7,19 @@ from transformers import DynamicCache
 
 from hf_selfjudge import Judge, JudgedModel, JudgeRule
 from hf_selfjudge.forward.tap import ForwardTap
-from hf_selfjudge.judge.replay import Adapter, Replay
-from hf_selfjudge.training.trainer import adapter_of
-from tests.builders import build, perturbed, random_judge
+from hf_selfjudge.judge.lora import Adapter, Replay
+from tests.builders import adapted_judge, adapter, build, perturbed
 from tests.training.test_trainer import answers, lora, through  # noqa: F401
 
 
 WITH_LAYERS = ["llama", "qwen2", "gemma3"]
 
 
-def adapter(model, layers=(1,), seed=0):
-    """One that does something."""
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=list(layers))
-    config.layers_pattern = "layers"
-    adapted = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
-    made = adapter_of(adapted)
-    adapted.unload()
-    return made
-
-
-def with_peft(architecture, made):
+def with_peft(architecture, lora_adapter):
     """The adapted target, as PEFT makes it."""
     shape = ("r", "target_modules", "lora_alpha", "layers_to_transform", "layers_pattern")
-    adapted = get_peft_model(build(architecture), LoraConfig(**{name: made.config[name] for name in shape}))
-    set_peft_model_state_dict(adapted, made.tensors)
+    adapted = get_peft_model(build(architecture), LoraConfig(**{name: lora_adapter.config[name] for name in shape}))
+    set_peft_model_state_dict(adapted, lora_adapter.tensors)
     return adapted.get_base_model()
 
 
@@ -49,8 +33,8 @@ def last_hidden(model, ids):
 @pytest.mark.parametrize("architecture", WITH_LAYERS)
 def test_replayed_in_parts_equals_the_adapted_forward(architecture):
     target, ids = build(architecture), torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(1))
-    plain, made, seen, cache = last_hidden(target, ids), adapter(target), [], DynamicCache()
-    replay = Replay(target, made)
+    plain, lora_adapter, seen, cache = last_hidden(target, ids), adapter(target), [], DynamicCache()
+    replay = Replay(target, lora_adapter)
     # A prompt; a round of which two tokens are dropped; another round.
     starts, texts = (0, 20, 24), (ids[:, :20], torch.cat([ids[:, 20:24], ids[:, :2]], 1), ids[:, 24:])
     with ForwardTap(target, lambda hidden, logits, entered: seen.append(entered), replay.entering):
@@ -60,35 +44,28 @@ def test_replayed_in_parts_equals_the_adapted_forward(architecture):
             target(input_ids=text, past_key_values=cache)
     replaying = replay.start()
     first, second, third = (replaying(entered, start) for entered, start in zip(seen, starts, strict=True))
-    expected = last_hidden(with_peft(architecture, made), ids)
+    expected = last_hidden(with_peft(architecture, lora_adapter), ids)
     assert (expected - plain).norm() > 0.1 * plain.norm()
     torch.testing.assert_close(torch.cat([first, second[:, :4], third], 1), expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(last_hidden(target, ids), plain)  # the target is as it was
-
-
-def adapted_judge(target, made):
-    judge = random_judge(target)
-    judge.adapter = made
-    judge.info = judge.info.__class__(**vars(judge.info) | {"adapter": True})
-    return judge
 
 
 @pytest.mark.parametrize("architecture", WITH_LAYERS)
 def test_the_judge_sees_the_adapted_states_of_the_text(architecture, prompt):
     """In every round, whatever was dropped before: the states that are judged are those of the adapted target."""
     target, seen = build(architecture), []
-    made = adapter(target)
+    lora_adapter = adapter(target)
 
     class Noting(JudgeRule):
         def accept(self, candidate):
             seen.append((candidate.position, candidate.token, candidate.hidden))
             return super().accept(candidate)
 
-    judged = JudgedModel(target, Noting(adapted_judge(target, made), 0.5))
+    judged = JudgedModel(target, Noting(adapted_judge(target, lora_adapter), 0.5))
     output = judged.generate(prompt, assistant_model=perturbed(target, 0.05), max_new_tokens=40, do_sample=False)
     assert judged.stats.judged
     assert len(seen) > 5
-    adapted = with_peft(architecture, made)
+    adapted = with_peft(architecture, lora_adapter)
     for position, candidate, hidden in seen:
         text = torch.cat([output[:, : prompt.shape[1] + position], torch.tensor([[candidate]])], 1)
         expected = last_hidden(adapted, text)[0, -2:]
@@ -99,23 +76,23 @@ def test_batches_and_threads_of_text_give_what_each_gives_alone(llama, prompt):
     target, draft = llama
     judged = JudgedModel(target, JudgeRule(adapted_judge(target, adapter(target)), 0.5))
     ids = torch.cat([prompt, prompt.roll(3, 1), prompt.flip(1)])
-    how = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
-    together = judged.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    options = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
+    together = judged.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert judged.stats.judged
     for row, answer in zip(ids, together, strict=True):
-        assert torch.equal(judged.generate(row[None], **how)[0], answer)
-    lossless = JudgedModel(target, JudgeRule(adapted_judge(target, adapter(target)), 0.0)).generate(prompt, **how)
-    assert torch.equal(lossless, target.generate(prompt, **how))
+        assert torch.equal(judged.generate(row[None], **options)[0], answer)
+    lossless = JudgedModel(target, JudgeRule(adapted_judge(target, adapter(target)), 0.0)).generate(prompt, **options)
+    assert torch.equal(lossless, target.generate(prompt, **options))
 
 
 def test_padding_on_the_left(llama, prompt):
     target, draft = llama
     judged = JudgedModel(target, JudgeRule(adapted_judge(target, adapter(target)), 0.5))
-    how = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
-    alone = judged.generate(prompt, **how)
+    options = {"assistant_model": draft, "max_new_tokens": 30, "do_sample": False}
+    alone = judged.generate(prompt, **options)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt], 1)
     mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones_like(prompt)], 1)
-    assert torch.equal(judged.generate(padded, attention_mask=mask, **how)[:, 5:], alone)
+    assert torch.equal(judged.generate(padded, attention_mask=mask, **options)[:, 5:], alone)
 
 
 def test_only_the_last_layers_run_again():
@@ -146,7 +123,7 @@ def test_a_trained_adapter_is_an_ordinary_one(answers, tmp_path, prompt):  # noq
 
 def test_what_cannot_be_replayed_is_refused(answers, tmp_path):  # noqa: F811
     target = build("llama")
-    made = adapter(target)
+    lora_adapter = adapter(target)
     for change, message in (
         ({"peft_type": "IA3"}, "only LoRA can be replayed, got 'IA3'"),
         ({"use_dora": True}, "use_dora cannot be replayed"),
@@ -156,24 +133,30 @@ def test_what_cannot_be_replayed_is_refused(answers, tmp_path):  # noqa: F811
         ({"r": None}, "r must be a number above 0, got None"),
     ):
         with pytest.raises(ValueError, match=message):
-            Adapter(made.config | change, made.tensors)
-    with pytest.raises(ValueError, match="'lm_head.weight' is no weight of a LoRA adapter"):
-        Adapter(made.config, made.tensors | {"lm_head.weight": torch.zeros(1)})
-    name, tensor = next(iter(made.tensors.items()))
-    with pytest.raises(ValueError, match="not both matrices of each module"):
-        Adapter(made.config, {name: tensor})
-    with pytest.raises(ValueError, match="in layers of several parts of a model"):
+            Adapter(lora_adapter.config | change, lora_adapter.tensors)
+    with pytest.raises(ValueError, match="'lm_head.weight' is not a weight of LoRA"):
+        Adapter(lora_adapter.config, lora_adapter.tensors | {"lm_head.weight": torch.zeros(1)})
+    name, tensor = next(iter(lora_adapter.tensors.items()))
+    with pytest.raises(ValueError, match="does not have both matrices of each module"):
+        Adapter(lora_adapter.config, {name: tensor})
+    with pytest.raises(ValueError, match="in the layers of several parts of a model"):
         Adapter(
-            made.config,
-            made.tensors | {n.replace("model.layers", "vision.layers"): t for n, t in made.tensors.items()},
+            lora_adapter.config,
+            lora_adapter.tensors
+            | {n.replace("model.layers", "vision.layers"): t for n, t in lora_adapter.tensors.items()},
         )
     with pytest.raises(ValueError, match="which fit no linear layer of `target` there"):
-        Replay(target, Adapter(made.config, {n: t[:, :3] if "lora_A" in n else t for n, t in made.tensors.items()}))
+        Replay(
+            target,
+            Adapter(
+                lora_adapter.config, {n: t[:, :3] if "lora_A" in n else t for n, t in lora_adapter.tensors.items()}
+            ),
+        )
     with pytest.raises(ValueError, match="has layers beyond the 1 of `target`"):
-        Replay(build("llama", num_hidden_layers=1), made)
-    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is no decoder with `layers`"):
-        JudgedModel(build("gpt2"), JudgeRule(adapted_judge(build("gpt2"), made)))
-    replay, seen = Replay(target, made), []
+        Replay(build("llama", num_hidden_layers=1), lora_adapter)
+    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is not a decoder with `layers`"):
+        JudgedModel(build("gpt2"), JudgeRule(adapted_judge(build("gpt2"), lora_adapter)))
+    replay, seen = Replay(target, lora_adapter), []
     with ForwardTap(target, lambda hidden, logits, entered: seen.append(entered), replay.entering):
         target(input_ids=torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="The judge's adapter has seen 0 of 7 tokens"):
