@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
         add_layer_states(build("qwen2"), folder, LAYER, tmp_path / "midway")
     with pytest.raises(ValueError, match="`batch` must be 1 or more, got 0"):
         add_layer_states(target, folder, LAYER, tmp_path / "midway", batch=0)
-    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is no decoder with `layers`"):
+    with pytest.raises(ValueError, match=r"`target` \(GPT2LMHeadModel\) is not a decoder with `layers`"):
         JudgedModel(gpt2, JudgeRule(midway_judge(gpt2), 0.5))
     assert not (tmp_path / "midway").exists()
     add_layer_states(target, folder, LAYER, tmp_path / "midway")
