@@ -5,8 +5,8 @@ import evaluate
 import numpy as np
 
 from hf_selfjudge.bench.tradeoff import Grid
-from hf_selfjudge.training.evaluation import interval
 from hf_selfjudge.scoring.meaning import reconvergence
+from hf_selfjudge.training.evaluation import interval
 
 
 DESCRIPTION = """\
