@@ -15,8 +15,9 @@ from .decoding.rules import JudgeRule
 from .decoding.stats import Stats
 from .judge.info import JudgeInfo
 from .judge.judge import Judge
+from .mining.config import MiningConfig
 from .mining.job import mine
-from .mining.labels import MiningConfig, load_labels, mining_of
+from .mining.labels import load_labels, mining_of
 from .mining.layers import add_layer_states
 from .models.load import load_model
 from .models.tokens import special_tokens

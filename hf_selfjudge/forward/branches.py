@@ -7,14 +7,14 @@ substitutions and labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from .lockstep import rope_types
-from .tap import ForwardTap
+from .tap import ForwardTap, LayerInput
 
 
 # Keys and values of each layer, `(heads, length, head_dim)`.
@@ -47,10 +47,17 @@ class Branches:
     Args:
         model ([`~transformers.PreTrainedModel`]): Its forward is called with one sequence.
         trunk (`Keys`): The cache of the answer.
+        layer_states ([`LayerStates`], *optional*): Reads the hidden states that enter one of the model's layers, in
+            the place of the last ones.
     """
 
-    def __init__(self, model: PreTrainedModel, trunk: Keys):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trunk: Keys,
+        layer_states: Callable | None = None,
+    ):
+        self.model, self.layer_states = model, layer_states
         self.windows = attention_windows(model.config.get_text_config())
         self.cache = DynamicCache()
         for index, (keys, values) in enumerate(trunk):
@@ -72,7 +79,7 @@ class Branches:
         One forward: `tokens[i]` of shape `(n_i,)` go behind what `branches[i]` holds.
 
         Returns:
-            For each its logits `(n_i, vocab_size)` and last hidden states `(n_i, hidden_size)`.
+            For each its logits `(n_i, vocab_size)` and hidden states `(n_i, hidden_size)`.
         """
         device = self.owner.device
         counts = [len(new) for new in tokens]
@@ -88,10 +95,31 @@ class Branches:
         sees = (trunk | (self.owner == owner[:, None])) & (self.position <= position[:, None])
         dtype = self.cache.layers[0].keys.dtype
         masks = additive_masks(sees[None], position[None], self.position[None], self.windows, dtype)
-        output = _forward(self.model, torch.cat(list(tokens)), position, masks, self.cache)
+        output = self._forward(torch.cat(list(tokens)), position, masks)
         for branch, n in zip(branches, counts, strict=True):
             branch.length += n
         return list(zip(*(rows.split(counts) for rows in output), strict=True))
+
+    def _forward(
+        self, tokens: torch.LongTensor, position: torch.LongTensor, mask: torch.Tensor | dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(n, vocab_size)` and hidden states `(n, hidden_size)` of `tokens` behind the cache."""
+        rows = []
+
+        def note(hidden: torch.Tensor, logits: torch.Tensor, entered: LayerInput | None = None) -> None:
+            hidden = hidden if entered is None else self.layer_states(entered, 0)
+            rows.append((logits[0], hidden[0, -logits.shape[1] :]))
+
+        with ForwardTap(self.model, note, None if self.layer_states is None else self.layer_states.entering):
+            self.model(
+                input_ids=tokens[None],
+                position_ids=position[None],
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        return rows[0]
 
     def cut(self, branch: Branch, length: int) -> None:
         """Forget all but the first `length` tokens of a branch."""
@@ -107,8 +135,13 @@ class Branches:
 class Alone(Branches):
     """The same for a model that cannot take such a mask: one branch, in a cache of its own."""
 
-    def __init__(self, model: PreTrainedModel, trunk: Keys):
-        self.model, self.trunk = model, trunk
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trunk: Keys,
+        layer_states: Callable | None = None,
+    ):
+        self.model, self.trunk, self.layer_states = model, trunk, layer_states
 
     def branch(self, start: int) -> Branch:
         self.cache = DynamicCache()
@@ -124,33 +157,12 @@ class Alone(Branches):
         position = torch.arange(length, length + len(new), device=new.device)
         mask = torch.ones(1, length + len(new), dtype=torch.long, device=new.device)
         branch.length += len(new)
-        return [_forward(self.model, new, position, mask, self.cache)]
+        return [self._forward(new, position, mask)]
 
     def cut(self, branch: Branch, length: int) -> None:
         if length < branch.length:
             self.cache.crop(length - branch.length)
         branch.length = length
-
-
-def _forward(
-    model: PreTrainedModel,
-    tokens: torch.LongTensor,
-    position: torch.LongTensor,
-    mask: torch.Tensor | dict[str, torch.Tensor],
-    cache: DynamicCache,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `(n, vocab_size)` and hidden states `(n, hidden_size)` of `tokens` behind `cache`."""
-    rows = []
-    with ForwardTap(model, lambda hidden, logits: rows.append((logits[0], hidden[0, -logits.shape[1] :]))):
-        model(
-            input_ids=tokens[None],
-            position_ids=position[None],
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
-    return rows[0]
 
 
 def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:

@@ -1,325 +1,256 @@
-"""Mismatch -> what the substitution does to the target's own answer.
+"""Labels on disk and in memory.
 
-In: answers. Out: one row for each substitution, with its label and all that training needs. No human label and no
-reference answer is used: the target finishes its answer after the substitution, and its own first answer is the
-yardstick (SelfJudge, https://huggingface.co/papers/2510.02329).
+In: rows of answers and of their substitutions. Out: shards in a folder, in which each answer is stored once, and from
+them a `datasets.Dataset` with one row for each substitution that knows how it was mined.
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
-from pyarrow.parquet import read_metadata
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..judge.features import SCALARS, candidate_scalars
-from ..models.tokens import eos_tokens
-from ..scoring.codeblocks import has_code
-from ..scoring.meaning import final_number, passes_tests, reconvergence, says_no
-from ..utils.files import read_json
+from ..judge.features import SCALARS, STATES
+from ..utils.files import atomic_write, json_object, read_json, write_json
 from ..utils.names import public_mining
 from ..utils.transfer import said
-from .rewrites import Continuation, follow
-from .substitutions import Answer, Substitution, find_looked_up, find_substitutions, sample
 
 
-# What tells of a substitution without finishing the answer: higher is worse, nats.
+FORMAT = 2  # of a folder of labels
+# Scores of a substitution that need no rewrite, nats; see `feature_row`.
 CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_draft_target")
-
-
-@dataclass(frozen=True)
-class MiningConfig:
-    """
-    How labels are mined.
-
-    Args:
-        max_new_tokens (`int`): Limit of an answer, tokens.
-        top (`int`): Choices of the draft to substitute at each place of the answer.
-        floor (`float`): Probability below which a choice of the draft other than its first one is left out.
-        runners_up (`int`): Next choices of the target itself to substitute at each place.
-        lookup (`int`): Tokens that prompt lookup proposes in a round, if drafts come from it; `top`, `floor` and
-            `runners_up` are then for nothing. 0: drafts come from a model.
-        per_answer (`int`): Substitutions to score in each answer: mismatches first, since they are what decoding
-            meets, then others; sampled evenly where there are more.
-        rewrites (`int`): How many of these to rewrite, chosen in the same way.
-        window (`int`): Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.
-        ask (`bool`): Ask the target whether rewritten text says the same.
-        allow_code (`bool`): Run the code of answers to prompts with `tests`; else they are compared as text.
-        shard (`int`): Prompts whose labels are written together: what a kill loses at most. Their answers stay in
-            memory, with the target's cache of each until it is labelled.
-        answer_batch (`int`): Answers decoded at a time.
-        forward_tokens (`int`): Tokens of one forward of the target over substitutions.
-        answers_at_once (`int`): Answers whose substitutions share a forward.
-        seed (`int`): Of all samples; together with a prompt's id, so that they do not depend on the order of prompts.
-    """
-
-    max_new_tokens: int = 256
-    top: int = 1
-    floor: float = 0.1
-    runners_up: int = 0
-    lookup: int = 0
-    per_answer: int = 48
-    rewrites: int = 8
-    window: int = 20
-    ask: bool = False
-    allow_code: bool = False
-    shard: int = 64
-    answer_batch: int = 32
-    forward_tokens: int = 256
-    answers_at_once: int = 8
-    seed: int = 0
-
-    def at_once(self, packed: bool) -> int:
-        """Answers whose substitutions are followed at a time. Unpacked, each has one under way."""
-        return self.answers_at_once if packed else self.answer_batch
-
-
-def label_answer(
-    model: PreTrainedModel,
-    draft: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    answer: Answer,
-    never: list[int],
-    config: MiningConfig,
-    packed: bool,
-) -> list[dict]:
-    """
-    All rows of one answer, in the order of positions. If the answer is not the target's own, the yardstick of each
-    substitution is what the target makes of the answer with its own choice in that place.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The target.
-        draft ([`~transformers.PreTrainedModel`], *optional*): `None` for prompt lookup.
-        never (`list[int]`): Special tokens, which are not substituted.
-        packed (`bool`): Whether substitutions share a forward ([`packs`]).
-    """
-    if draft is None:
-        found = find_looked_up(answer, never, config.lookup)
-    else:
-        found = find_substitutions(draft, answer, never, config.top, config.floor, config.runners_up)
-    mismatches = sum(substitution.kind == "mismatch" for substitution in found)
-    found = _mismatches_first(found, config.per_answer, config.seed, answer.prompt.id)
-    for substitution in found:
-        if substitution.draft_logits is not None:
-            substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
-    chosen = {id(s) for s in _mismatches_first(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")}
-    eos, room = eos_tokens(model), max(1, config.forward_tokens // config.at_once(packed))
-    own = {} if answer.own else _own_ways(model, answer, found, chosen, eos, config.window, room, packed)
-    order = {id(substitution): i for i, substitution in enumerate(found)}
-    rows: list[dict] = [{}] * len(found)
-    followed = follow(model, answer, found, [id(s) in chosen for s in found], eos, config.window, room, packed)
-    for new in followed:
-        way = own.get(new.substitution.position)
-        row = feature_row(new, way) | {"mismatches": mismatches}
-        if new.rewrite is not None:
-            original = (answer.tokens.tolist(), answer.finished) if way is None else (_whole(way), way.finished)
-            row |= label_row(model, tokenizer, new, *original, config)
-        rows[order[id(new.substitution)]] = row
-    return rows
-
-
-def _mismatches_first(found: list[Substitution], limit: int, *seed: int | str) -> list[Substitution]:
-    """At most `limit` of them, in their order."""
-    mismatches = [s for s in found if s.kind == "mismatch"]
-    kept = sample(mismatches, limit, *seed)
-    kept += sample([s for s in found if s.kind != "mismatch"], limit - len(kept), *seed)
-    order = {id(s) for s in kept}
-    return [s for s in found if id(s) in order]
-
-
-def _own_ways(model, answer, found, chosen, eos, window, room, packed) -> dict[int, Continuation]:
-    """For each place: the answer up to it, then the target's own choice, and what comes of that. Only where something
-    is compared with it: a rewrite, or scores along a text that has another token there."""
-    rewritten = {s.position for s in found if id(s) in chosen}
-    text = answer.tokens.tolist()
-    own = {s.position: s.own() for s in found if s.position in rewritten or text[s.position] != s.choice}
-    asked = [position in rewritten for position in own]
-    ways = follow(model, answer, [*own.values()], asked, eos, window, room, packed)
-    return {way.substitution.position: way for way in ways}
-
-
-def _whole(way: Continuation) -> list[int]:
-    """The answer up to the substitution, and how it goes on from there."""
-    position = way.substitution.position
-    return [*way.answer.tokens[:position].tolist(), way.substitution.token, *way.rewrite]
-
-
-def label_row(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    new: Continuation,
-    original: list[int],
-    finished: bool,
-    config: MiningConfig,
-) -> dict:
-    """
-    Compare the rewritten answer with the original.
-
-    Args:
-        original (`list[int]`): The answer without the substitution, and whether it is `finished`.
-
-    Returns:
-        `dict` with `reconvergence` in [0, 1]; `flipped`, whether the final number, or passing the tests, changed
-        (`None` where the prompt is not checked so, one of the answers did not end (with tests: not even its code) or
-        has no number that can be read, or both fail the tests);
-        `says_no`, the target's own probability that they do not say the same (`None` if it was not asked); and
-        `changed` in [0, 1], the label:
-        `flipped` where it is known, else 1 − `reconvergence`.
-    """
-    prompt, position, rewritten = new.answer.prompt, new.substitution.position, _whole(new)
-    share = reconvergence(original[position + 1 :], new.rewrite)
-    before, after = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (original, rewritten))
-    flipped = no = None
-    ended = finished and new.finished
-    if prompt.check == "number" and ended:
-        numbers = final_number(before), final_number(after)
-        flipped = None if None in numbers else numbers[0] != numbers[1]
-    elif prompt.check == "tests" and config.allow_code and (ended or (has_code(before) and has_code(after))):
-        passed = [passes_tests(text, prompt.tests, prompt.said) for text in (before, after)]
-        flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
-    if config.ask:
-        no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
-    return {
-        "answer_ids": original,
-        "finished": finished,
-        "rewritten_ids": rewritten,
-        "rewrite_finished": new.finished,
-        "reconvergence": share,
-        "flipped": flipped,
-        "says_no": no,
-        "changed": float(flipped) if flipped is not None else 1.0 - share,
+_STRING, _INT, _BOOL, _FLOAT = map(datasets.Value, ("string", "int32", "bool", "float32"))
+_TOKENS = datasets.List(_INT)
+# Columns of the files of answers. `answer` is the answer's number, by which its substitutions refer to it.
+ANSWER_FEATURES = datasets.Features(
+    {
+        "answer": _INT,
+        **dict.fromkeys(("prompt_id", "category", "check"), _STRING),
+        **dict.fromkeys(("prompt_ids", "answer_ids"), _TOKENS),
+        **dict.fromkeys(("own", "finished"), _BOOL),
     }
+)
+# What labels that are used together must have in common.
+COMMON = ("target", "target_fingerprint", "draft", "layer")
 
 
-def feature_row(new: Continuation, own: Continuation | None = None) -> dict:
-    """
-    What the judge will see of a substitution, and the scores that need no rewrite.
-
-    Args:
-        own ([`Continuation`], *optional*): What the target's own choice does in that place, if the answer is not
-            its own.
-
-    Returns:
-        `dict`; among its keys the [`CHEAP_SCORES`]:
-
-    - `margin`: log P(choice) − log P(substitute), nats;
-    - `likelihood`: mean drop in log-probability of the next tokens of the answer, nats (suffix term of SelfJudge,
-      https://huggingface.co/papers/2510.02329);
-    - `confidence`: mean drop of the *largest* log-probabilities there, nats (its published code);
-    - `kl_target_draft`, `kl_draft_target`: between target and draft, where the token is chosen, nats; `None`, like
-      `draft_logprob`, for prompt lookup.
-    """
-    answer, substitution = new.answer, new.substitution
-    token, position = torch.tensor([substitution.token]), torch.tensor([substitution.position])
-    logits = new.logits.cpu()
-    scalars = candidate_scalars(logits[:1], token, logits[1:], position)
-    behind = slice(substitution.position + 1, substitution.position + 1 + len(new.logprobs))
-    before = (answer.logprobs[behind], answer.best[behind]) if own is None else (own.logprobs, own.best)
-    return {
-        "prompt_id": answer.prompt.id,
-        "category": answer.prompt.category,
-        "check": answer.prompt.check,
-        "kind": substitution.kind,
-        "position": substitution.position,
-        "token": substitution.choice,
-        "substitute": substitution.token,
-        "draft_rank": substitution.draft_rank,
-        "prompt_ids": answer.ids[: answer.prompt_length].tolist(),
-        "answer_ids": answer.tokens.tolist(),
-        "own": answer.own,
-        "finished": answer.finished,
-        "scalars": scalars[0].tolist(),
-        "margin": float(scalars[0, SCALARS.index("margin")]),
-        "likelihood": _mean(before[0] - new.logprobs),
-        "confidence": _mean(before[1] - new.best),
-        **_beside(logits[0].log_softmax(-1), substitution),
-        "hidden_before": new.hidden[0].half().cpu().numpy(),
-        "hidden_after": new.hidden[1].half().cpu().numpy(),
-    }
-
-
-def _beside(logprobs: torch.Tensor, substitution: Substitution) -> dict[str, float | None]:
-    """What the draft makes of a place where the target has `logprobs` of shape `(vocab_size,)`."""
-    if substitution.draft_logits is None:
-        return dict.fromkeys(("draft_logprob", "kl_target_draft", "kl_draft_target"))
-    drafts = substitution.draft_logits.cpu().float().log_softmax(-1)
-    return {
-        "draft_logprob": float(drafts[substitution.token]),
-        "kl_target_draft": float((logprobs.exp() * (logprobs - drafts)).sum()),
-        "kl_draft_target": float((drafts.exp() * (drafts - logprobs)).sum()),
-    }
-
-
-def _mean(drops: torch.Tensor) -> float | None:
-    return float(drops.mean()) if len(drops) else None
-
-
-def features_of(hidden_size: int) -> datasets.Features:
-    """Column types of a labels dataset."""
-    value, ids = datasets.Value, datasets.List(datasets.Value("int32"))
+def labels_features(hidden_size: int) -> datasets.Features:
+    """Columns of the files of labels, for a target with this `hidden_size`."""
+    state = datasets.List(datasets.Value("float16"), length=hidden_size)
     return datasets.Features(
         {
-            **dict.fromkeys(("prompt_id", "category", "check", "kind"), value("string")),
-            **dict.fromkeys(("position", "token", "substitute", "draft_rank", "mismatches"), value("int32")),
-            **dict.fromkeys(("prompt_ids", "answer_ids", "rewritten_ids"), ids),
-            **dict.fromkeys(("own", "finished", "rewrite_finished", "flipped"), value("bool")),
-            **dict.fromkeys(("changed", "reconvergence", "says_no", "draft_logprob"), value("float32")),
-            **dict.fromkeys(CHEAP_SCORES, value("float32")),
-            "scalars": datasets.List(value("float32"), length=len(SCALARS)),
-            **dict.fromkeys(("hidden_before", "hidden_after"), datasets.List(value("float16"), length=hidden_size)),
+            "answer": _INT,
+            "kind": _STRING,
+            **dict.fromkeys(("position", "token", "substitute", "draft_rank", "mismatches"), _INT),
+            **dict.fromkeys(("original_suffix", "rewritten_suffix"), _TOKENS),
+            **dict.fromkeys(("rewrite_finished", "flipped"), _BOOL),
+            **dict.fromkeys(("changed", "reconvergence", "says_no", "draft_logprob", *CHEAP_SCORES), _FLOAT),
+            "scalars": datasets.List(_FLOAT, length=len(SCALARS)),
+            **dict.fromkeys(STATES, state),
         }
     )
 
 
+def shard_path(folder: Path, number: int, count: int, kind: str = "labels") -> Path:
+    """The file of `"labels"` or `"answers"` of one of `count` shards."""
+    return folder / f"{kind}-{number:05d}-of-{count:05d}.parquet"
+
+
+def answers_beside(shard: Path) -> Path:
+    """The file of the answers that a file of labels refers to."""
+    return shard.with_name(f"answers{shard.name.removeprefix('labels')}")
+
+
 def shards_of(folder: str | os.PathLike) -> list[Path]:
-    """The files of labels in a folder; not one that a kill left half-written."""
+    """The files of labels in a folder that are complete."""
     return sorted(Path(folder).glob("labels-*-of-?????.parquet"))
 
 
-def load_labels(folder: str | os.PathLike) -> datasets.Dataset:
+def write_shard(shard: Path, hidden_size: int, answers: list[dict], labels: list[dict], counts: dict) -> None:
     """
-    Read the shards that [`mine`] wrote.
+    Write the answers, the counts and the labels of a shard, each file whole or not at all. The labels come last: the
+    shard is complete when they are there.
+
+    Args:
+        shard (`Path`): The file of labels.
+        answers (`list[dict]`): Rows of [`ANSWER_FEATURES`].
+        labels (`list[dict]`): Rows of [`labels_features`]; what a row lacks is null.
+        counts (`dict`): Written as JSON beside it.
+    """
+    _write_table(answers_beside(shard), answers, ANSWER_FEATURES)
+    write_json(shard.with_suffix(".json"), counts)
+    _write_table(shard, labels, labels_features(hidden_size))
+
+
+def _write_table(path: Path, rows: list[dict], features: datasets.Features) -> None:
+    columns = {name: [row.get(name) for row in rows] for name in features}
+    with atomic_write(path) as incomplete:
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(incomplete)
+
+
+def too_large(layer: int) -> ValueError:
+    """The error for hidden states that the files cannot hold."""
+    return ValueError(f"`layer`: what enters layer {layer} is too large for fp16. Use another layer.")
+
+
+def read_mining(folder: str | os.PathLike) -> dict:
+    """
+    How the labels in a folder were mined: content of its `mining.json`.
 
     Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If they are empty.
+        FileNotFoundError: If there is none.
+        ValueError: If the labels have the format of an earlier version.
     """
-    folder = Path(folder)
-    shards = shards_of(folder)
+    path = Path(folder) / "mining.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
+    record = read_json(path)
+    if record.get("format") != FORMAT:
+        raise ValueError(f"`labels`: {folder} has the format of another version. Mine the labels again.")
+    return record
+
+
+def load_labels(labels: str | os.PathLike | Sequence[str | os.PathLike], token: str | None = None) -> datasets.Dataset:
+    """
+    Load labels that [`mine`] wrote.
+
+    Args:
+        labels (`str` or `Sequence[str]`): Folders, or datasets on the Hub that [`push_labels`] made of them; all of
+            one target and draft.
+        token (`str`, *optional*): For the Hub.
+
+    Returns:
+        `datasets.Dataset` with one row for each substitution: the columns of [`labels_features`], those of its answer
+        ([`ANSWER_FEATURES`]), and as `source` the folder that it is from. It carries how it was mined, see
+        [`mining_of`].
+
+    Raises:
+        FileNotFoundError: If one of `labels` is neither a folder of labels nor such a dataset.
+        ValueError: If a folder holds no substitution or has the format of an earlier version, or the folders are of
+            different models or layers.
+    """
+    references = [labels] if isinstance(labels, str | os.PathLike) else labels
+    parts = [_load_folder(source, folder) for source, folder in folders_of(references, token).items()]
+    dataset = datasets.concatenate_datasets(parts)
+    mining_of(dataset)  # refuses what is of different models or layers
+    return dataset
+
+
+def _load_folder(source: str, folder: Path) -> datasets.Dataset:
+    record, shards = read_mining(folder), shards_of(folder)
     if not shards:
         raise FileNotFoundError(f"`labels`: no labels-*.parquet in {folder}. Make them with `hf-selfjudge mine`.")
-    if not any(read_metadata(shard).num_rows for shard in shards):
+    if not any(pyarrow.parquet.read_metadata(shard).num_rows for shard in shards):
         raise ValueError(
             f"`labels`: {folder} holds no substitution: the draft never differed, or all prompts were too long."
         )
     # What `datasets` makes of them to read them from disk lies beside them, and goes with them.
-    return datasets.Dataset.from_parquet([glob.escape(str(shard)) for shard in shards], cache_dir=folder / "cache")
+    files = [glob.escape(str(shard)) for shard in shards]
+    labels = datasets.Dataset.from_parquet(files, cache_dir=folder / "cache")
+    answers = pyarrow.concat_tables(pyarrow.parquet.read_table(answers_beside(shard)) for shard in shards)
+    count = int(shards[0].stem.rsplit("-", 1)[-1])
+    return join_answers(labels, answers, record | {"shards": [len(shards), count], "source": source})
 
 
-def folders_of(references: Sequence[str | os.PathLike], token: str | None = None) -> list[Path]:
+def join_answers(labels: datasets.Dataset, answers: pyarrow.Table, record: dict) -> datasets.Dataset:
     """
-    Folders of labels; of a dataset on the Hub, what [`push_labels`] put into it.
+    Put beside each substitution the answer that it refers to.
+
+    Args:
+        labels (`datasets.Dataset`): Columns of [`labels_features`].
+        answers (`pyarrow.Table`): Columns of [`ANSWER_FEATURES`].
+        record (`dict`): What [`mining_records`] shall give, with a `source`.
+    """
+    rows = pyarrow.compute.index_in(labels.data.column("answer"), value_set=answers["answer"].combine_chunks())
+    joined = answers.drop_columns("answer").take(rows).replace_schema_metadata()
+    joined = joined.append_column("source", pyarrow.repeat(record["source"], len(labels)))
+    dataset = datasets.concatenate_datasets([datasets.Dataset(joined), labels.remove_columns("answer")], axis=1)
+    dataset.info.description = json.dumps(record)
+    return dataset
+
+
+def mining_records(dataset: datasets.Dataset) -> list[dict]:
+    """
+    How labels were mined, for each folder that they are from: the content of `mining.json`; as `source` the folder;
+    and as `shards`, how many there are, and would have been if nothing had stopped it.
 
     Raises:
-        FileNotFoundError: If one is neither a folder nor such a dataset.
+        ValueError: If the dataset does not carry it.
     """
-    folders = []
-    for reference in references:
-        if Path(reference).exists() or str(reference).count("/") != 1:
-            folders.append(Path(reference))
+    try:  # `concatenate_datasets` puts an empty line between descriptions
+        return [json_object(record, "description") for record in dataset.info.description.split("\n\n")]
+    except ValueError as error:
+        raise ValueError("`dataset` does not say how it was mined. Load labels with `load_labels`.") from error
+
+
+def mining_of(dataset: datasets.Dataset) -> dict:
+    """
+    How labels were mined, as far as it is the same for all folders that they are from. `target`,
+    `target_fingerprint`, `draft`, `layer` (of the target's layers, how many are below the hidden states; `None`: all),
+    `hidden_size`, `vocab_size` and `special_tokens` are always there.
+
+    Raises:
+        ValueError: If the dataset does not carry it, or is of different models or layers.
+    """
+    first, *others = mining_records(dataset)
+    for other, name in ((other, name) for other in others for name in COMMON):
+        values = [public_mining(record).get(name) for record in (first, other)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"`labels` are of different models or layers ({name}: {values[0]!r} and {values[1]!r}). Use those of "
+                "one pair, with hidden states of one layer."
+            )
+    always = (*COMMON, "hidden_size", "vocab_size", "special_tokens")
+    return {
+        name: value
+        for name, value in first.items()
+        if name in always or all(other.get(name) == value for other in others)
+    }
+
+
+def both_answers(row: dict) -> tuple[list[int], list[int]]:
+    """The tokens of two whole answers: the original one and, with the substitute in it, the rewritten one.
+
+    Args:
+        row (`dict`): Of labels, with a rewrite.
+    """
+    position, before = row["position"], row["answer_ids"][: row["position"]]
+    suffix = row["original_suffix"]
+    if suffix is None:
+        suffix = row["answer_ids"][position + 1 :]
+    return [*before, row["token"], *suffix], [*before, row["substitute"], *row["rewritten_suffix"]]
+
+
+def folders_of(references: Sequence[str | os.PathLike], token: str | None = None) -> dict[str, Path]:
+    """
+    Find folders of labels by what they are called.
+
+    Args:
+        references (`Sequence[str]`): Folders, or datasets on the Hub, which are downloaded.
+
+    Returns:
+        `dict[str, Path]`: the folder under its own name, or several under `USER/REPO/FOLDER`.
+
+    Raises:
+        FileNotFoundError: If a reference is neither a folder nor such a dataset.
+    """
+    folders = {}
+    for reference in map(str, references):
+        if Path(reference).exists() or reference.count("/") != 1:
+            folders[reference] = Path(reference)
             continue
         try:
-            patterns = ["*/labels-*.parquet", "*/mining.json"]
-            snapshot = snapshot_download(str(reference), repo_type="dataset", allow_patterns=patterns, token=token)
+            patterns = ["*/labels-*.parquet", "*/answers-*.parquet", "*/mining.json"]
+            snapshot = snapshot_download(reference, repo_type="dataset", allow_patterns=patterns, token=token)
         except (HTTPError, OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"`labels`: {reference} is neither a folder nor a dataset on the Hub that could be fetched "
@@ -328,32 +259,5 @@ def folders_of(references: Sequence[str | os.PathLike], token: str | None = None
         found = sorted(path.parent for path in Path(snapshot).glob("*/mining.json"))
         if not found:
             raise FileNotFoundError(f"`labels`: {reference} is a dataset, but not of labels.")
-        folders += found
+        folders |= {f"{reference}/{folder.name}": folder for folder in found}
     return folders
-
-
-def mining_of(folders: Sequence[str | os.PathLike]) -> list[dict]:
-    """
-    How labels were mined, for each folder; and as `shards`, how many there are, and would have been if nothing had
-    stopped it.
-
-    Raises:
-        FileNotFoundError: If one of them is not one of labels.
-        ValueError: If they are of different models or layers.
-    """
-    mining = []
-    for folder in folders:
-        path = Path(folder) / "mining.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
-        shards = shards_of(folder)
-        total = int(shards[0].stem.split("-")[-1]) if shards else 0
-        mining.append(read_json(path) | {"shards": [len(shards), total]})
-        for name in ("target", "target_fingerprint", "draft", "layer"):
-            one, other = public_mining(mining[0]).get(name), public_mining(mining[-1]).get(name)
-            if one != other:
-                raise ValueError(
-                    f"`labels`: the folders are of different models or layers ({name}: {one!r} and {other!r}). Take "
-                    "those of one pair, read at one layer."
-                )
-    return mining

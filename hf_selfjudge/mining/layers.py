@@ -1,7 +1,7 @@
-"""Labels once more, with hidden states from another depth of the target.
+"""Hidden states of substitutions, read from the target again: midway in it, or with an adapter in it.
 
-In: labels, and the target that they are of. Out: the same labels, with what enters one of its layers in the place of
-its last hidden states. One forward an answer; nothing is rewritten.
+In: labels, and the target that they are of. Out: batches in which substitutes stand behind their answers, the hidden
+states of these, and the same labels with the states of another layer. One forward for an answer; nothing is rewritten.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
-from pyarrow.parquet import read_metadata
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -28,28 +29,28 @@ from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..utils.files import atomic_write, check_or_write_settings
-from .labels import load_labels, mining_of, shards_of
+from .labels import answers_beside, load_labels, read_mining, shards_of, too_large
 
 
 class StateReader(torch.nn.Module):
     """
-    The hidden states before and after substitutes that stand behind their answers, as [`DataCollatorForJudge`] lays
-    them out.
+    Reads the hidden states before and after substitutes that stand behind their answers, as
+    [`DataCollatorForJudge`] lays them out.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): A decoder.
-        layer (`int`, *optional*): How many of its layers are below; no gradient comes through these states. `None`:
-            all, and its last normalisation.
+        layer (`int`, *optional*): Read above this many of its layers, without a gradient. By default the last hidden
+            states, behind the last normalisation.
 
     Raises:
-        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or `layer` is none of
-            its.
+        ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or it has no such
+            layer.
     """
 
     def __init__(self, target: PreTrainedModel, layer: int | None = None):
         super().__init__()
         self.target = target
-        self.midway = None if layer is None else LayerStates(target, layer)
+        self.layer_states = None if layer is None else LayerStates(target, layer)
         if not packs(target):
             raise ValueError(
                 f"`target`: the attention of {type(target).__name__} takes no mask in which substitutes stand side by "
@@ -75,13 +76,14 @@ class StateReader(torch.nn.Module):
         """
         masks = additive_masks(sees, position_ids, position_ids, self.windows, self.target.dtype)
         text = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": masks, "use_cache": False}
-        if self.midway is None:
+        if self.layer_states is None:
             hidden = self.target.get_decoder()(**text).last_hidden_state
         else:  # as in decoding, so that both see the same
-            seen = []
-            with ForwardTap(self.target, lambda _, __, entered: seen.append(entered), self.midway.entering):
+            forwards = []
+            entering = self.layer_states.entering
+            with ForwardTap(self.target, lambda _, __, entered: forwards.append(entered), entering):
                 self.target(**text, logits_to_keep=1)
-            hidden = self.midway(seen[0], 0)
+            hidden = self.layer_states(forwards[0], 0)
         before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         return torch.stack([before, hidden[:, -places.shape[1] :]], 2)
 
@@ -94,18 +96,18 @@ def add_layer_states(
     batch: int = 4,
 ) -> datasets.Dataset:
     """
-    Write labels again, with the hidden states above `layer` of the target's layers. What is in `output` already is
-    kept, so that a run that was cut off goes on.
+    Write labels again with the hidden states of another layer. Shards that are in `output` already are kept, so that
+    a run that was cut off goes on.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The one that the labels were mined with.
         folder (`str`): Labels, as [`mine`] wrote them.
-        layer (`int`): In `[1, layers − 1]`.
+        layer (`int`): Read the states above this many of the target's layers, in `[1, layers − 1]`.
         output (`str`): Another folder.
         batch (`int`): Answers in a forward.
 
     Returns:
-        `datasets.Dataset`: what [`load_labels`] gives of `output`; with a column `layer`.
+        `datasets.Dataset`: what [`load_labels`] gives of `output`.
 
     Raises:
         FileNotFoundError: If `folder` has no labels.
@@ -117,59 +119,53 @@ def add_layer_states(
         raise ValueError(f"`batch` must be 1 or more, got {batch}.")
     if output.resolve() == folder.resolve():
         raise ValueError(f"`output` is the folder of the labels, {folder}. Choose another one.")
-    (mining,) = mining_of([folder])
-    del mining["shards"]
-    if mining["target_fingerprint"] != fingerprint(target):
-        raise ValueError(f"`folder`: the labels are of other weights than `target`. Load {mining['target']}.")
+    record = read_mining(folder)
+    if record["target_fingerprint"] != fingerprint(target):
+        raise ValueError(f"`folder`: the labels are of other weights than `target`. Load {record['target']}.")
     reader, labels, end = StateReader(target, layer), load_labels(folder), 0
     output.mkdir(parents=True, exist_ok=True)
-    check_or_write_settings(output / "mining.json", mining | {"layer": layer, "reread_dtype": precision(target)}, {})
+    check_or_write_settings(output / "mining.json", record | {"layer": layer, "reread_dtype": precision(target)}, {})
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         shards = shards_of(folder)
         for number, shard in enumerate(shards, start=1):
-            begin, end = end, end + read_metadata(shard).num_rows
+            table = pyarrow.parquet.read_table(shard)
+            begin, end = end, end + len(table)
             if (output / shard.name).is_file():
                 continue
-            rows = labels.select(range(begin, end))
             bar = progress.add_task(f"Read layer {layer} (shard {number} of {len(shards)})", total=None)
-            states = _states(reader, rows, batch, target.device, functools.partial(progress.update, bar))
+            states = _states(reader, labels.select(range(begin, end)), batch, functools.partial(progress.update, bar))
             if not np.isfinite(states).all():
-                raise ValueError(f"`layer`: what enters layer {layer} is too large for fp16. Read another layer.")
+                raise too_large(layer)
             for side, name in enumerate(STATES):
-                feature = rows.features[name]
-                rows = rows.remove_columns(name).add_column(name, list(states[:, side]), feature=feature)
-            rows = rows.remove_columns([name for name in rows.column_names if name == "layer"])
-            rows = rows.add_column("layer", [layer] * len(rows), feature=datasets.Value("int32"))
-            counts = shard.with_suffix(".json")
-            if counts.is_file():
-                shutil.copyfile(counts, output / counts.name)
+                column = pyarrow.FixedSizeListArray.from_arrays(states[:, side].ravel(), states.shape[-1])
+                table = table.set_column(table.column_names.index(name), name, column)
+            for beside in (answers_beside(shard), shard.with_suffix(".json")):
+                shutil.copyfile(beside, output / beside.name)
             with atomic_write(output / shard.name) as incomplete:
-                rows.to_parquet(incomplete)
+                pyarrow.parquet.write_table(table, incomplete)
     return load_labels(output)
 
 
 @torch.no_grad()
-def _states(
-    reader: StateReader, labels: datasets.Dataset, batch: int, device: torch.device, tell: Callable[..., None]
-) -> np.ndarray:
-    """What the reader sees of each row; of shape `(rows, len(STATES), hidden_size)`. `tell` is given how many answers
-    are `completed`, and their `total`."""
-    size = labels.features[STATES[0]].length
-    states = np.zeros((len(labels), len(STATES), size), np.float16)
+def _states(reader: StateReader, labels: datasets.Dataset, batch: int, update: Callable[..., None]) -> np.ndarray:
+    """What the reader reads for each row; of shape `(rows, len(STATES), hidden_size)`. `update` is called with how
+    many answers are `completed`, and their `total`."""
+    states = np.zeros((len(labels), len(STATES), labels.features[STATES[0]].length), np.float16)
     answers = list(answers_of(labels, np.zeros(len(labels))))
     answers.sort(key=lambda answer: len(answer["input_ids"]))  # answers of like length together: little is padded
     for begin in range(0, len(answers), batch):
         some = answers[begin : begin + batch]
-        laid_out = DataCollatorForJudge(0)(some)
-        read = reader(*(laid_out[name].to(device) for name in ("input_ids", "position_ids", "sees", "places")))
-        for answer, of_answer in zip(some, read.half().cpu().numpy(), strict=True):
+        inputs = DataCollatorForJudge(0)(some)
+        inputs = {name: inputs[name].to(reader.target.device) for name in INPUTS}
+        for answer, of_answer in zip(some, reader(**inputs).half().cpu().numpy(), strict=True):
             states[answer["rows"]] = of_answer[: len(answer["rows"])]  # behind these is padding
-        tell(completed=begin + len(some), total=len(answers))
+        update(completed=begin + len(some), total=len(answers))
     return states
 
 
-IGNORED = -100.0  # label of what is padding
+INPUTS = ("input_ids", "position_ids", "sees", "places")  # of a [`StateReader`]
+IGNORED = -100.0  # label of padding
 
 
 @dataclass
@@ -184,7 +180,7 @@ class DataCollatorForJudge:
     Examples:
 
     ```python
-    >>> from hf_selfjudge.training.data import DataCollatorForJudge
+    >>> from hf_selfjudge.mining.layers import DataCollatorForJudge
 
     >>> collator = DataCollatorForJudge(pad_token_id=0)
     >>> two = {"input_ids": [5, 6, 7], "places": [1, 2], "substitutes": [8, 9], "scalars": [[0.5], [1]]}
@@ -249,19 +245,18 @@ class DataCollatorForJudge:
 
 def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
     """
-    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes, and in `rows` which ones they are.
+    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes, and as `rows` their numbers in `labels`.
 
     Args:
-        known (`np.ndarray`): The label of each row; rows with NaN are left out.
+        known (`np.ndarray` of shape `(rows,)`): The label of each row; rows with NaN are left out.
     """
-    columns = ("prompt_ids", "answer_ids", "position", "substitute", "scalars")
-    rows = labels.select_columns(columns)
+    rows = labels.select_columns(("prompt_ids", "answer_ids", "position", "substitute", "scalars"))
     answers: dict[tuple, dict] = {}
-    for index in np.flatnonzero(~np.isnan(known)):
-        row = rows[int(index)]
+    for index in np.flatnonzero(~np.isnan(known)).tolist():
+        row = rows[index]
         ids = (*row["prompt_ids"], *row["answer_ids"])
         answer = answers.setdefault(ids, {"rows": [], "places": [], "substitutes": [], "scalars": [], "labels": []})
-        answer["rows"].append(int(index))
+        answer["rows"].append(index)
         answer["places"].append(len(row["prompt_ids"]) + row["position"])
         answer["substitutes"].append(row["substitute"])
         answer["scalars"].append(row["scalars"])

@@ -1,9 +1,8 @@
-"""What follows a substitution: what the target thinks of its own next tokens, and how it finishes by itself.
+"""Substitution -> what follows it: the target's scores of the answer's next tokens, and how it finishes by itself.
 
-In: an answer and its substitutions. Out: for each one a [`Continuation`]. Substitutions of one answer are branches of
-it; each forward takes some tokens of many of them. A rewrite is decoded speculatively with the original answer as its
-draft, since it mostly comes back to it, or else with the other rewrites of it, which leave it in like ways. Knows
-nothing of what the results mean.
+In: an answer and its substitutions. Out: a [`Continuation`] of each. Substitutions of one answer are branches of it in
+one cache; each forward takes some tokens of many branches. A rewrite is decoded speculatively. Its draft is the
+original answer, to which it mostly comes back, or else another rewrite of the same answer.
 """
 
 from __future__ import annotations
@@ -16,26 +15,30 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forward.branches import Alone, Branches
-from ..models.tokens import context_of
-from .substitutions import Answer, Substitution
+from ..judge.replay import LayerStates
+from ..models.tokens import context_of, eos_tokens
+from .answers import Answer
+from .substitutions import Substitution
 
 
-LONGEST_DRAFT = 16  # tokens
-NGRAMS = (3, 2)  # tokens that place a rewrite in the original; one alone misleads more often than it helps
+SHORTEST_DRAFT, LONGEST_DRAFT = 2, 16  # tokens
+NGRAMS = (3, 2)  # last tokens of a rewrite to look up in the original; a single one misleads more often than it helps
 
 
 @dataclass(eq=False)
 class Continuation:
     """
-    A substitution and what came of it.
+    A substitution and what follows it.
 
     Args:
-        logits (`torch.Tensor` of shape `(2, vocab_size)`): The target's, where the token is chosen and after it.
-        hidden (`torch.Tensor` of shape `(2, hidden_size)`): Its last hidden states *before* and *after* the token.
-        logprobs (`torch.FloatTensor` of shape `(n,)`): Of the next `n` tokens of the answer behind the token, nats.
-        best (`torch.FloatTensor` of shape `(n,)`): Of the target's choices there, nats.
-        rewrite (`list[int]`, *optional*): How the target goes on after the token, if it was asked to.
-        finished (`bool`): Whether the rewrite ended by itself.
+        logits (`torch.Tensor` of shape `(2, vocab_size)`): The target's, before and after the substitute.
+        hidden (`torch.Tensor` of shape `(2, hidden_size)`): The target's hidden states before and after it.
+        logprobs (`torch.FloatTensor` of shape `(n,)`): Log-probability of each of the answer's next `n` tokens behind
+            the substitute, nats.
+        best (`torch.FloatTensor` of shape `(n,)`): Log-probability of the target's choices there, nats.
+        rewrite (`list[int]`, *optional*): How the target goes on behind the substitute; `None` if that was not asked
+            for.
+        finished (`bool`): Whether the rewrite ended with an EOS token.
     """
 
     answer: Answer
@@ -47,159 +50,180 @@ class Continuation:
     rewrite: list[int] | None = None
     finished: bool = False
 
+    @property
+    def rewritten(self) -> list[int]:
+        """The whole rewritten answer."""
+        before = self.answer.tokens[: self.substitution.position].tolist()
+        return [*before, self.substitution.token, *self.rewrite]
 
-def follow(
+
+def continue_substitutions(
     model: PreTrainedModel,
     answer: Answer,
     substitutions: Sequence[Substitution],
-    rewritten: Sequence[bool],
-    eos: list[int],
+    to_rewrite: Sequence[bool],
     window: int,
-    room: int,
+    forward_tokens: int,
     packed: bool = True,
+    layer_states: LayerStates | None = None,
 ) -> Iterator[Continuation]:
     """
-    Put each token in its place, look at it as a verification would, and let the target finish by itself.
+    Put each substitute in its place, read what a verification would read there, and let the target finish by itself.
 
     Args:
-        rewritten (`Sequence[bool]`): Which of `substitutions` to finish.
-        window (`int`): Tokens of the answer to score behind the token.
-        room (`int`): Tokens of a forward, over all branches. Rewrites under way come first, new branches fill up.
+        model ([`~transformers.PreTrainedModel`]): The target.
+        to_rewrite (`Sequence[bool]`): Which of `substitutions` the target shall finish.
+        window (`int`): How many tokens of the answer behind the substitute to score.
+        forward_tokens (`int`): Tokens of a forward, over all branches. Rewrites under way come first, new branches
+            fill up.
         packed (`bool`): Whether branches share a forward ([`packs`]); else they come one after another.
+        layer_states ([`LayerStates`], *optional*): Reads hidden states inside the target. By default the last ones are
+            read.
 
     Yields:
-        [`Continuation`], each when it is done.
+        [`Continuation`], each as soon as it is done.
     """
     rewrites: list[list[int]] = []  # of this answer, those under way among them
+    pairs = list(zip(substitutions, to_rewrite, strict=True))
     if not packed:
-        for substitution, rewrite in zip(substitutions, rewritten, strict=True):
-            path = _Path(Alone(model, answer.cache), answer, substitution, rewrite, eos, window, rewrites)
+        for pair in pairs:
+            path = _Path(Alone(model, answer.cache, layer_states), answer, *pair, window, rewrites)
             while not path.done:
-                path.take(path.branches.feed([path.branch], [path.tokens(room)])[0])
-            yield path.followed
+                path.take(*path.branches.feed([path.branch], [path.next_tokens(forward_tokens)])[0])
+            yield path.continuation
         return
-    branches = Branches(model, answer.cache)
-    # Those to finish first: they take many small steps, which the others fill up.
-    waiting = deque(sorted(zip(substitutions, rewritten, strict=True), key=lambda pair: not pair[1]))
+    branches = Branches(model, answer.cache, layer_states)
+    # Those to rewrite first: they take many small steps, which the others fill up.
+    waiting = deque(sorted(pairs, key=lambda pair: not pair[1]))
     paths: list[_Path] = []
     while waiting or paths:
-        left, fed = room, []
+        left, fed = forward_tokens, []
         rewriting = sum(path.rewriting for path in paths)
         for path in paths:
             if left:
-                share = max(1, room // rewriting) if path.rewriting else left
-                fed.append((path, path.tokens(min(share, left))))
+                share = max(1, forward_tokens // rewriting) if path.rewriting else left
+                fed.append((path, path.next_tokens(min(share, left))))
                 left -= len(fed[-1][1])
         while left and waiting:
-            paths.append(_Path(branches, answer, *waiting.popleft(), eos, window, rewrites))
-            fed.append((paths[-1], paths[-1].tokens(left)))
+            paths.append(_Path(branches, answer, *waiting.popleft(), window, rewrites))
+            fed.append((paths[-1], paths[-1].next_tokens(left)))
             left -= len(fed[-1][1])
-        rows = branches.feed([path.branch for path, _ in fed], [tokens for _, tokens in fed])
-        for (path, _), new in zip(fed, rows, strict=True):
-            path.take(new)
+        outputs = branches.feed([path.branch for path, _ in fed], [tokens for _, tokens in fed])
+        for (path, _), output in zip(fed, outputs, strict=True):
+            path.take(*output)
             if path.done:
-                yield path.followed
+                yield path.continuation
         paths = sorted((path for path in paths if not path.done), key=lambda path: not path.rewriting)
 
 
 @dataclass(eq=False)
 class _Path:
-    """The way of one substitution: first the token and the answer behind it, then the target's own words."""
+    """One substitution under way: first the substitute and the answer behind it are fed and scored, then the rewrite
+    is decoded."""
 
     branches: Branches
     answer: Answer
     substitution: Substitution
-    rewrite: bool
-    eos: list[int]
+    to_rewrite: bool
     window: int
     rewrites: list[list[int]]
     done: bool = False
     rewriting: bool = False
-    followed: Continuation | None = None
-    rows: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    continuation: Continuation | None = None
+    scored: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
     def __post_init__(self):
         place = self.answer.prompt_length + self.substitution.position
-        self.rest = self.answer.ids[place + 1 :]
-        # The state before the token is that of the token before it: it is fed again.
+        suffix = self.answer.ids[place + 1 :]
+        # The state before the substitute is that of the token before it: it is fed again.
         self.branch = self.branches.branch(place - 1)
-        before, token = self.answer.ids[place - 1, None], self.rest.new_tensor([self.substitution.token])
-        self.fed = torch.cat([before, token, self.rest[: self.window]])
+        before, substitute = self.answer.ids[place - 1, None], suffix.new_tensor([self.substitution.token])
+        self.to_score = torch.cat([before, substitute, suffix[: self.window]])
         # A rewrite may take a quarter longer than what it replaces, if the context allows.
-        context, longer = context_of(self.branches.model), len(self.rest) * 5 // 4 + 16
+        context, longer = context_of(self.branches.model), len(suffix) * 5 // 4 + 16
         self.limit = longer if context is None else min(longer, context - place - 1)
-        self.original, self.place, self.reach = self.rest.tolist(), 0, 2
-        self.new: list[int] = []
+        self.end_tokens = eos_tokens(self.branches.model)
+        # Where the rewrite is in the original suffix, and how many tokens of that to draft.
+        self.original, self.place, self.draft_length = suffix.tolist(), 0, SHORTEST_DRAFT
+        self.rewrite: list[int] = []
 
-    def tokens(self, most: int) -> torch.LongTensor:
-        """What to feed next, at most `most` tokens."""
+    def next_tokens(self, limit: int) -> torch.LongTensor:
+        """What to feed next, at most `limit` tokens."""
         if not self.rewriting:
-            return self.fed[self.branch.length :][:most]
-        self.draft = self._guess()[: min(most - 1, self.limit - len(self.new) - 1)]
-        return self.rest.new_tensor([self.new[-1], *self.draft])
+            return self.to_score[self.branch.length :][:limit]
+        self.draft = self._draft()[: min(limit - 1, self.limit - len(self.rewrite) - 1)]
+        return self.to_score.new_tensor([self.rewrite[-1], *self.draft])
 
-    def take(self, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """What came of it: logits `(n, vocab_size)` and hidden states `(n, hidden_size)`."""
-        logits, hidden = rows
+    def take(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Go on with the forward's output for these tokens: logits of shape `(n, vocab_size)` and hidden states of
+        shape `(n, hidden_size)`."""
         choices = logits.argmax(-1).tolist()
         if self.rewriting:
-            kept = _same(self.draft, choices)
-            self.branches.cut(self.branch, self.branch.length - len(self.draft) + kept)
-            self.place += kept + 1
-            self.reach = min(2 * self.reach, LONGEST_DRAFT) if self.draft and kept == len(self.draft) else 2
-            self._append(choices[: kept + 1])
+            accepted = _common_prefix(self.draft, choices)
+            self.branches.cut(self.branch, self.branch.length - len(self.draft) + accepted)
+            self.place += accepted + 1
+            whole = self.draft and accepted == len(self.draft)
+            self.draft_length = min(2 * self.draft_length, LONGEST_DRAFT) if whole else SHORTEST_DRAFT
+            self._append(choices[: accepted + 1])
             return
         first = self.branch.length - len(choices)
         keep = max(0, 2 - first)  # whole rows of the first two only
-        scores = logits.float()
-        total, behind = scores.logsumexp(-1), self.fed[first + 1 :][: len(choices)]
-        told = scores[: len(behind)].gather(-1, behind[:, None]).squeeze(-1) - total[: len(behind)]
-        self.rows.append((scores[:keep].clone(), hidden[:keep], told, scores.amax(-1) - total, torch.tensor(choices)))
-        if self.branch.length < len(self.fed):
+        logits, next_tokens = logits.float(), self.to_score[first + 1 :][: len(choices)]
+        total = logits.logsumexp(-1)
+        logprobs = logits[: len(next_tokens)].gather(-1, next_tokens[:, None]).squeeze(-1) - total[: len(next_tokens)]
+        best = logits.amax(-1) - total
+        self.scored.append((logits[:keep].clone(), hidden[:keep], logprobs, best, torch.tensor(choices)))
+        if self.branch.length == len(self.to_score):
+            self._end_of_scoring()
+
+    def _end_of_scoring(self) -> None:
+        logits, hidden, logprobs, best, choices = (torch.cat(parts) for parts in zip(*self.scored, strict=True))
+        self.continuation = Continuation(self.answer, self.substitution, logits, hidden, logprobs[1:], best[1:-1])
+        self.scored.clear()
+        if not self.to_rewrite:
+            self._end()
             return
-        logits, hidden, told, best, choices = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
-        self.followed = Continuation(self.answer, self.substitution, logits, hidden, told[1:], best[1:-1])
-        self.rows.clear()
-        if not self.rewrite:
-            self.branches.cut(self.branch, 0)
-            self.done = True
-            return
+        # The tokens that were scored were the rewrite's first draft.
         self.rewriting = True
-        self.rewrites.append(self.new)
-        kept = _same(self.fed[2:].tolist(), choices[1:].tolist())
-        self.branches.cut(self.branch, 2 + kept)
-        self.place = kept + 1
-        self._append(choices[1 : kept + 2].tolist())
+        self.rewrites.append(self.rewrite)
+        accepted = _common_prefix(self.to_score[2:].tolist(), choices[1:].tolist())
+        self.branches.cut(self.branch, 2 + accepted)
+        self.place = accepted + 1
+        self._append(choices[1 : accepted + 2].tolist())
 
     def _append(self, tokens: list[int]) -> None:
-        self.new += tokens[: self.limit - len(self.new)]
-        end = next((i for i, token in enumerate(self.new) if token in self.eos), None)
+        self.rewrite += tokens[: self.limit - len(self.rewrite)]
+        end = next((i for i, token in enumerate(self.rewrite) if token in self.end_tokens), None)
         if end is not None:
-            del self.new[end + 1 :]
-        if end is not None or len(self.new) == self.limit:
-            self.followed.rewrite, self.followed.finished, self.done = self.new, end is not None, True
-            self.branches.cut(self.branch, 0)
+            del self.rewrite[end + 1 :]
+        if end is not None or len(self.rewrite) == self.limit:
+            self.continuation.rewrite, self.continuation.finished = self.rewrite, end is not None
+            self._end()
 
-    def _guess(self) -> list[int]:
-        """How the rewrite goes on if it says what was said before: behind the place in the original that ends like it,
-        of several the nearest to where it was, or else behind the last such place in another rewrite."""
+    def _end(self) -> None:
+        self.branches.cut(self.branch, 0)
+        self.done = True
+
+    def _draft(self) -> list[int]:
+        """What follows the rewrite's last tokens in the original (the occurrence nearest to where the rewrite was), or
+        else in another rewrite (the last occurrence)."""
         for size in NGRAMS:
-            tail = self.new[-size:]
-            if ends := _ends(self.original, tail):
+            tail = self.rewrite[-size:]
+            if ends := _occurrences(self.original, tail):
                 self.place = min(ends, key=lambda end: abs(end - self.place))
-                return self.original[self.place : self.place + self.reach]
+                return self.original[self.place : self.place + self.draft_length]
             for other in self.rewrites:
-                if other is not self.new and (ends := _ends(other[:-1], tail)):
-                    return other[ends[-1] : ends[-1] + self.reach]
+                if other is not self.rewrite and (ends := _occurrences(other[:-1], tail)):
+                    return other[ends[-1] : ends[-1] + self.draft_length]
         return []
 
 
-def _ends(text: list[int], tail: list[int]) -> list[int]:
-    """Behind which places of a text `tail` stands."""
+def _occurrences(text: list[int], tail: list[int]) -> list[int]:
+    """Where each occurrence of `tail` in a text ends."""
     size = len(tail)
     return [i + size for i in range(len(text) - size + 1) if text[i : i + size] == tail]
 
 
-def _same(draft: list[int], choices: list[int]) -> int:
-    """How many tokens of a draft are what the target chose."""
+def _common_prefix(draft: list[int], choices: list[int]) -> int:
+    """How many tokens of a draft are the target's choices."""
     return next((i for i, (a, b) in enumerate(zip(draft, choices, strict=False)) if a != b), len(draft))

@@ -50,7 +50,7 @@ def public_name(reference: str, here: bool = True) -> str:
 
 def public_mining(made: Mapping, here: bool = True) -> dict:
     """How labels were mined (content of `mining.json`), with a [`public_name`] in the place of every reference."""
-    made = dict(made)
+    made = {key: value for key, value in made.items() if key != "source"}  # a folder of this machine
     for key in ("target", "draft"):
         if key in made:
             made[key] = public_name(made[key], here)

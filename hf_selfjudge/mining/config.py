@@ -1,0 +1,62 @@
+"""Options of mining, each with its help and its range, from which the command line is made."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+
+
+def _option(default: object, help: str, **limits: float) -> Field:
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    """
+    How labels are mined. The help of each option is in its field's metadata, with its least and its largest value as
+    `min` and `max`.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    max_new_tokens: int = _option(256, "Limit of an answer, tokens.", min=1)
+    top: int = _option(1, "Choices of the draft to substitute at each position of the answer.", min=1)
+    floor: float = _option(0.1, "Least probability of a choice of the draft, its first one excepted.", min=0, max=1)
+    runners_up: int = _option(0, "Next choices of the target itself to substitute at each position.", min=0)
+    lookup: int = _option(
+        0,
+        "Draft by prompt lookup, this many tokens a round, instead of a draft model; `top`, `floor` and `runners_up` "
+        "then have no effect. 0: by the draft model.",
+        min=0,
+    )
+    per_answer: int = _option(
+        48,
+        "Substitutions to score in each answer: mismatches first, then others; sampled evenly if there are more.",
+        min=1,
+    )
+    rewrites: int = _option(8, "How many of these to rewrite, chosen in the same way.", min=0)
+    window: int = _option(
+        20, "Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.", min=0
+    )
+    layer: int | None = _option(
+        None, "Write the hidden states above this many of the target's layers. By default the last ones.", min=1
+    )
+    ask: bool = _option(False, "Ask the target whether the rewritten answer says the same.")
+    allow_code: bool = _option(
+        False, "Run the code of answers to prompts with `tests` on this machine; else they are compared as text."
+    )
+    shard: int = _option(64, "Prompts whose labels are written together: what a kill loses at most.", min=1)
+    answer_batch: int = _option(32, "Answers decoded at a time.", min=1)
+    forward_tokens: int = _option(256, "Tokens of one forward over substitutions: the limit of memory.", min=8)
+    answers_at_once: int = _option(8, "Answers whose substitutions share a forward.", min=1)
+    seed: int = _option(0, "Seed of all samples. They depend on the id of the prompt, not on the order of prompts.")
+
+    def __post_init__(self):
+        for option in fields(self):
+            value, least, most = getattr(self, option.name), option.metadata.get("min"), option.metadata.get("max")
+            if value is None:
+                continue
+            if least is not None and value < least:
+                raise ValueError(f"`{option.name}` must be {least} or more, got {value}.")
+            if most is not None and value > most:
+                raise ValueError(f"`{option.name}` must be {most} or less, got {value}.")
