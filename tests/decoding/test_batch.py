@@ -14,18 +14,29 @@ from hf_selfjudge.decoding.drafting import AutoLength
 from hf_selfjudge.forward.lockstep import exchange, run_in_lockstep
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, TopK
+from tests.architectures import KINDS
+from tests.architectures import build as build_any
 from tests.builders import VOCAB, Collect, build, perturbed, random_judge
-from tests.decoding.test_drafters import other_tokenizer
-from tests.decoding.test_matrix import KINDS
-from tests.decoding.test_matrix import build as build_any
+from tests.drafters import other_tokenizer
 
 
 NEW = 16  # tokens
-ARCHITECTURES = [
-    (kind, name)
-    for kind in ("dense", "sliding window", "mixture of experts", "vision-language")
-    for name in KINDS[kind]
-]
+BRIEF = (
+    "llama-greedy",
+    "llama-sample",
+    "gemma3_text-greedy",
+    "mixtral-greedy",
+    "llava-greedy",
+)  # the others are heavy
+
+
+def cells():
+    for kind in ("dense", "sliding window", "mixture of experts", "vision-language"):
+        for name in KINDS[kind]:
+            for decoding in ("greedy", "sample"):
+                cell = f"{name}-{decoding}"
+                marks = [] if cell in BRIEF else [pytest.mark.heavy]
+                yield pytest.param(kind, name, decoding == "sample", id=cell, marks=marks)
 
 
 def padded(prompts: list[torch.Tensor], pad: int = 0) -> dict[str, torch.Tensor]:
@@ -58,8 +69,7 @@ def rows_of(judged: JudgedModel, prompts: list[torch.Tensor], **options) -> list
     return [row[start : width + new].tolist() for row, start, new in zip(output, starts, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
-@pytest.mark.parametrize(("kind", "name"), ARCHITECTURES)
+@pytest.mark.parametrize(("kind", "name", "do_sample"), cells())
 def test_a_row_is_the_same_prompt_alone(kind, name, do_sample):
     target = build_any(kind, name)
     draft = perturbed(target)
@@ -83,6 +93,7 @@ def test_a_row_is_the_same_prompt_alone(kind, name, do_sample):
                 assert together[i] == alone(JudgedModel(target, mine[i]), prompt, seed, **options), (count, i, mine[i])
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=2, max_size=6),
@@ -346,6 +357,7 @@ def test_an_exception_in_one_row_ends_all_and_leaves_nothing(llama):
     judged.generate(**batch, assistant_model=draft, max_new_tokens=NEW)
 
 
+@pytest.mark.heavy
 def test_nothing_is_kept_after_many_batches(llama):
     target, draft = llama
     judged, batch = JudgedModel(target, Margin(1.0)), padded(prompts_of(3))

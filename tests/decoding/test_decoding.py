@@ -154,6 +154,7 @@ def test_ensemble_weight(llama, prompt, do_sample):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.heavy
 def test_a_rejected_position_follows_the_target():
     """The first token of many short samples: where the coin rejects the candidate it is drawn from the target's
     distribution, where the coin accepts it from the draft's (chi-square, 1 in 1,000)."""

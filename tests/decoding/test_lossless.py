@@ -34,7 +34,7 @@ from tests.builders import (
     shortened,
     tiny_tokenizer,
 )
-from tests.decoding.test_drafters import DRAFTERS, assistant, dflash, mtp, other_tokenizer, prompt_lookup
+from tests.drafters import DRAFTERS, assistant, dflash, mtp, other_tokenizer, prompt_lookup
 
 
 NEW = 30  # tokens
@@ -397,6 +397,7 @@ def test_equal_tokenizers_need_no_translation(llama, tokenizer, size, own):
         assert batch.shape == (2, ids.shape[1] + NEW)
 
 
+@pytest.mark.heavy
 def test_samples_with_a_smaller_vocabulary_follow_the_target():
     """The first of two tokens of many samples; speculative sampling leaves the target's distribution as it is."""
     from scipy.stats import chisquare

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,7 @@ def test_lossless_is_greedy_decoding(call):
         assert torch.equal(generate(JudgedModel(target, rule, call["draft_length"]), call), plain)
 
 
+@pytest.mark.heavy
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(calls())
 def test_lossless_is_stock_under_the_same_seed(call):

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from hf_selfjudge.forward.branches import Alone, Branches, packs
 from hf_selfjudge.forward.lockstep import run_in_lockstep
 from hf_selfjudge.models.attention import share_keys
-from tests.decoding.test_matrix import DENSE, MIXTURE, SLIDING_WINDOW, VISION_LANGUAGE, build
+from tests.architectures import DENSE, MIXTURE, SLIDING_WINDOW, VISION_LANGUAGE, build
 
 
 KINDS = {

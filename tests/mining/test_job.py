@@ -26,8 +26,8 @@ from hf_selfjudge.mining.report import Labels, predictors
 from hf_selfjudge.mining.substitutions import find_looked_up, read_answers, target_answers
 from hf_selfjudge.rules import Lossless, Rule
 from hf_selfjudge.training.evaluation import HeldOutConfig
+from tests.architectures import build as build_any
 from tests.builders import VOCAB, build, perturbed, shortened, tiny_tokenizer
-from tests.decoding.test_matrix import build as build_any
 
 
 CONFIG = MiningConfig(

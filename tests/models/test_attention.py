@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_selfjudge.models.attention import NAME, share_keys
-from tests.decoding.test_matrix import DENSE, MIXTURE, SLIDING_WINDOW, build
+from tests.architectures import DENSE, MIXTURE, SLIDING_WINDOW, build
 
 
 KINDS = {"dense": DENSE, "sliding window": SLIDING_WINDOW, "mixture of experts": MIXTURE}
