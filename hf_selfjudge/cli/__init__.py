@@ -1,1 +1,1 @@
-"""The command line: in arguments, out calls of the rest of the package. One file a command."""
+"""The commands of `hf-selfjudge`, one module for each or for a few that belong together."""

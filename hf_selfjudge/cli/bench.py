@@ -1,0 +1,87 @@
+"""`bench`: speed and quality of many ways of decoding the same prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.markdown import Markdown
+
+from ..bench.methods import parse_methods
+from ..bench.plots import plot_tradeoff
+from ..bench.record import write_results, write_spec_bench
+from ..bench.runner import BenchConfig, decode, readable_context
+from ..bench.scores import Scorer, grid_of
+from ..bench.summary import summarise_quality, summarise_timing
+from ..data.prompts import balanced
+from ..judge.judge import Judge
+from ..judge.shipped import SHIPPED, shipped_judge
+from ..mining.config import MiningConfig
+from ..models.pair import DRAFT_MODEL, LOOKUP
+from ..scoring.quality import check_tasks, task_of
+from ..utils.files import check_writable
+from .console import console, fitting_prompts, say
+from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(OutputOptions, PromptOptions, PairOptions):
+    """What is compared and measured, besides how it is decoded ([`BenchConfig`])."""
+
+    rule: list[str] | None = option(
+        "What to compare, with thresholds: margin=0.5,1 top-k=2 judge=0.2,0.4 judge:FOLDER=0.3 coin (accepts as often "
+        "as the judge does) … By default every rule with three thresholds.",
+        None,
+    )
+    per_category: int | None = option("Use only the first prompts of each category.", None, min=1)
+    lookup: int = reuse(MiningConfig, "lookup", 0)
+    ask: bool = reuse(MiningConfig, "ask", False)
+    embeddings: str | None = option(
+        "For similarity: a sentence-transformers model (folder or Hub id), such as "
+        "sentence-transformers/all-MiniLM-L6-v2.",
+        None,
+    )
+    allow_code: bool = reuse(MiningConfig, "allow_code", False)
+    spec_bench: bool = option("With timing: also write the answers in the format of Spec-Bench.", False)
+
+
+def bench_command(options: BenchOptions, config: BenchConfig) -> None:
+    """Measure what each rule gains and costs: speed and quality of many decodings of the same prompts."""
+    if options.lookup:
+        if config.draft_length not in (BenchConfig.draft_length, options.lookup):
+            raise ValueError("`draft-length` is a draft model's; with `--lookup N` it is N. Give one of the two.")
+        config = replace(config, draft_length=options.lookup)
+    drafts = LOOKUP if options.lookup else DRAFT_MODEL
+    shipped = str(shipped_judge(options.pair, drafts)) if (options.pair, drafts) in SHIPPED else None
+    methods = parse_methods(options.rule, shipped, bool(options.lookup))
+    if options.spec_bench and config.mode != "timing":
+        raise ValueError("`spec-bench` files have the seconds of each answer. Ask for them with `mode` timing.")
+    check_writable(options.output)
+    prompts = balanced(options.read(), options.per_category)
+    check_tasks([task_of(prompt, options.allow_code) for prompt in prompts], options.embeddings)
+    judges = {name: Judge.from_pretrained(name) for name in {method.judge for method in methods} - {None}}
+    for method in methods:
+        if method.judge is not None:
+            method.rule(judges)  # refuses unknown operating points before models load
+    pair = options.load(config.draft_length, with_draft=not options.lookup)
+    context = readable_context(pair, methods)
+    if context != pair.context:
+        say(f"`draft` answers alone: prompts have to fit into its context of {context} tokens.")
+    prompts, left_out = fitting_prompts(pair.tokenizer, prompts, context, config.max_new_tokens)
+
+    records = decode(pair, prompts, methods, judges, config, options.output)
+    local = options.prompts == "-" or Path(options.prompts).exists()
+    if config.mode == "quality":
+        asked = pair.target if options.ask else None
+        scorer = Scorer(pair.tokenizer, options.output, options.allow_code, asked, options.embeddings)
+        results = summarise_quality(grid_of(records, prompts, methods, scorer), records, methods, judges)
+        results["dataset"] = None if local or options.split != "test" else options.prompts.partition(":")[0]
+        plot_tradeoff(results, options.output / "curve.png")
+    else:
+        results = summarise_timing(records, prompts, methods)
+    name = Path(options.prompts).name if local else f"{options.prompts} ({options.split})"
+    text = write_results(options.output, config.mode, results, name, left_out)
+    if options.spec_bench:
+        write_spec_bench(records, prompts, pair.tokenizer, options.output / "spec-bench")
+    console.print(Markdown(text))
+    say(f"Written to {options.output}: {config.mode}-results.json, {config.mode}-results.md.")

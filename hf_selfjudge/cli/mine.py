@@ -1,0 +1,77 @@
+"""`mine` and `add-layer`: labels, and the same labels with hidden states of another layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..decoding.judged_model import JudgedModel
+from ..decoding.rules import JudgeRule
+from ..judge.judge import Judge
+from ..mining.config import MiningConfig
+from ..mining.job import counts_of, judged_writer, mine, this_process
+from ..mining.labels import read_mining
+from ..mining.layers import add_layer_states
+from ..models.load import fingerprint, load_model
+from ..utils.files import check_writable
+from ..utils.names import lasting
+from .console import say, say_left_out
+from .options import DtypeOptions, JudgeOptions, OutputOptions, PairOptions, PromptOptions, option, reuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineOptions(JudgeOptions, OutputOptions, PromptOptions, PairOptions):
+    """What labels are mined on, besides how ([`MiningConfig`])."""
+
+    answer_column: str | None = option("Column of answers to use instead of the target's own.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddLayerOptions(OutputOptions, DtypeOptions):
+    """Which layer is read."""
+
+    layer: int = reuse(MiningConfig, "layer")
+    batch: int = option("Answers in a forward.", 4, min=1)
+
+
+def mine_command(options: MineOptions, config: MiningConfig) -> None:
+    """Mine labels: let the target finish its answer after each substitution. With --judge, the answers are decoded
+    with that judge."""
+    process = this_process()
+    if options.prompts == "-" and process.num_processes > 1:
+        raise ValueError("`prompts`: several processes cannot share standard input. Give a file.")
+    if options.threshold is not None and options.judge is None:
+        raise ValueError("`threshold` is that of a judge. Name the judge with `--judge`.")
+    check_writable(options.output)
+    prompts = options.read(options.answer_column)
+    rule = writer = name = None
+    if options.judge is not None:
+        judge = Judge.from_pretrained(options.judge)
+        rule = JudgeRule(judge, options.threshold)
+        name = f"{lasting(options.judge)}, weights {fingerprint(judge)}, threshold {rule.threshold}"
+    pair = options.load(with_draft=not config.lookup)
+    if rule is not None:
+        writer = judged_writer(JudgedModel(pair.target, rule), pair.draft, config.lookup)
+    mine(pair, prompts, config, options.output, Path(options.prompts).name, writer, name)
+    if not process.is_main_process:
+        return
+    counts = counts_of(options.output)
+    say(
+        f"{counts['substitutions']} substitutions ({counts['rewrites']} rewritten) of {counts['prompts']} prompts in "
+        f"{options.output}; {counts['too_long']} prompts were too long. {counts['target_tokens']} tokens through the "
+        f"target, {counts['seconds']:.0f} s."
+    )
+    say_left_out(counts["left_out"])
+
+
+def add_layer_command(
+    labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")], options: AddLayerOptions
+) -> None:
+    """Write mined labels again with the hidden states of another layer, for a judge that reads that layer."""
+    record = read_mining(labels)
+    target, _ = load_model(record["target"], options.torch_dtype(default=record["dtype"]))
+    rows = add_layer_states(target, labels, options.layer, options.output, options.batch)
+    say(f"{len(rows)} substitutions in {options.output}, with the hidden states that enter layer {options.layer}.")
