@@ -26,7 +26,7 @@ from ..utils.files import check_writable, write_json
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Positional arguments.
-JudgeFolder = Annotated[Path, typer.Argument(metavar="JUDGE", help="Folder of a judge.")]
+JudgeFolder = Annotated[Path, typer.Argument(metavar="judge", help="Folder of a judge.")]
 LabelsFolders = Annotated[list[Path], typer.Argument(help="Folders written by `hf-selfjudge mine`.")]
 BenchFolder = Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge bench`.")]
 Repo = Annotated[str, typer.Argument(help="USER/NAME on the Hub.")]

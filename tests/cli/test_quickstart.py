@@ -1,0 +1,104 @@
+"""`quickstart`, `card` and `demo`."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from hf_selfjudge import Judge, Threshold
+from hf_selfjudge.cli import quickstart
+from tests.builders import build, random_judge
+from tests.training.test_trainer import RESULTS
+
+
+def test_quickstart_and_card(succeed, judge, pair_folders, prompts_file, tmp_path):
+    figures = tmp_path / "figures.json"
+    out = succeed(
+        *("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", prompts_file, "--limit", 3),
+        *("--max-new-tokens", 24, "--threshold", 1, "--json", figures),
+    )
+    assert "tokens/round" in out
+    assert "draft, judged" in out
+    results = json.loads(figures.read_text())
+    assert results["pair"] == pair_folders
+    assert results["prompts"] == 3
+    runs = {run["decoding"]: run for run in results["runs"]}
+    assert list(runs) == ["greedy", "assisted", "judged"]
+    assert runs["greedy"]["tokens_per_round"] == 1
+    assert runs["judged"]["tokens_per_round"] > runs["assisted"]["tokens_per_round"] > 1
+    assert runs["greedy"]["agreement"] == runs["assisted"]["agreement"] == 1 > runs["judged"]["agreement"]
+    assert runs["greedy"]["judged_share"] == runs["assisted"]["judged_share"] == 0 < runs["judged"]["judged_share"]
+    assert runs["judged"]["logprob_per_token"] < runs["greedy"]["logprob_per_token"] < 0
+    assert all(run["tokens_per_second"] > 0 and run["seconds_per_answer"] > 0 for run in results["runs"])
+    succeed("card", judge, "--results", figures)
+    assert "Measured in decoding" in (judge / "README.md").read_text()
+
+
+def test_int8_draft_and_auto_length(succeed, judge, pair_folders, prompts_file, tmp_path):
+    figures = tmp_path / "figures.json"
+    out = succeed(
+        *("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", prompts_file, "--limit", 2),
+        *("--max-new-tokens", 24, "--threshold", 0, "--int8-draft", "--draft-length", "auto", "--json", figures),
+        *("--dtype", "float32"),
+    )
+    assert "judged, int8 draft: " in out
+    assert "times as fast as assisted" in out
+    results = json.loads(figures.read_text())
+    runs = {run["decoding"]: run for run in results["runs"]}
+    assert list(runs) == ["greedy", "assisted", "judged", "judged, int8 draft"]
+    for name in ("judged", "judged, int8 draft"):
+        assert runs[name]["agreement"] == 1  # lossless
+        assert 0 < sum(runs[name][f"{part}_share"] for part in ("draft", "verify", "rule")) < 1
+        ratio, low, high = results["speed_against_assisted"][name]
+        assert low <= ratio <= high
+    assert results["speed_against_assisted"]["assisted"] == [1, 1, 1]
+
+
+def test_what_a_command_names_is_text(succeed, fail, tmp_path):
+    name = "[/INST] :smile: [red]x"
+    assert f"{tmp_path / name} has no mining.json" in fail("labels", tmp_path / name)
+    random_judge(build("llama")).save_pretrained(tmp_path / name / "judge")
+    out = succeed("card", tmp_path / name / "judge")
+    assert out.strip() == f"Card written to {tmp_path / name / 'judge' / 'README.md'}"
+
+
+def test_quickstart_trains(succeed, pair_folders, tmp_path, monkeypatch):
+    small = quickstart.MiningConfig(max_new_tokens=16, per_answer=3, answer_batch=12)
+    monkeypatch.setattr(quickstart, "QUICK_MINING", small)
+    monkeypatch.setattr(quickstart, "PROMPTS", tmp_path)
+    for name, count in (("quickstart", 2), ("train", 12)):
+        rows = [json.dumps({"prompt": f"what is {i} {name}?"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "out"
+    succeed("quickstart", "--pair", pair_folders, "--train", "--output", output, "--max-new-tokens", 16)
+    assert Judge.from_pretrained(output / "judge").info.target == "./target"
+    assert (output / "judge" / "README.md").is_file()
+
+
+def test_results_that_an_editor_has_saved(succeed, fail, untrained, tmp_path):
+    (tmp_path / "figures.json").write_bytes(json.dumps(RESULTS).encode("utf-8-sig"))
+    succeed("card", untrained, "--results", tmp_path / "figures.json")
+    (tmp_path / "figures.json").write_bytes(json.dumps(RESULTS).encode("utf-16"))
+    message = fail("card", untrained, "--results", tmp_path / "figures.json")
+    assert "figures.json:1: this is not UTF-8 text, but perhaps UTF-16. Save it as UTF-8." in message
+
+
+def test_demo(succeed, fail, untrained, pair_folders, monkeypatch):
+    page = pytest.importorskip("hf_selfjudge.demo.page")
+    received = {}
+
+    def build_page(pair, judge, name, folder):
+        received.update(pair=pair, judge=judge, name=name, folder=folder)
+        return SimpleNamespace(launch=lambda **settings: received.update(settings))
+
+    monkeypatch.setattr(page, "build", build_page)
+    succeed(
+        *("demo", "--pair", pair_folders, "--judge", untrained, "--threshold", "0.1/token", "--int8-draft"),
+        *("--dtype", "float32", "--host", "0.0.0.0", "--port", 7861),
+    )
+    assert received["judge"].info.threshold == Threshold(0.1, per_token=True)
+    assert (received["name"], received["folder"]) == (str(untrained), untrained)
+    assert (received["server_name"], received["server_port"]) == ("0.0.0.0", 7861)
+    assert any("uantized" in type(module).__module__ for module in received["pair"].draft.modules())
+    assert not any("uantized" in type(module).__module__ for module in received["pair"].target.modules())
+    assert "'soft' is none of the judge's" in fail("demo", "--judge", untrained, "--threshold", "soft")
