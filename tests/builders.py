@@ -27,7 +27,7 @@ from hf_selfjudge.judge.card import write_card
 from hf_selfjudge.judge.features import SCALARS
 from hf_selfjudge.judge.lora import Adapter
 from hf_selfjudge.models.load import fingerprint
-from hf_selfjudge.training.trainer import adapter_of
+from hf_selfjudge.training.through_model import adapter_of
 
 
 VOCAB, HIDDEN = 64, 32
