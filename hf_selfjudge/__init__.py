@@ -2,48 +2,39 @@
 Judge decoding for transformers: `generate(assistant_model=draft)` that also keeps draft tokens which differ from the
 target's choice but not from its meaning.
 
-prompts -> mismatches   where the draft disagrees with the target's own answer
-        -> labels       what each substitution does to that answer, told by the target itself
-        -> judge        the probability that a substitution changes the meaning
-        -> generation   stock `generate`, with the judge (or another of the rules) inside
-        -> report       speed beside quality
+models, data       a target and its draft; prompts
+forward, judge     what a forward of the target says of a candidate; whether the candidate changes the meaning
+decoding           stock `generate`, with the judge or another rule inside
+scoring, mining    do two answers say the same; labels: what each substitution does to the target's own answer
+training           labels -> judge
+bench              speed beside quality
+hub, demo, cli     repositories, the page, the commands
 """
 
-from .data.prompts import Prompt, Prompts, read_prompts
+from .data.prompts import read_prompts
 from .decoding.judged_model import JudgedModel
-from .decoding.rules import JudgeRule
-from .decoding.stats import Stats
-from .judge.info import JudgeInfo
 from .judge.judge import Judge
+from .judge.threshold import Threshold
 from .mining.config import MiningConfig
 from .mining.job import mine
-from .mining.labels import load_labels, mining_of
-from .mining.layers import add_layer_states
+from .mining.labels import load_labels
 from .models.load import load_model
-from .models.tokens import special_tokens
-from .models.wheels import SourceError
+from .models.pair import Pair, load_pair
 from .training.config import JudgeConfig
-from .training.trainer import JudgeTrainer, new_judge
+from .training.trainer import JudgeTrainer
 
 
 __all__ = [
     "Judge",
     "JudgeConfig",
-    "JudgeInfo",
-    "JudgeRule",
     "JudgeTrainer",
     "JudgedModel",
     "MiningConfig",
-    "Prompt",
-    "Prompts",
-    "SourceError",
-    "Stats",
+    "Pair",
+    "Threshold",
     "load_labels",
     "load_model",
+    "load_pair",
     "mine",
-    "mining_of",
-    "new_judge",
     "read_prompts",
-    "add_layer_states",
-    "special_tokens",
 ]

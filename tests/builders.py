@@ -22,9 +22,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hf_selfjudge import Judge, JudgeInfo
+from hf_selfjudge import Judge
 from hf_selfjudge.judge.card import write_card
 from hf_selfjudge.judge.features import SCALARS
+from hf_selfjudge.judge.info import JudgeInfo
 from hf_selfjudge.judge.lora import Adapter
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.through_model import adapter_of

@@ -26,7 +26,7 @@ from ..decoding.judged_model import JudgedModel
 from ..forward.branches import packs
 from ..forward.lockstep import Tally, run_in_lockstep
 from ..judge.features import STATES
-from ..judge.replay import LayerStates
+from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..models.pair import LOOKUP, Pair

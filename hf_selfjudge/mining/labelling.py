@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..forward.branches import packs
 from ..judge.features import SCALARS, candidate_scalars
-from ..judge.replay import LayerStates
+from ..judge.layers import LayerStates
 from ..models.pair import Pair
 from ..scoring.codeblocks import has_code
 from ..scoring.meaning import final_number, passes_tests, reconvergence, says_no

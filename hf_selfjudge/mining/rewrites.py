@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forward.branches import Alone, Branches
-from ..judge.replay import LayerStates
+from ..judge.layers import LayerStates
 from ..models.tokens import context_of, eos_tokens
 from .answers import Answer
 from .substitutions import Substitution

@@ -39,7 +39,8 @@ from ..utils.names import public_mining
 from .config import NONE, SCORES, JudgeConfig, check, without_text
 from .data import soft_labels
 from .evaluation import calibrate, evaluate, held_out
-from .trainer import JudgeTrainer, TargetWithJudge
+from .through_model import TargetWithJudge
+from .trainer import JudgeTrainer
 
 
 logger = logging.get_logger(__name__)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
 from hf_selfjudge.bench.answers import AnswerRecord, accepted_share
 from hf_selfjudge.bench.methods import parse_methods
 from hf_selfjudge.bench.quickstart import answer_logprob
 from hf_selfjudge.bench.runner import BenchConfig, decode
 from hf_selfjudge.data.prompts import Prompt, TooLong, encode
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.decoding.stats import Stats
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin

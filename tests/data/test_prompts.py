@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from hf_selfjudge import Prompt, SourceError, read_prompts
-from hf_selfjudge.data.prompts import TooLong, counted, encode, fingerprint_of, fitting
+from hf_selfjudge import read_prompts
+from hf_selfjudge.data.prompts import Prompt, TooLong, counted, encode, fingerprint_of, fitting
+from hf_selfjudge.models.wheels import SourceError
 
 
 CHAT = [

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StoppingCriteria, TextStreamer
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
 from hf_selfjudge.decoding.drafting import AutoLength
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.forward.lockstep import exchange, run_in_lockstep
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, TopK

@@ -10,7 +10,8 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig, WatermarkingConfig, pipeline
 from transformers.generation import AssistedCandidateGenerator
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.rules import Candidate, Coin, Lossless, Rule
 from tests.builders import VOCAB, build, perturbed, random_judge

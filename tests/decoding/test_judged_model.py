@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.rules import Coin, Lossless
 from tests.builders import VOCAB, Collect, build, perturbed, random_judge

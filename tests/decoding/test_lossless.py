@@ -20,7 +20,8 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
 )
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.rules import Coin, KLGate, Lossless
 from tests.builders import (
     HEADS,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.rules import Coin, Lossless, Margin, TopK
 from tests.builders import build, perturbed, random_judge
 

@@ -8,9 +8,11 @@ import torch
 from tokenizers import AddedToken
 from transformers.utils import logging
 
-from hf_selfjudge import JudgedModel, JudgeRule, special_tokens
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import candidate_scalars
 from hf_selfjudge.judge.threshold import Threshold
+from hf_selfjudge.models.tokens import special_tokens
 from hf_selfjudge.rules import Candidate, Coin, KLGate, LookAhead, Lossless, Margin, TopK
 from tests.builders import VOCAB, build, random_judge, tiny_tokenizer
 

@@ -22,24 +22,17 @@ from huggingface_hub.cli.extensions import ExtensionManifest
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
-from hf_selfjudge import (
-    Judge,
-    JudgeConfig,
-    JudgedModel,
-    JudgeRule,
-    JudgeTrainer,
-    load_labels,
-    mining_of,
-    new_judge,
-)
+from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels
 from hf_selfjudge.bench.record import heading
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.demo.page import folder_of
 from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
 from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.card import read_results
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import folders_of
+from hf_selfjudge.mining.labels import folders_of, mining_of
 from hf_selfjudge.models.load import fingerprint
+from hf_selfjudge.training.initialisation import new_judge
 from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.utils.names import public_mining
 from hf_selfjudge.utils.text import in_markdown

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_selfjudge import Judge, JudgedModel, JudgeRule
+from hf_selfjudge import Judge, JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.utils.names import is_hub_id, public_name
 from tests.builders import build, perturbed, random_judge
 

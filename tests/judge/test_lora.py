@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import DynamicCache
 
-from hf_selfjudge import Judge, JudgedModel, JudgeRule
+from hf_selfjudge import Judge, JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.judge.lora import Adapter, Replay
 from tests.builders import adapted_judge, adapter, build, perturbed

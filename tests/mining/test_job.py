@@ -17,13 +17,14 @@ import datasets
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel, MiningConfig, Prompt, load_labels, mine, read_prompts
-from hf_selfjudge.data.prompts import TooLong, encode
+from hf_selfjudge import JudgedModel, MiningConfig, load_labels, mine, read_prompts
+from hf_selfjudge.data.prompts import Prompt, TooLong, encode
 from hf_selfjudge.mining import job as mining
+from hf_selfjudge.mining.answers import read_answers, target_answers
 from hf_selfjudge.mining.job import counts_of, judged_writer
 from hf_selfjudge.mining.labels import features_of
 from hf_selfjudge.mining.report import Labels, predictors
-from hf_selfjudge.mining.substitutions import find_looked_up, read_answers, target_answers
+from hf_selfjudge.mining.substitutions import find_looked_up
 from hf_selfjudge.rules import Lossless, Rule
 from hf_selfjudge.training.evaluation import HeldOutConfig
 from tests.architectures import build as build_any

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_selfjudge import MiningConfig, Prompt
+from hf_selfjudge import MiningConfig
+from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.judge.features import SCALARS, candidate_scalars
-from hf_selfjudge.mining.labels import label_answer, label_row
+from hf_selfjudge.mining.answers import Answer, read_answers, target_answers
+from hf_selfjudge.mining.labelling import label_answer, label_row
 from hf_selfjudge.mining.rewrites import Continuation
-from hf_selfjudge.mining.substitutions import Answer, Substitution, read_answers, target_answers
+from hf_selfjudge.mining.substitutions import Substitution
 from hf_selfjudge.models.tokens import eos_tokens
 from hf_selfjudge.scoring.meaning import final_number
 from tests.builders import VOCAB

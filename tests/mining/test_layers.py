@@ -10,22 +10,15 @@ import torch
 from datasets import concatenate_datasets
 from peft import LoraConfig
 
-from hf_selfjudge import (
-    Judge,
-    JudgeConfig,
-    JudgedModel,
-    JudgeRule,
-    JudgeTrainer,
-    load_labels,
-    mine,
-    mining_of,
-    new_judge,
-)
+from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels, mine
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import STATES
+from hf_selfjudge.mining.labels import mining_of
 from hf_selfjudge.mining.layers import add_layer_states
 from hf_selfjudge.models.load import fingerprint
+from hf_selfjudge.training.initialisation import new_judge
 from hf_selfjudge.training.script import ScriptArguments, main
-from hf_selfjudge.training.trainer import TargetWithJudge
+from hf_selfjudge.training.through_model import TargetWithJudge
 from tests.builders import build, perturbed, random_judge
 from tests.mining.test_job import CONFIG, PROMPTS
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from hf_selfjudge import Prompt
+from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.forward.lockstep import Tally, run_in_lockstep
+from hf_selfjudge.mining.answers import read_answers, target_answers
 from hf_selfjudge.mining.rewrites import follow
-from hf_selfjudge.mining.substitutions import find_substitutions, read_answers, sample, target_answers
+from hf_selfjudge.mining.substitutions import find_substitutions, sample
 from hf_selfjudge.models.attention import share_keys, takes_end_to_end
 from hf_selfjudge.models.tokens import eos_tokens
 from tests.builders import VOCAB, build, perturbed

@@ -9,12 +9,12 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
-from hf_selfjudge import JudgedModel, SourceError, load_model
+from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.models import load as sources
 from hf_selfjudge.models.cpu import HalfLinear, pack_half, precision, quantise_int8
 from hf_selfjudge.models.load import fingerprint, resolve_model
 from hf_selfjudge.models.pair import parse_pair
-from hf_selfjudge.models.wheels import PinnedFolder, PinnedWheels
+from hf_selfjudge.models.wheels import PinnedFolder, PinnedWheels, SourceError
 from hf_selfjudge.rules import Lossless
 from tests.builders import build, perturbed
 

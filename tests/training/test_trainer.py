@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels, mining_of, new_judge
+from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import features_of
+from hf_selfjudge.mining.labels import features_of, mining_of
 from hf_selfjudge.mining.layers import DataCollatorForJudge, answers_of
 from hf_selfjudge.models.cpu import HalfLinear
 from hf_selfjudge.models.load import fingerprint
@@ -29,8 +29,9 @@ from hf_selfjudge.training import script as training
 from hf_selfjudge.training import trainer
 from hf_selfjudge.training.data import DataCollatorForSubstitutions, soft_labels
 from hf_selfjudge.training.evaluation import calibrate, held_out, log_loss, reliability
+from hf_selfjudge.training.initialisation import new_judge
 from hf_selfjudge.training.script import ScriptArguments, main, make_parser
-from hf_selfjudge.training.trainer import TargetWithJudge
+from hf_selfjudge.training.through_model import TargetWithJudge
 from tests.builders import HIDDEN as TINY
 from tests.builders import build, card_of
 
