@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import Prompt
+from ..scoring.checks import CheckedAnswer, check_of
 from ..scoring.meaning import reconvergence, says_no
-from ..scoring.quality import repetition, similarity, task_score, unchanged
+from ..scoring.quality import repetition, similarity
 from ..utils.files import JsonlLog
 from .answers import AnswerRecord
 from .methods import Method
@@ -52,9 +53,11 @@ class Scorer:
     def scores(self, prompt: Prompt, record: AnswerRecord, lossless: AnswerRecord) -> dict[str, float | None]:
         """Of an answer beside the lossless one; `None` where a measure does not apply."""
         own, text = (self.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in (lossless, record))
+        answer, check = CheckedAnswer(text, record.finished), check_of(prompt, self.allow_code)
+        unchanged = check.unchanged(prompt, CheckedAnswer(own, lossless.finished), answer)
         scores = {
-            "task": task_score(prompt, text, record.finished, self.allow_code),
-            "unchanged": unchanged(prompt, own, lossless.finished, text, record.finished),
+            "task": check.score(prompt, answer),
+            "unchanged": None if unchanged is None else float(unchanged),
             "agreement": reconvergence(lossless.tokens, record.tokens),
             "logprob": record.logprob / max(1, len(record.tokens)),
             "repetition": repetition(record.tokens),

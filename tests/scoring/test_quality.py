@@ -1,5 +1,6 @@
 """Every measure with an answer that is known."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from hf_selfjudge.data import rows
 from hf_selfjudge.data.prompts import Prompt
-from hf_selfjudge.scoring.quality import repetition, similarity, task_of, task_score, unchanged
+from hf_selfjudge.scoring.checks import CHECKS, CheckedAnswer, check_of
+from hf_selfjudge.scoring.quality import check_can_score, repetition, similarity
 
 
 def prompt(category="math_reasoning", check="text", references=None, tests=None):
@@ -49,7 +52,7 @@ GSM8K = prompt(check="number", references=["1,000 + 5\n#### 1,005"])
     ],
 )  # fmt: skip
 def test_task_scores(asked, text, finished, score):
-    found = task_score(asked, text, finished, allow_code=True)
+    found = check_of(asked, allow_code=True).score(asked, CheckedAnswer(text, finished))
     assert found == (score if score is None else pytest.approx(score))
 
 
@@ -69,29 +72,71 @@ def test_task_scores(asked, text, finished, score):
     ],
 )
 def test_unchanged(check, own, own_finished, text, finished, score):
-    assert unchanged(Prompt("p", "?", check=check), own, own_finished, text, finished) == score
+    prompt, answers = Prompt("p", "?", check=check), (CheckedAnswer(own, own_finished), CheckedAnswer(text, finished))
+    assert check_of(prompt, allow_code=False).unchanged(prompt, *answers) == score
 
 
 def test_chrf_by_hand():
     # Characters of "ab" and "ac" share 1 of 2, their one pair is not shared: the mean F2 of both orders.
-    found = task_score(prompt("translation", references=["ab"]), "ac", True, False)
+    asked = prompt("translation", references=["ab"])
+    found = check_of(asked, allow_code=False).score(asked, CheckedAnswer("ac", True))
     assert found == pytest.approx((0.5 + 0) / 2)
 
 
 def test_code_is_scored_behind_the_prompts_imports():
     code = "```python\ndef f(x: List[int]):\n    return len(x)\n```"
     asked = Prompt("1", "from typing import List\n\ndef f(x: List[int]):", check="tests", tests="assert f([7]) == 1")
-    assert task_score(asked, code, True, allow_code=True) == 1
     said = [{"role": "user", "content": asked.text}, {"role": "assistant", "content": "?"}]
     later = replace(asked, text="Go.", messages=[*said, {"role": "user", "content": "Go."}])
-    assert task_score(later, code, True, allow_code=True) == 1
-    assert task_score(replace(asked, text="Go."), code, True, allow_code=True) == 0
+    scores = [
+        check_of(each, allow_code=True).score(each, CheckedAnswer(code, True))
+        for each in (asked, later, replace(asked, text="Go."))
+    ]
+    assert scores == [1, 1, 0]
 
 
 def test_code_is_not_run_unasked():
-    asked = prompt(check="tests", tests="assert False")
-    assert task_of(asked, allow_code=False) is None
-    assert task_score(asked, "x", True, allow_code=False) is None
+    asked = prompt("qa", check="tests", tests="assert False", references=["x"])
+    check, answer = check_of(asked, allow_code=False), CheckedAnswer("x", True)
+    assert (check.score(asked, answer), check.same(asked, answer, answer)) == (None, None)
+    assert check.unchanged(asked, answer, answer) is None
+
+
+PASSES, FAILS = "```python\nx = 2\n```", "```python\nx = 1\n```"
+
+
+@pytest.mark.parametrize(
+    ("check", "first", "second", "same"),
+    [
+        ("number", ("It is 4.", True), ("4", True), True),
+        ("number", ("It is 4.", True), ("5", True), False),
+        ("number", ("It is 4.", True), ("4", False), None),
+        ("number", ("No idea.", True), ("No idea.", True), None),
+        ("tests", (PASSES, True), (FAILS, True), False),
+        ("tests", (PASSES, True), (f"So: {PASSES}", True), True),
+        ("tests", (FAILS, True), (FAILS, True), None),
+        ("tests", (PASSES, False), (FAILS, True), False),  # both have whole code
+        ("tests", (PASSES, True), ("```python\nx = 1", False), None),
+        ("tests", ("x = 2", True), (PASSES, False), None),  # code without a fence may go on
+        ("text", ("a", True), ("a", True), None),
+    ],
+)
+def test_same_result(check, first, second, same):
+    asked = Prompt("p", "?", check=check, tests="assert x == 2")
+    answers = CheckedAnswer(*first), CheckedAnswer(*second)
+    assert check_of(asked, allow_code=True).same(asked, *answers) is same
+
+
+def test_every_check_is_known_where_prompts_are_read():
+    assert list(rows.CHECKS) == [*CHECKS]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    check_can_score([prompt("qa", references=["a"]), prompt("translation"), GSM8K], None)
+    check_can_score([prompt("translation", check="number", references=["4"])], None)
+    with pytest.raises(ValueError, match="`prompts` need sacrebleu to be scored: pip install"):
+        check_can_score([prompt("translation", references=["a"])], None)
 
 
 @pytest.mark.parametrize(
