@@ -12,42 +12,39 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel, MiningConfig, load_labels, mine, read_prompts
-from hf_selfjudge.data.prompts import Prompt, TooLong, encode
+from hf_selfjudge import JudgedModel, MiningConfig, Prompt, load_labels, mine, read_prompts
+from hf_selfjudge.data.prompts import TooLong, encode
 from hf_selfjudge.mining import job as mining
 from hf_selfjudge.mining.answers import read_answers, target_answers
 from hf_selfjudge.mining.job import counts_of, judged_writer
-from hf_selfjudge.mining.labels import features_of
-from hf_selfjudge.mining.report import Labels, predictors
+from hf_selfjudge.mining.labels import FORMAT, mining_of, mining_records
+from hf_selfjudge.mining.report import LabelColumns, score_predictions
 from hf_selfjudge.mining.substitutions import find_looked_up
+from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Lossless, Rule
-from hf_selfjudge.training.evaluation import HeldOutConfig
-from tests.architectures import build as build_any
-from tests.builders import VOCAB, build, perturbed, shortened, tiny_tokenizer
+from hf_selfjudge.utils.names import public_mining
+from tests.builders import MINING, PROMPTS, VOCAB, build, perturbed, shortened, tiny_tokenizer
+from tests.decoding.test_matrix import build as build_any
 
 
-CONFIG = MiningConfig(
-    max_new_tokens=24, top=2, floor=0.0, per_answer=8, rewrites=3, window=5, shard=2, answer_batch=2,
-    answers_at_once=2, forward_tokens=16,
-)  # fmt: skip
-PROMPTS = [Prompt("a", "why is it so?"), Prompt("b", "how many?", check="number"), Prompt("c", "x + y = z, is it?")]
 MANY = [Prompt(f"p{i}", "why " * (i % 5 + 1) + f"is {i} so?") for i in range(40)]
 
 
 def same(first: datasets.Dataset, second: datasets.Dataset) -> bool:
-    return first.to_dict() == second.to_dict()
+    return first.remove_columns("source").to_dict() == second.remove_columns("source").to_dict()
 
 
 def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
     target, draft = llama
-    rows = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path, "three.jsonl")
+    rows = mine(Pair(target, draft, tokenizer), PROMPTS, MINING, tmp_path, "three.jsonl")
     assert len(rows) == 24
-    assert rows.features == features_of(32)
     assert {*rows["prompt_id"]} == {"a", "b", "c"}
     assert sum(changed is not None for changed in rows["changed"]) == 9
     made = json.loads((tmp_path / "mining.json").read_text())
@@ -61,6 +58,7 @@ def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
         "mining.json",
         "cache",
         *(f"labels-0000{i}-of-00002.{ending}" for i in range(2) for ending in ("json", "parquet")),
+        *(f"answers-0000{i}-of-00002.parquet" for i in range(2)),
     }
 
 
@@ -78,8 +76,8 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
         def accept(self, candidate):
             return True
 
-    config = replace(CONFIG, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
-    rows = mine(target, None, tokenizer, PROMPTS, config, tmp_path)
+    config = replace(MINING, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
+    rows = mine(Pair(target, None, tokenizer), PROMPTS, config, tmp_path)
     judged = JudgedModel(target, Noting(), tokenizer=tokenizer)
     for prompt in PROMPTS:
         ids = encode(tokenizer, prompt.said, 256, 48)
@@ -102,24 +100,24 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
     assert {*rows["draft_logprob"], *rows["kl_target_draft"]} == {None}
     assert None not in rows["changed"]
     assert json.loads((tmp_path / "mining.json").read_text())["draft"] == "prompt lookup"
-    found = Labels.of(rows, tokenizer)
-    assert next(r for r in predictors(found, HeldOutConfig(resamples=5)) if "draft" in r["score"])["auc"] is None
+    found = LabelColumns.of(rows, tokenizer)
+    assert next(r for r in score_predictions(found, resamples=5) if "draft" in r["score"])["auc"] is None
     with pytest.raises(ValueError, match="drafts come from a model or, with `lookup`, from prompt lookup"):
-        mine(target, None, tokenizer, PROMPTS, CONFIG, tmp_path / "x")
+        mine(Pair(target, None, tokenizer), PROMPTS, MINING, tmp_path / "x")
 
 
 @pytest.mark.parametrize("change", [{"answers_at_once": 1}, {"forward_tokens": 400}, {"answer_batch": 1}])
 def test_labels_do_not_depend_on_how_work_is_packed(llama, tokenizer, tmp_path, change):
     target, draft = llama
-    columns = ("prompt_id", "position", "substitute", "answer_ids", "rewritten_ids", "changed", "kind")
-    first = mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "1").select_columns(columns)
-    config = replace(CONFIG, **change)
-    assert same(first, mine(target, draft, tokenizer, PROMPTS, config, tmp_path / "2").select_columns(columns))
+    columns = ("prompt_id", "position", "substitute", "answer_ids", "rewritten_suffix", "changed", "kind", "source")
+    first = mine(Pair(target, draft, tokenizer), PROMPTS, MINING, tmp_path / "1").select_columns(columns)
+    config = replace(MINING, **change)
+    assert same(first, mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path / "2").select_columns(columns))
 
 
 def test_a_model_that_does_not_pack(tokenizer, tmp_path, capsys):
     target = build_any("dense", "bloom")
-    rows = mine(target, perturbed(target), tokenizer, PROMPTS, CONFIG, tmp_path)
+    rows = mine(Pair(target, perturbed(target), tokenizer), PROMPTS, MINING, tmp_path)
     assert len(rows) > 10
     assert json.loads((tmp_path / "mining.json").read_text())["packed"] is False
     assert "not packed" in capsys.readouterr().out
@@ -129,16 +127,29 @@ def test_a_draft_with_another_vocabulary(llama, tokenizer, tmp_path):
     target, draft = llama[0], perturbed(llama[0])
     draft.resize_token_embeddings(VOCAB - 8)
     with pytest.raises(ValueError, match=f"`draft` has a vocabulary of {VOCAB - 8} tokens, the target one of {VOCAB}"):
-        mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path / "labels")
+        mine(Pair(target, draft, tokenizer), PROMPTS, MINING, tmp_path / "labels")
     assert not (tmp_path / "labels").exists()
 
 
 def test_a_recurrent_target(tokenizer, tmp_path):
     target = build_any("recurrent", "mamba")
     with pytest.raises(ValueError, match="keeps a state that cannot go back"):
-        mine(target, target, tokenizer, PROMPTS, CONFIG, tmp_path)
+        mine(Pair(target, target, tokenizer), PROMPTS, MINING, tmp_path)
 
 
+def test_killed_before_the_labels_of_a_shard(llama, tokenizer, tmp_path):
+    """Its answers are there already: they are written again."""
+    pair = Pair(*llama, tokenizer)
+    whole = mine(pair, PROMPTS, MINING, tmp_path).to_dict()
+    first, second = sorted(tmp_path.glob("labels-*.parquet"))
+    kept = first.stat().st_mtime_ns
+    second.rename(second.with_name(f"{second.stem}.incomplete.parquet"))
+    assert {*load_labels(tmp_path)["prompt_id"]} == {"a", "b"}
+    assert mine(pair, PROMPTS, MINING, tmp_path).to_dict() == whole
+    assert first.stat().st_mtime_ns == kept
+
+
+@pytest.mark.heavy
 def test_killed_at_any_moment(llama, tokenizer, tmp_path):
     """Ten times kill -9, then on to the end: the labels of an undisturbed run, no prompt lost or done twice."""
     target, draft = llama
@@ -146,9 +157,9 @@ def test_killed_at_any_moment(llama, tokenizer, tmp_path):
     def run(folder):
         # Processes share the lock of progress bars; one that is killed while it holds it would stop all others.
         datasets.utils.tqdm.set_lock(threading.RLock())
-        mine(target, draft, tokenizer, MANY, CONFIG, folder)
+        mine(Pair(target, draft, tokenizer), MANY, MINING, folder)
 
-    whole = mine(target, draft, tokenizer, MANY, CONFIG, tmp_path / "whole")
+    whole = mine(Pair(target, draft, tokenizer), MANY, MINING, tmp_path / "whole")
     seconds = counts_of(tmp_path / "whole")["seconds"]
     fork, rng, killed, halves = multiprocessing.get_context("fork"), random.Random(0), 0, set()
     for _ in range(10):
@@ -161,7 +172,7 @@ def test_killed_at_any_moment(llama, tokenizer, tmp_path):
         halves.add(len(list((tmp_path / "killed").glob("labels-*.parquet"))))
     assert killed > 4
     assert len(halves) > 1
-    again = mine(target, draft, tokenizer, MANY, CONFIG, tmp_path / "killed")
+    again = mine(Pair(target, draft, tokenizer), MANY, MINING, tmp_path / "killed")
     assert same(again, whole)
     assert len(set(again["prompt_id"])) == 40
     assert not list((tmp_path / "killed").glob("*.incomplete"))
@@ -169,37 +180,31 @@ def test_killed_at_any_moment(llama, tokenizer, tmp_path):
 
 def test_what_is_done_is_not_done_again(llama, tokenizer, tmp_path, monkeypatch):
     target, draft = llama
-    mine(target, draft, tokenizer, PROMPTS, CONFIG, tmp_path)
+    mine(Pair(target, draft, tokenizer), PROMPTS, MINING, tmp_path)
     monkeypatch.setattr(mining, "_mine_shard", None)
-    less_memory = replace(CONFIG, answer_batch=1, answers_at_once=1, forward_tokens=8)
-    for config in (CONFIG, less_memory):
-        assert len(mine(target, draft, tokenizer, PROMPTS, config, tmp_path)) == 24
+    less_memory = replace(MINING, answer_batch=1, answers_at_once=1, forward_tokens=8)
+    for config in (MINING, less_memory):
+        assert len(mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path)) == 24
 
 
 def test_other_settings_are_refused(llama, tokenizer, tmp_path):
     target, draft = llama
-    mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
+    mine(Pair(target, draft, tokenizer), PROMPTS[:1], MINING, tmp_path)
     with pytest.raises(ValueError, match=r"made with other settings \(prompts: 1 there, 2 now"):
-        mine(target, draft, tokenizer, PROMPTS[:2], CONFIG, tmp_path)
+        mine(Pair(target, draft, tokenizer), PROMPTS[:2], MINING, tmp_path)
     with pytest.raises(ValueError, match=r"draft_fingerprint: .* there, .* now"):
-        mine(target, target, tokenizer, PROMPTS[:1], CONFIG, tmp_path)
+        mine(Pair(target, target, tokenizer), PROMPTS[:1], MINING, tmp_path)
     with pytest.raises(ValueError, match=r"rewrites: 3 there, 4 now"):
-        mine(target, draft, tokenizer, PROMPTS[:1], replace(CONFIG, rewrites=4), tmp_path)
+        mine(Pair(target, draft, tokenizer), PROMPTS[:1], replace(MINING, rewrites=4), tmp_path)
 
 
 def test_too_long_prompts_are_left_out_and_counted(llama, tokenizer, tmp_path):
     target, draft = llama
     long = [Prompt("long", "a" * 300), Prompt("longer", "a" * 400)]
-    rows = mine(target, draft, tokenizer, [long[0], *PROMPTS, long[1]], CONFIG, tmp_path)
+    rows = mine(Pair(target, draft, tokenizer), [long[0], *PROMPTS, long[1]], MINING, tmp_path)
     assert {*rows["prompt_id"]} == {"a", "b", "c"}
     counts = counts_of(tmp_path)
     assert (counts["prompts"], counts["too_long"], counts["left_out"]) == (3, 2, ["long", "longer"])
-    shard = tmp_path / "labels-00000-of-00003.json"  # as earlier versions wrote it
-    shard.write_text(
-        json.dumps({name: value for name, value in json.loads(shard.read_text()).items() if name != "left_out"})
-    )
-    counts = counts_of(tmp_path)
-    assert (counts["too_long"], counts["left_out"]) == (2, ["longer"])
 
 
 def test_a_prompt_that_cannot_be_encoded_is_named(llama, tokenizer, tmp_path):
@@ -207,26 +212,26 @@ def test_a_prompt_that_cannot_be_encoded_is_named(llama, tokenizer, tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     asked = Prompt("with tools", "a", messages=[call, {"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="prompt 'with tools': `prompt` has `tool_calls`"):
-        mine(target, draft, tokenizer, [*PROMPTS[:1], asked], CONFIG, tmp_path)
+        mine(Pair(target, draft, tokenizer), [*PROMPTS[:1], asked], MINING, tmp_path)
 
 
 def test_only_too_long_prompts(llama, tokenizer, tmp_path):
     target, draft = llama
     with pytest.raises(TooLong, match="all 1 are too long: .* exceeds the context of 256 tokens"):
-        mine(target, draft, tokenizer, [Prompt("long", "a" * 300)], CONFIG, tmp_path)
+        mine(Pair(target, draft, tokenizer), [Prompt("long", "a" * 300)], MINING, tmp_path)
 
 
 def test_a_folder_with_any_name(llama, tokenizer, tmp_path):
     """And what `datasets` makes to read the labels lies in it."""
     target, draft = llama
-    assert len(mine(target, draft, tokenizer, PROMPTS[:1], CONFIG, tmp_path / "lab[1]*")) == 8
+    assert len(mine(Pair(target, draft, tokenizer), PROMPTS[:1], MINING, tmp_path / "lab[1]*")) == 8
     assert (tmp_path / "lab[1]*" / "cache").is_dir()
 
 
 def test_a_writer_that_fails(llama, tokenizer, tmp_path):
     """What was done before stays, and is not done again."""
     target, draft = llama
-    config, asked = replace(CONFIG, shard=1), []
+    config, asked = replace(MINING, shard=1), []
 
     def writer(prompts, limit):
         asked.append(len(prompts))
@@ -235,16 +240,70 @@ def test_a_writer_that_fails(llama, tokenizer, tmp_path):
         return [torch.tensor([5, 6, 7, 8, 9] * 4)[:limit] for _ in prompts]
 
     with pytest.raises(OSError, match="ink"):
-        mine(target, draft, tokenizer, PROMPTS, config, tmp_path, writer=writer, writer_name="w")
-    assert len(list(tmp_path.glob("*.parquet"))) == 1
-    rows = mine(target, draft, tokenizer, PROMPTS, config, tmp_path, writer=writer, writer_name="w")
+        mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path, writer=writer, writer_name="w")
+    assert len(list(tmp_path.glob("labels-*.parquet"))) == 1
+    rows = mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path, writer=writer, writer_name="w")
     assert [*dict.fromkeys(rows["prompt_id"])] == ["a", "b", "c"]
     assert len(asked) == 4
 
 
 def test_no_labels(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no labels"):
+    with pytest.raises(FileNotFoundError, match="has no mining.json"):
         load_labels(tmp_path)
+    (tmp_path / "mining.json").write_text(json.dumps({"format": FORMAT}))
+    with pytest.raises(FileNotFoundError, match=r"no labels-\*.parquet in"):
+        load_labels(tmp_path)
+    (tmp_path / "mining.json").write_text(json.dumps({"target": "t"}))
+    with pytest.raises(ValueError, match="has the format of another version. Mine the labels again"):
+        load_labels(tmp_path)
+
+
+def test_labels_know_how_they_were_mined(llama, tokenizer, tmp_path):
+    """Whatever is done to the dataset, and of several folders."""
+    pair = Pair(*llama, tokenizer)
+    first = mine(pair, PROMPTS, MINING, tmp_path / "a", "a.jsonl")
+    mine(pair, PROMPTS, replace(MINING, seed=1), tmp_path / "b", "b.jsonl")
+    both = load_labels([tmp_path / "a", tmp_path / "b"])
+    first.save_to_disk(tmp_path / "saved")
+    for labels in (
+        first.select([3, 1]),
+        first.train_test_split(0.5)["test"],
+        datasets.load_from_disk(tmp_path / "saved"),
+    ):
+        assert mining_of(labels) == mining_of(first)
+    assert mining_of(first)["prompts_name"] == "a.jsonl"
+    for labels in (both, datasets.concatenate_datasets([first, load_labels(tmp_path / "b")]).shuffle(seed=0)):
+        assert [record["prompts_name"] for record in mining_records(labels)] == ["a.jsonl", "b.jsonl"]
+        found = mining_of(labels)
+        assert (found["target"], found["layer"], found["window"]) == ("tiny/llama", None, 5)
+        assert not {"seed", "prompts_name", "source"} & found.keys()
+        assert {*labels["source"]} == {str(tmp_path / "a"), str(tmp_path / "b")}
+    assert "source" not in public_mining(mining_records(first)[0])
+    with pytest.raises(ValueError, match="`dataset` does not say how it was mined"):
+        mining_of(datasets.Dataset.from_dict({"kind": ["mismatch"]}))
+
+
+def test_an_answer_is_stored_once(llama, tokenizer, tmp_path):
+    rows = mine(Pair(*llama, tokenizer), PROMPTS, MINING, tmp_path)
+    files = {
+        kind: [pyarrow.parquet.read_table(p) for p in sorted(tmp_path.glob(f"{kind}-*"))]
+        for kind in ("labels", "answers")
+    }
+    assert [len(table) for table in files["answers"]] == [2, 1]
+    assert not any({"prompt_ids", "answer_ids"} & {*table.column_names} for table in files["labels"])
+    texts = {row["answer"]: row for table in files["answers"] for row in table.to_pylist()}
+    numbers = [number for table in files["labels"] for number in table["answer"].to_pylist()]
+    for row, number in zip(rows, numbers, strict=True):
+        assert all(row[name] == value for name, value in texts[number].items() if name != "answer")
+
+
+def test_options_out_of_range():
+    for options, message in (
+        ({"top": 0}, "`top` must be 1 or more, got 0"),
+        ({"floor": 2}, "`floor` must be 1 or less"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MiningConfig(**options)
 
 
 def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
@@ -256,7 +315,7 @@ def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
         assert [row.shape[0] for row in prompts] == [1]
         return [torch.tensor([5, 6, 7, 8, 9] * 4)[:limit]]
 
-    rows = mine(target, draft, tokenizer, given, CONFIG, tmp_path, writer=writer, writer_name="someone")
+    rows = mine(Pair(target, draft, tokenizer), given, MINING, tmp_path, writer=writer, writer_name="someone")
     assert {*rows["own"]} == {False}
     texts = {row["prompt_id"]: row["answer_ids"] for row in rows if row["changed"] is None}
     assert tokenizer.decode(texts["a"]) == given[0].answer
@@ -278,6 +337,7 @@ finally:
 """
 
 
+@pytest.mark.heavy
 def test_two_processes_are_one(pair_folders, prompts_file, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(COMMAND)
@@ -312,15 +372,16 @@ def peak(count: int, folder: str) -> int:
     with open(path, "w") as file:
         file.writelines(json.dumps({"prompt": f"why is {i} so?"}) + "\n" for i in range(count))
     config = MiningConfig(max_new_tokens=12, per_answer=4, rewrites=2, window=4, shard=10, answers_at_once=2)
-    mine(target, perturbed(target), tiny_tokenizer(), read_prompts(path), config, f"{folder}/{count}")
+    mine(Pair(target, perturbed(target), tiny_tokenizer()), read_prompts(path), config, f"{folder}/{count}")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_prompts(tmp_path):
     peaks = {}
     for count in (100, 400):
         run = [sys.executable, "-c", MEASURE, str(count), str(tmp_path)]
-        done = subprocess.run(run, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+        done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert done.returncode == 0, done.stderr
         peaks[count] = int(done.stdout.split()[-1])
     assert peaks[400] < 1.05 * peaks[100], peaks
@@ -356,7 +417,7 @@ def test_a_draft_with_a_short_context(tokenizer, tmp_path):
     prompts = [Prompt("short", "why?"), Prompt("middle", "why is it so, " * 2), Prompt("long", "why is it so, " * 5)]
     found = {}
     for name, model in (("whole", draft), ("short", shortened(draft, 32))):
-        labels = mine(target, model, tokenizer, prompts, config, tmp_path / name)
+        labels = mine(Pair(target, model, tokenizer), prompts, config, tmp_path / name)
         found[name] = [(row["prompt_id"], row["position"], row["substitute"]) for row in labels]
     lengths = {prompt.id: len(prompt.text) for prompt in prompts}
     within = [row for row in found["whole"] if lengths[row[0]] + row[1] <= 32]

@@ -95,7 +95,12 @@ def test_substitutions_are_other_choices(case):
 
 
 @pytest.mark.parametrize(
-    ("window", "room", "packed"), [(20, 32, True), (0, 5, True), (3, 1, True), (20, 300, True), (6, 4, False)]
+    ("window", "room", "packed"),
+    [
+        (20, 32, True),
+        (6, 4, False),
+        *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((0, 5, True), (3, 1, True), (20, 300, True))),
+    ],
 )
 def test_followed_is_what_the_target_does_alone(case, window, room, packed):
     """Packed or not, in pieces of any size, side by side with other answers."""
