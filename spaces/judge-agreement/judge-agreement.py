@@ -6,7 +6,7 @@ import numpy as np
 
 from hf_selfjudge.bench.tradeoff import Grid
 from hf_selfjudge.scoring.meaning import reconvergence
-from hf_selfjudge.training.evaluation import interval
+from hf_selfjudge.scoring.statistics import Interval
 
 
 DESCRIPTION = """\
@@ -29,15 +29,15 @@ Args:
     seed (`int`, defaults to 0): Of the bootstrap.
 
 Returns:
-    `agreement` and `retention`, each `[value, low, high]` with a 95 % interval (`None` where it is undefined), and
+    `agreement` and `retention`, each `(value, low, high)` with a 95 % interval (`None` where it is undefined), and
     `retention_by_category`, a `dict` of such.
 
 Example:
 
     >>> measurement = evaluate.load("spaces/judge-agreement", module_type="measurement")
-    >>> found = measurement.compute(predictions=["so it is 4 in all"], references=["so it is 5 in all"])
-    >>> found["agreement"]
-    [0.0, 0.0, 0.0]
+    >>> results = measurement.compute(predictions=["so it is 4 in all"], references=["so it is 5 in all"])
+    >>> tuple(results["agreement"])
+    (0.0, 0.0, 0.0)
 """
 
 CITATION = """\
@@ -87,9 +87,9 @@ class JudgeAgreement(evaluate.Measurement):
         )
         by = [[*rows][-1]]
         return {
-            "agreement": interval(grid.mean("agreement")[:, 1]),
-            "retention": interval(grid.retention(by)[:, 1]),
+            "agreement": Interval.of(grid.mean("agreement")[:, 1]),
+            "retention": Interval.of(grid.retention(by)[:, 1]),
             "retention_by_category": {
-                str(category): interval(grid.retention(by, category)[:, 1]) for category in np.unique(categories)
+                str(category): Interval.of(grid.retention(by, category)[:, 1]) for category in np.unique(categories)
             },
         }

@@ -2,7 +2,7 @@
 
 import os
 
-from hf_selfjudge import Judge, load_model
+from hf_selfjudge import Judge, load_pair
 from hf_selfjudge.demo.page import build, folder_of
 from hf_selfjudge.judge.shipped import shipped_judge
 
@@ -10,9 +10,7 @@ from hf_selfjudge.judge.shipped import shipped_judge
 JUDGE = os.environ.get("JUDGE") or str(shipped_judge("qwen2.5-coder"))
 folder = folder_of(JUDGE)
 judge = Judge.from_pretrained(folder)
-target, tokenizer = load_model(judge.info.target)
-draft, _ = load_model(judge.info.draft)
-page = build(target, draft, tokenizer, judge, JUDGE, folder)
+page = build(load_pair(f"{judge.info.target},{judge.info.draft}"), judge, JUDGE, folder)
 
 if __name__ == "__main__":
     page.launch()

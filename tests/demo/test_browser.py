@@ -9,11 +9,15 @@ import time
 import pytest
 
 from hf_selfjudge.demo.page import build
+from hf_selfjudge.models.pair import Pair
 from tests.builders import Pace, random_judge
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs the programs chromium and chromedriver")
+pytestmark = [
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs the programs chromium and chromedriver"),
+    pytest.mark.heavy,
+]
 WAIT = 60  # seconds until a test gives up
 
 
@@ -38,7 +42,7 @@ def launched(llama, monkeypatch):
     def launch(tokenizer):
         target, draft = llama
         pace = Pace(target)
-        pages.append(build(pace.model, draft, tokenizer, random_judge(target), "me/tiny-judge"))
+        pages.append(build(Pair(pace.model, draft, tokenizer), random_judge(target), "me/tiny-judge"))
         pages[-1].launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, ssr_mode=False)
         return pages[-1], pace
 
@@ -100,9 +104,9 @@ class Visitor:
         """Press the button; the figures of the whole answer."""
         before = self.figures()
         self.press("generate")
-        return self.until(lambda: self.atomic_write(before))
+        return self.until(lambda: self.whole_answer(before))
 
-    def atomic_write(self, before=""):
+    def whole_answer(self, before=""):
         line = self.figures()
         return line if line.startswith("96 tokens in") and line != before else None
 
@@ -122,7 +126,7 @@ def test_the_first_round_is_seen_before_the_second_ends(visit):
     seen = visitor.until(visitor.tokens)
     visitor.until(lambda: pace.calls == 2)  # and it is held there
     pace.gate.set()
-    visitor.until(visitor.whole)
+    visitor.until(visitor.whole_answer)
     shown = visitor.tokens()
     assert "".join(text for text, _ in shown).startswith("".join(text for text, _ in seen))
     assert len({colour for _, colour in shown}) == 3
@@ -150,7 +154,7 @@ def test_stop_and_go_on(visit):
     pace.gate.set()
     visitor.until(lambda: "decode" not in {thread.name for thread in threading.enumerate()})
     assert pace.calls < 20  # of some sixty
-    assert not visitor.atomic_write()
+    assert not visitor.whole_answer()
     assert visitor.answer()
 
 
@@ -172,7 +176,7 @@ def test_compare(visit):
     visitor.set_threshold(1)
     visitor.tab("Compare")
     visitor.press("compare")
-    visitor.until(lambda: "with judge" in visitor.find("#told")[0].text)
+    visitor.until(lambda: "with judge" in visitor.find("#summary")[0].text)
     lossless, ruled = visitor.tokens("lossless"), visitor.tokens("ruled")
     assert lossless != ruled
     assert len({colour for _, colour in ruled}) == 2  # some differs, some does not
@@ -204,5 +208,5 @@ def test_markup_of_the_model_stays_text(browser, launched, tokenizer):
     assert "<img class='evil' src='x'>" in visitor.find("#judged")[0].text
     visitor.tab("Compare")
     visitor.press("compare")
-    visitor.until(lambda: "with judge" in visitor.find("#told")[0].text)
+    visitor.until(lambda: "with judge" in visitor.find("#summary")[0].text)
     assert not visitor.find(".evil")

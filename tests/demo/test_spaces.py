@@ -36,9 +36,9 @@ def test_retention_is_the_mean_of_categories(measurement):
         scores=[1, 0, 0.3],
         reference_scores=[1, 1, 0.4],
     )
-    assert found["agreement"] == [1, 1, 1]
+    assert found["agreement"] == (1, 1, 1)
     assert found["retention_by_category"]["maths"][0] == pytest.approx(0.5)
-    assert found["retention_by_category"]["text"] == pytest.approx([0.75] * 3)
+    assert found["retention_by_category"]["text"] == pytest.approx((0.75,) * 3)
     assert found["retention"][0] == pytest.approx((0.5 + 0.75) / 2)
 
 
