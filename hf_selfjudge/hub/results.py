@@ -63,27 +63,24 @@ def add_results(
 def _bench_results(bench: Path, weights: str) -> dict[str, Any]:
     """What a card shows of a bench: everything but the other judges that it compared."""
     quality = read_quality(bench)
-    if "comparisons_unchanged" not in quality:
+    if not all("judge" in row for row in quality["settings"]):
         raise ValueError(
             f"`bench`: {bench} was summarised by an earlier version. Run its `hf-selfjudge bench` again: the "
             "answers are kept."
         )
     family = family_in(quality, weights, bench)
-    other_judges = {*quality["judges"]} - {family}
-
-    def is_shown(name: str) -> bool:
-        return name.removeprefix("coin like ") not in other_judges
-
+    # Every row names the judge that its method is or imitates, if any.
+    shown = {row["family"] for row in quality["settings"] if row["judge"] in (None, family)}
     return {
         **{key: quality[key] for key in ("heading", "prompts", "categories", "dataset")},
         "family": family,
         "settings": [
             {key: row[key] for key in COLUMNS} | {"task": row["measures"].get("task")}
             for row in quality["settings"]
-            if is_shown(row["family"])
+            if row["family"] in shown
         ],
         **{
-            key: [row for row in quality[key] if row["first"] == family and is_shown(row["second"])]
+            key: [row for row in quality[key] if row["first"] == family and row["second"] in shown]
             for key in ("comparisons", "comparisons_unchanged")
         },
     }
