@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -65,12 +65,8 @@ class AnswerRecord:
 
     @classmethod
     def from_row(cls, row: dict) -> AnswerRecord:
-        """What [`row`] wrote."""
+        """From a line of the file: `asdict` of a record."""
         return cls(**row | {"stats": Stats(**row["stats"])})
-
-    def row(self) -> dict:
-        """For a file of JSON lines."""
-        return asdict(self)
 
     @property
     def key(self) -> tuple[str, str, int]:

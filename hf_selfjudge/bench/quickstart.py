@@ -5,6 +5,7 @@ In: a pair, prompts, a judge. Out: answers, and their figures as numbers and for
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -69,34 +70,28 @@ def run_quickstart(
     Raises:
         TooLong, ValueError: See [`decode`].
     """
-    arguments = () if threshold is None else (threshold,)
-    judged = Method("judge", arguments, judge="judge")
+    judged = Method("judge", () if threshold is None else (threshold,), judge="judge")
     names = {Method("greedy"): "greedy", Method("stock"): "assisted", judged: "judged"}
-    drafts = {}
-    if int8_draft is not None:
-        names[replace(judged, draft="int8")], drafts = "judged, int8 draft", {"int8": int8_draft}
-    by_name = {method.name: name for method, name in names.items()}
+    drafts = {} if int8_draft is None else {"int8": int8_draft}
+    names |= {replace(judged, draft=draft): f"judged, {draft} draft" for draft in drafts}
+    by_method = {method.name: name for method, name in names.items()}
     by_id = {prompt.id: prompt for prompt in prompts}
-    answers: dict[tuple[str, str], AnswerRecord] = {}
+    of_prompt: dict[str, AnswerRecord] = {}  # decoded in another order for each prompt
+
+    @functools.cache  # decodings often give the same text
+    def logprob(prompt_id: str, tokens: tuple[int, ...]) -> float:
+        return answer_logprob(pair, by_id[prompt_id], tokens)
 
     def finish(record: AnswerRecord) -> None:
-        record.method = by_name[record.method]
-        answers[record.prompt, record.method] = record
-        of_prompt = [answers[record.prompt, name] for name in names.values() if (record.prompt, name) in answers]
+        record.method, record.logprob = by_method[record.method], logprob(record.prompt, tuple(record.tokens))
+        of_prompt[record.method] = record
         if len(of_prompt) == len(names):
-            logprobs: dict[tuple[int, ...], float] = {}  # decodings often give the same text
-            for each in of_prompt:
-                tokens = tuple(each.tokens)
-                if tokens not in logprobs:
-                    logprobs[tokens] = answer_logprob(pair, by_id[record.prompt], each.tokens)
-                each.logprob = logprobs[tokens]
             if on_prompt is not None:
-                on_prompt(of_prompt)
+                on_prompt([of_prompt[name] for name in names.values()])
+            of_prompt.clear()
 
     config = BenchConfig("timing", max_new_tokens, draft_length)
-    decode(pair, prompts, [*names], {"judge": judge}, config, drafts=drafts, on_answer=finish)
-    prompt_ids = dict.fromkeys(prompt for prompt, _ in answers)
-    return [answers[prompt, name] for prompt, name in itertools.product(prompt_ids, names.values())]
+    return decode(pair, prompts, [*names], {"judge": judge}, config, drafts=drafts, on_answer=finish)
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def decode(
 
         def keep(record: AnswerRecord) -> None:
             if log is not None:
-                log.add(record.row())
+                log.add(asdict(record))
             done[record.key] = record
             progress.advance(bar)
             if on_answer is not None:

@@ -141,7 +141,7 @@ def test_accepted_share():
     assert accepted_share([with_counts(judged=0, asked=0)]) == 0
 
 
-@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("lookup", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_a_coin_that_always_says_yes_accepts_all_it_is_asked(pair, tmp_path, lookup):
     """Mismatches with a special token and rounds without a draft do not count: the rule has no say there."""
     pair = Pair(pair.target, None, pair.tokenizer) if lookup else pair
@@ -195,11 +195,14 @@ def test_answers_of_others_are_refused(pair, tmp_path):
 
 
 def test_timing(pair, tmp_path):
-    config = BenchConfig("timing", max_new_tokens=24, repeats=2)
+    config, rules = (
+        BenchConfig("timing", max_new_tokens=24, repeats=2),
+        ["draft", "ensemble=0.5", "judge:j=0.5", "coin"],
+    )
     with pytest.raises(ValueError, match="how often judge:j=0.5 accepts is not known here yet"):
-        bench(pair, tmp_path, RULES, config)
-    _, _, quality = bench(pair, tmp_path)
-    _, _, records = bench(pair, tmp_path, RULES, config)
+        bench(pair, tmp_path, rules, config)
+    methods, _, quality = bench(pair, tmp_path, rules)
+    _, _, records = bench(pair, tmp_path, rules, config)
     assert len(records) == 2 * len(quality)
     assert all(record.seconds > 0 for record in records)
 
@@ -209,7 +212,7 @@ def test_timing(pair, tmp_path):
     assert [measured(record) for record in records] == [measured(record) for record in quality] * 2
     assert [record.stats.judged for record in records] == [record.stats.judged for record in quality] * 2
     order = [json.loads(line)["method"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
-    first, second = (order[i * 14 : i * 14 + 14] for i in (0, 1))
+    first, second = (order[i * len(methods) : (i + 1) * len(methods)] for i in (0, 1))
     assert second == [*first[1:], first[0]]
 
 
@@ -267,7 +270,7 @@ def test_the_context_of_a_draft_that_answers_alone_counts_too(pair, tmp_path):
         assert len(records) == len(answered) * len(methods)
 
 
-@pytest.mark.parametrize("mode", ["quality", "timing"])
+@pytest.mark.parametrize("mode", ["quality", pytest.param("timing", marks=pytest.mark.heavy)])
 def test_answers_are_greedy_whatever_the_models_own_config_says(pair, tmp_path, mode):
     target = copy.copy(pair.target)
     target.generation_config = copy.deepcopy(target.generation_config)
