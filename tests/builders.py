@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,10 +24,13 @@ from transformers import (
 )
 
 from hf_selfjudge import Judge
+from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.judge.card import write_card
 from hf_selfjudge.judge.features import SCALARS
 from hf_selfjudge.judge.info import JudgeInfo
 from hf_selfjudge.judge.lora import Adapter
+from hf_selfjudge.mining.config import MiningConfig
+from hf_selfjudge.mining.labels import ANSWER_FEATURES, join_answers, labels_features
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.through_model import adapter_of
 
@@ -204,3 +208,39 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+# Small enough to mine in a second.
+MINING = MiningConfig(
+    max_new_tokens=24, top=2, floor=0.0, per_answer=8, rewrites=3, window=5, shard=2, answer_batch=2,
+    answers_at_once=2, forward_tokens=16,
+)  # fmt: skip
+PROMPTS = [Prompt("a", "why is it so?"), Prompt("b", "how many?", check="number"), Prompt("c", "x + y = z, is it?")]
+
+
+def midway_judge(target: torch.nn.Module, layer: int = 1) -> Judge:
+    """A judge of what enters a layer."""
+    judge = random_judge(target)
+    judge.info = replace(judge.info, layer=layer)
+    return judge
+
+
+def greedy(target: torch.nn.Module, ids: torch.LongTensor, limit: int) -> list[int]:
+    """How stock `generate` goes on behind tokens of shape `(length,)`."""
+    if limit == 0:
+        return []
+    out = target.generate(
+        ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=limit, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def labels_dataset(answers: list[dict], rows: list[dict], hidden_size: int, **record) -> datasets.Dataset:
+    """Labels as `load_labels` gives them, of rows of answers and of substitutions, and how they were mined."""
+    tables = []
+    for part, features in ((rows, labels_features(hidden_size)), (answers, ANSWER_FEATURES)):
+        columns = {name: [row.get(name) for row in part] for name in features}
+        tables.append(datasets.Dataset.from_dict(columns, features=features))
+    pair = {"target": "tiny/llama", "target_fingerprint": "f" * 16, "draft": "tiny/llama-draft", "layer": None}
+    sizes = {"hidden_size": hidden_size, "vocab_size": VOCAB, "special_tokens": [1]}
+    return join_answers(tables[0], tables[1].data.table, {"source": "labels", **pair, **sizes, **record})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
@@ -20,6 +21,7 @@ from .tap import ForwardTap, LayerInput
 # Keys and values of each layer, `(heads, length, head_dim)`.
 Keys = list[tuple[torch.Tensor, torch.Tensor]]
 
+_packing: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what `packs` found
 TRUNK, DEAD = -1, -2  # owners of cache slots that belong to no branch
 
 
@@ -205,13 +207,19 @@ def additive_masks(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-@torch.no_grad()
 def packs(model: PreTrainedModel) -> bool:
     """
-    Whether branches of this model can be packed, by trying it: two branches of a short text, the later one fed first,
-    against the same tokens without a cache. Positions that a model takes from the order of its cache (ALiBi), states
-    that are no keys and values, and attention that takes no mask show here.
+    Whether branches of this model can be packed, by trying it once: two branches of a short text, the later one fed
+    first, against the same tokens without a cache. It fails for positions that a model takes from the order of its
+    cache (ALiBi), states that are not keys and values, and attention that takes no mask.
     """
+    if model not in _packing:
+        _packing[model] = _try_packing(model)
+    return _packing[model]
+
+
+@torch.no_grad()
+def _try_packing(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     if not attention_windows(config):
         return False

@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import requires
 from pathlib import Path
@@ -19,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from ..judge.card import repo_files
 from ..judge.judge import Judge
 from ..judge.shipped import HUB_CARDS
-from ..mining.labels import load_labels, mining_of, shards_of
+from ..mining.labels import answers_beside, load_labels, read_mining, shards_of
 from ..models.load import fingerprint
 from ..utils.files import json_text, read_text, shipped
 from ..utils.names import is_hub_id, public_mining
@@ -97,8 +98,8 @@ def pull_judge(
 
 def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> CommitInfo:
     """
-    Publish labels as a dataset, a configuration for each folder. `hf-selfjudge train --labels
-    USER/REPO` and `datasets.load_dataset` read it.
+    Publish labels as a dataset with two configurations for each folder, `FOLDER` and `FOLDER-answers`.
+    [`load_labels`] and `datasets.load_dataset` read it.
 
     Args:
         folders (`Sequence[str]`): Written by [`mine`], all of one pair.
@@ -108,19 +109,23 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> Co
         FileNotFoundError, ValueError: If a folder has no labels, or they are of different pairs.
         HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
-    mining, files, parts = mining_of(folders), {}, []
-    for folder, made in zip(map(Path, folders), mining, strict=True):
-        name = folder.resolve().name
-        if name in {part for part, _, _ in parts}:
-            raise ValueError(f"`labels`: two folders are named {name!r}. Rename one of them.")
-        files |= {f"{name}/{path.name}": path for path in shards_of(folder)}
-        made = public_mining(made)
-        del made["shards"]  # not of the file
-        files[f"{name}/mining.json"] = json_text(made).encode()
-        parts.append((name, made, len(load_labels(folder))))
+    folders, files, parts, configs = [Path(folder) for folder in folders], {}, [], []
+    names = [folder.resolve().name for folder in folders]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"`labels`: two folders are named {twice[0]!r}. Rename one of them.")
+    counts = Counter(load_labels(folders)["source"])
+    for name, folder in zip(names, folders, strict=True):
+        for shard in shards_of(folder):
+            files |= {f"{name}/{path.name}": path for path in (answers_beside(shard), shard)}
+        record = public_mining(read_mining(folder))
+        files[f"{name}/mining.json"] = json_text(record).encode()
+        parts.append((name, record, counts[str(folder)]))
+        for kind, end in (("labels", ""), ("answers", "-answers")):
+            path = f"{glob.escape(name)}/{kind}-*.parquet"
+            configs.append({"config_name": f"{name}{end}", "data_files": path})
     data = DatasetCardData(
         license="other",
-        configs=[{"config_name": name, "data_files": f"{glob.escape(name)}/*.parquet"} for name, _, _ in parts],
+        configs=configs,
         tags=["hf_selfjudge", "judge-decoding", "arxiv:2510.02329"],
     )
     card = DatasetCard.from_template(

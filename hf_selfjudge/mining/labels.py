@@ -149,14 +149,15 @@ def _load_folder(source: str, folder: Path) -> datasets.Dataset:
     record, shards = read_mining(folder), shards_of(folder)
     if not shards:
         raise FileNotFoundError(f"`labels`: no labels-*.parquet in {folder}. Make them with `hf-selfjudge mine`.")
-    if not any(pyarrow.parquet.read_metadata(shard).num_rows for shard in shards):
+    filled = [shard for shard in shards if pyarrow.parquet.read_metadata(shard).num_rows]
+    if not filled:
         raise ValueError(
             f"`labels`: {folder} holds no substitution: the draft never differed, or all prompts were too long."
         )
     # What `datasets` makes of them to read them from disk lies beside them, and goes with them.
-    files = [glob.escape(str(shard)) for shard in shards]
+    files = [glob.escape(str(shard)) for shard in filled]
     labels = datasets.Dataset.from_parquet(files, cache_dir=folder / "cache")
-    answers = pyarrow.concat_tables(pyarrow.parquet.read_table(answers_beside(shard)) for shard in shards)
+    answers = pyarrow.concat_tables(pyarrow.parquet.read_table(answers_beside(shard)) for shard in filled)
     count = int(shards[0].stem.rsplit("-", 1)[-1])
     return join_answers(labels, answers, record | {"shards": [len(shards), count], "source": source})
 

@@ -18,8 +18,7 @@ from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.decoding.stats import Stats
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin
-from tests.builders import VOCAB, adapted_judge, adapter, build, perturbed, random_judge
-from tests.mining.test_layers import midway_judge
+from tests.builders import VOCAB, adapted_judge, adapter, build, midway_judge, perturbed, random_judge
 
 
 PROMPTS = [Prompt(f"p{i}", text, "some") for i, text in enumerate(["abc", "what is this", "a", "to be or not"])]

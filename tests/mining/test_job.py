@@ -19,8 +19,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel, MiningConfig, Prompt, load_labels, mine, read_prompts
-from hf_selfjudge.data.prompts import TooLong, encode
+from hf_selfjudge import JudgedModel, MiningConfig, load_labels, mine, read_prompts
+from hf_selfjudge.data.prompts import Prompt, TooLong, encode
 from hf_selfjudge.mining import job as mining
 from hf_selfjudge.mining.answers import read_answers, target_answers
 from hf_selfjudge.mining.job import counts_of, judged_writer
@@ -30,8 +30,8 @@ from hf_selfjudge.mining.substitutions import find_looked_up
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Lossless, Rule
 from hf_selfjudge.utils.names import public_mining
+from tests.architectures import build as build_any
 from tests.builders import MINING, PROMPTS, VOCAB, build, perturbed, shortened, tiny_tokenizer
-from tests.decoding.test_matrix import build as build_any
 
 
 MANY = [Prompt(f"p{i}", "why " * (i % 5 + 1) + f"is {i} so?") for i in range(40)]

@@ -7,14 +7,16 @@ import torch
 from hf_selfjudge import MiningConfig
 from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.judge.features import SCALARS, candidate_scalars
+from hf_selfjudge.mining import labelling
 from hf_selfjudge.mining.answers import Answer, read_answers, target_answers
 from hf_selfjudge.mining.labelling import label_answer, label_row
+from hf_selfjudge.mining.labels import both_answers
 from hf_selfjudge.mining.rewrites import Continuation
 from hf_selfjudge.mining.substitutions import Substitution
+from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.models.tokens import eos_tokens
 from hf_selfjudge.scoring.meaning import final_number
-from tests.builders import VOCAB
-from tests.mining.test_rewrites import greedy
+from tests.builders import VOCAB, greedy
 
 
 CONFIG = MiningConfig(max_new_tokens=24, top=2, floor=0.0, per_answer=10, rewrites=6, window=5)
@@ -26,9 +28,9 @@ def ids_of(count=3):
     return [torch.randint(2, VOCAB, (1, 5 + i), generator=generator) for i in range(count)]
 
 
-def rows_of(target, draft, tokenizer, answer, config=CONFIG, packed=True):
+def rows_of(target, draft, tokenizer, answer, config=CONFIG):
     with torch.no_grad():
-        return label_answer(target, draft, tokenizer, answer, [0, 1], config, packed)
+        return label_answer(target, Pair(target, draft, tokenizer), answer, config)
 
 
 @torch.no_grad()
@@ -47,7 +49,6 @@ def test_rows(pair, tokenizer):
         for row in rows:
             place = answer.prompt_length + row["position"]
             before, guess = logits[place - 1], drafted[place - 1]
-            assert row["own"]
             assert row["token"] == answer.ids[place] != row["substitute"]
             assert row["margin"] == pytest.approx(float(before.max() - before[row["substitute"]]), abs=1e-4)
             assert row["scalars"][SCALARS.index("margin")] == row["margin"] >= 0
@@ -75,10 +76,12 @@ def test_rows(pair, tokenizer):
             )
 
 
-def test_packed_and_unpacked_agree(llama, tokenizer):
+def test_packed_and_unpacked_agree(llama, tokenizer, monkeypatch):
     target, draft = llama
     (answer,) = target_answers(target, PROMPTS[:1], ids_of(1), 24)
-    packed, alone = (rows_of(target, draft, tokenizer, answer, packed=way) for way in (True, False))
+    packed = rows_of(target, draft, tokenizer, answer)
+    monkeypatch.setattr(labelling, "packs", lambda model: False)
+    alone = rows_of(target, draft, tokenizer, answer)
     for a, b in zip(packed, alone, strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
@@ -100,13 +103,14 @@ def test_labels(llama, tokenizer, monkeypatch):
                 # Random code fails its tests before and after, which tells nothing.
                 ended = answer.prompt.check == "number" and answer.finished and row["rewrite_finished"]
                 ends.append(ended)
-                texts = [tokenizer.decode(row[ids]) for ids in ("answer_ids", "rewritten_ids")]
+                answers = both_answers(row | {"answer_ids": answer.tokens.tolist()})
+                assert answers[0] == answer.tokens.tolist()
+                texts = [tokenizer.decode(ids) for ids in answers]
                 known = ended and None not in map(final_number, texts)
                 assert (row["flipped"] is not None) == known
                 assert row["changed"] == (float(row["flipped"]) if known else 1 - row["reconvergence"])
-                assert row["rewritten_ids"][: row["position"]] == row["answer_ids"][: row["position"]]
-                assert row["rewritten_ids"][row["position"]] == row["substitute"]
-                assert row["prompt_ids"] + row["answer_ids"] == answer.ids.tolist()
+                assert answers[1][: row["position"]] == answers[0][: row["position"]]
+                assert answers[1][row["position"]] == row["substitute"]
                 assert row["says_no"] is None
     assert {*ends} == {True, False}
 
@@ -141,13 +145,12 @@ def test_what_a_change_is(check, words, flipped):
     config = MiningConfig(allow_code=True)
     for end, expected in zip((2, 3), flipped, strict=True):
         new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [end], True)
-        row = label_row(None, Speller(*words), new, [0, 1, 2], True, config)
+        row = label_row(None, Speller(*words), new, None, config)
         assert row["flipped"] is expected
         assert row["changed"] == (float(expected) if expected is not None else float(end == 3))
-        assert row["rewritten_ids"] == [0, 1, end]
-    unfinished = label_row(None, Speller(*words), new, [0, 1, 2], False, config)
-    assert unfinished["flipped"] is None
-    assert unfinished["finished"] is False
+        assert (row["original_suffix"], row["rewritten_suffix"]) == (None, [end])
+    answer.finished = False
+    assert label_row(None, Speller(*words), new, None, config)["flipped"] is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipp
     prompt = Prompt("p", "?", check="tests", tests="assert f() == 4")
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, False, True, [], None, None, None)
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], False)
-    row = label_row(None, Speller(*words), new, [0, 1, 2], False, MiningConfig(allow_code=True))
+    row = label_row(None, Speller(*words), new, None, MiningConfig(allow_code=True))
     assert row["flipped"] is flipped
 
 
@@ -171,7 +174,7 @@ def test_code_is_labelled_behind_the_prompts_imports():
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None)
     words = Speller("def f(): ", "return ", "floor(4.5)", "floor(5)")
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], True)
-    assert label_row(None, words, new, [0, 1, 2], True, MiningConfig(allow_code=True))["flipped"] is True
+    assert label_row(None, words, new, None, MiningConfig(allow_code=True))["flipped"] is True
 
 
 @torch.no_grad()
@@ -182,7 +185,6 @@ def test_text_that_is_not_the_targets_own(pair, tokenizer):
     eos, differ = eos_tokens(target), 0
     for answer in read_answers(target, PROMPTS, ids_of(), texts):
         for row in rows_of(target, draft, tokenizer, answer):
-            assert not row["own"]
             place = answer.prompt_length + row["position"]
             assert row["token"] == int(target(answer.ids[None, :place]).logits[0, -1].argmax())
             differ += row["token"] != answer.ids[place]
@@ -200,9 +202,9 @@ def test_text_that_is_not_the_targets_own(pair, tokenizer):
             if "changed" in row:
                 limit = (len(answer.ids) - place - 1) * 5 // 4 + 16
                 own = torch.cat([answer.ids[:place], torch.tensor([row["token"]])])
-                yardstick = [*own[answer.prompt_length :].tolist(), *greedy(target, own, limit)]
-                assert row["answer_ids"] == yardstick
-                assert row["finished"] is False
+                assert row["original_suffix"] == greedy(target, own, limit)
+                whole = [*own[answer.prompt_length :].tolist(), *row["original_suffix"]]
+                assert both_answers(row | {"answer_ids": answer.tokens.tolist()})[0] == whole
                 assert eos == []
     assert differ > 5
 

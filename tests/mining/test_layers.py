@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import concatenate_datasets
@@ -13,23 +14,18 @@ from peft import LoraConfig
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels, mine
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import STATES
+from hf_selfjudge.mining import job, labelling
 from hf_selfjudge.mining.labels import mining_of
 from hf_selfjudge.mining.layers import add_layer_states
 from hf_selfjudge.models.load import fingerprint
+from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.training.initialisation import new_judge
 from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.training.through_model import TargetWithJudge
-from tests.builders import build, perturbed, random_judge
-from tests.mining.test_job import CONFIG, PROMPTS
+from tests.builders import MINING, PROMPTS, build, midway_judge, perturbed
 
 
 LAYER = 1
-
-
-def midway_judge(target):
-    judge = random_judge(target)
-    judge.info = replace(judge.info, layer=LAYER)
-    return judge
 
 
 def states(model, ids):
@@ -39,8 +35,8 @@ def states(model, ids):
     return output.hidden_states[LAYER][0]
 
 
-def mined(target, folder, tokenizer):
-    return mine(target, perturbed(target, 0.05), tokenizer, PROMPTS, CONFIG, folder)
+def mined(target, folder, tokenizer, **options):
+    return mine(Pair(target, perturbed(target, 0.05), tokenizer), PROMPTS, replace(MINING, **options), folder)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
@@ -49,16 +45,43 @@ def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path)
     before = mined(target, folder, tokenizer)
     states(target, [3])  # a target that told its states before is no other
     after = add_layer_states(target, folder, LAYER, tmp_path / "midway", batch=2)
-    assert {*after["layer"]} == {LAYER}
-    after = after.remove_columns("layer")
+    assert [mining_of(labels)["layer"] for labels in (before, after)] == [None, LAYER]
     assert before.features == after.features
-    assert before.remove_columns(STATES).to_dict() == after.remove_columns(STATES).to_dict()
+    others = (*STATES, "source")
+    assert before.remove_columns(others).to_dict() == after.remove_columns(others).to_dict()
     for row in after:
         text = [*row["prompt_ids"], *row["answer_ids"][: row["position"]], row["substitute"]]
         expected = states(target, text)[-2:].half().numpy()
         found = np.array([row[name] for name in STATES])
         np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
     assert not np.allclose(before["hidden_after"][:], after["hidden_after"][:], atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_states_of_a_layer_are_mined_at_once(architecture, tokenizer, tmp_path):
+    """The same labels as with `add_layer_states` afterwards."""
+    target = build(architecture)
+    mined(target, tmp_path / "labels", tokenizer)
+    after = add_layer_states(target, tmp_path / "labels", LAYER, tmp_path / "after")
+    at_once = mined(target, tmp_path / "at-once", tokenizer, layer=LAYER)
+    assert mining_of(at_once)["layer"] == LAYER
+    others = (*STATES, "source")
+    assert at_once.remove_columns(others).to_dict() == after.remove_columns(others).to_dict()
+    for name in STATES:
+        np.testing.assert_allclose(at_once[name][:], after[name][:], atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="`layer` must be above 0 and below 2"):
+        mined(target, tmp_path / "other", tokenizer, layer=2)
+
+
+def test_a_layer_of_a_model_that_does_not_pack(tokenizer, tmp_path, monkeypatch):
+    """Each substitution in a cache of its own gives the same states."""
+    target = build("llama")
+    packed = mined(target, tmp_path / "packed", tokenizer, layer=LAYER)
+    for module in (job, labelling):
+        monkeypatch.setattr(module, "packs", lambda model: False)
+    alone = mined(target, tmp_path / "alone", tokenizer, layer=LAYER)
+    for name in STATES:
+        np.testing.assert_allclose(packed[name][:], alone[name][:], atol=2e-3, rtol=2e-3)
 
 
 def test_a_run_that_was_cut_off_goes_on(llama, tokenizer, tmp_path):
@@ -82,7 +105,7 @@ def test_a_judge_of_these_labels_looks_there(llama, tokenizer, tmp_path):
     mined(target, tmp_path / "labels", tokenizer)
     labels = add_layer_states(target, tmp_path / "labels", LAYER, folder)
     args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=3, use_cpu=True, disable_tqdm=True)
-    trainer = JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=labels)
+    trainer = JudgeTrainer(new_judge(mining_of(labels), args), args, train_dataset=labels)
     trainer.train()
     trainer.save_model()
     judge = Judge.from_pretrained(tmp_path / "judge")
@@ -134,7 +157,7 @@ def test_a_shard_without_substitutions_is_kept(llama, tokenizer, tmp_path):
     target, folder = llama[0], tmp_path / "labels"
     rows = mined(target, folder, tokenizer)
     first = min(folder.glob("labels-*.parquet"))
-    rows.select([]).to_parquet(first)
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(first).slice(0, 0), first)
     left = add_layer_states(target, folder, LAYER, tmp_path / "midway")
     assert 0 < len(left) == len(load_labels(folder)) < len(rows)
 
@@ -148,7 +171,9 @@ def test_states_too_large_for_the_file_are_refused(llama, tokenizer, tmp_path):
     (tmp_path / "labels" / "mining.json").write_text(json.dumps(made | {"target_fingerprint": fingerprint(target)}))
     with pytest.raises(ValueError, match="`layer`: what enters layer 1 is too large for fp16"):
         add_layer_states(target, tmp_path / "labels", LAYER, tmp_path / "midway")
-    assert not [*(tmp_path / "midway").glob("*.parquet")]
+    with pytest.raises(ValueError, match="`layer`: what enters layer 1 is too large for fp16"):
+        mined(target, tmp_path / "at-once", tokenizer, layer=LAYER)
+    assert not [*(tmp_path / "midway").glob("*.parquet"), *(tmp_path / "at-once").glob("*.parquet")]
 
 
 def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
@@ -167,8 +192,8 @@ def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
     assert not (tmp_path / "midway").exists()
     add_layer_states(target, folder, LAYER, tmp_path / "midway")
     with pytest.raises(ValueError, match=r"different models or layers \(layer: None and 1\)"):
-        mining_of([folder, tmp_path / "midway"])
-    with pytest.raises(ValueError, match=r"made with other settings \(layer: 1 there, None now\)"):
+        load_labels([folder, tmp_path / "midway"])
+    with pytest.raises(ValueError, match=r"made with other settings \(layer: 1 there, None now"):
         mined(target, tmp_path / "midway", tokenizer)
 
 
@@ -177,13 +202,13 @@ def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
     last = mined(target, folder, tokenizer)
     rows = add_layer_states(target, folder, LAYER, midway)
     args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=1, use_cpu=True, disable_tqdm=True)
-    for labels, other in ((rows, folder), (last, midway)):
+    for labels, other in ((rows, last), (last, rows)):
         with pytest.raises(ValueError, match="The labels have hidden states of layer"):
-            JudgeTrainer(new_judge(mining_of([other])[0], args), args, train_dataset=labels)
+            JudgeTrainer(new_judge(mining_of(other), args), args, train_dataset=labels)
     with pytest.raises(ValueError, match="The labels have hidden states of layer None, the judge looks at layer 1"):
-        JudgeTrainer(new_judge(mining_of([midway])[0], args), args, train_dataset=rows, eval_dataset=last)
-    with pytest.raises(ValueError, match=r"hidden states of different layers \(\[None, 1\]\)"):
-        JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=concatenate_datasets([last, rows]))
+        JudgeTrainer(new_judge(mining_of(rows), args), args, train_dataset=rows, eval_dataset=last)
+    with pytest.raises(ValueError, match=r"different models or layers \(layer: None and 1\)"):
+        JudgeTrainer(new_judge(mining_of(last), args), args, train_dataset=concatenate_datasets([last, rows]))
     made = JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer)
     assert made.judge.info.layer == LAYER
     adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
@@ -196,10 +221,13 @@ def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": 0}, "layer is 0, no number of layers"),
+        ({"layer": 0}, "layer is 0, not the number of a layer"),
         ({"depth": 1}, "this version of hf_selfjudge does not know depth"),
-        ({"layer": True}, "layer is True, no number of layers"),
-        ({"layer": 1, "adapter": True}, "it has an adapter, which is for the last states, and looks at layer 1"),
+        ({"layer": True}, "layer is True, not the number of a layer"),
+        (
+            {"layer": 1, "adapter": True},
+            "it has an adapter, .* and uses layer 1",
+        ),
     ],
 )
 def test_a_damaged_config_is_refused(change, message, tmp_path):

@@ -2,31 +2,30 @@
 
 import io
 
-import datasets
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from hf_selfjudge.mining.labels import CHEAP_SCORES, features_of
+from hf_selfjudge.mining.labels import CHEAP_SCORES
 from hf_selfjudge.mining.report import (
-    Labels,
-    correlations,
-    distributions,
-    distributions_table,
+    LabelColumns,
+    change_rates,
     examples,
     in_context,
-    plot,
-    predictors,
-    predictors_table,
-    rates,
+    plot_scores,
+    predictions_table,
+    quantiles_table,
     rates_table,
+    score_correlations,
+    score_predictions,
+    score_quantiles,
     token_kind,
 )
-from hf_selfjudge.training.evaluation import HeldOutConfig
+from tests.builders import labels_dataset
 
 
-CONFIG = HeldOutConfig(resamples=50)
+RESAMPLES = 50
 
 
 def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category="maths", kind="mismatch"):
@@ -37,7 +36,7 @@ def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category
         "prompt_id": prompt, "category": category, "check": "number" if flipped is not None else "text",
         "kind": kind, "position": 1, "token": token, "substitute": 3, "draft_rank": 0, "mismatches": 1,
         "prompt_ids": [2, 3], "answer_ids": [4, token, 5], "own": True, "finished": True,
-        "rewritten_ids": [4, 3, 6] if lost is not None else None, "rewrite_finished": lost is not None or None,
+        "rewritten_suffix": [6] if lost is not None else None, "rewrite_finished": lost is not None or None,
         "flipped": flipped, "changed": changed, "says_no": None, "draft_logprob": -1.0,
         "reconvergence": None if lost is None else 1 - lost,
         **dict.fromkeys(CHEAP_SCORES, score), "scalars": [score] * 7, "hidden_before": hidden[0],
@@ -46,8 +45,8 @@ def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category
 
 
 def labels_of(rows, tokenizer):
-    table = {name: [r[name] for r in rows] for name in features_of(4)}
-    return Labels.of(datasets.Dataset.from_dict(table, features=features_of(4)), tokenizer)
+    rows = [row | {"answer": number} for number, row in enumerate(rows)]
+    return LabelColumns.of(labels_dataset(rows, rows, 4), tokenizer)
 
 
 @pytest.fixture
@@ -61,40 +60,36 @@ def mixed(tokenizer):
 
 
 def test_rates(mixed):
-    maths, text = rates(mixed, "category", CONFIG)
+    maths, text = change_rates(mixed, "category", RESAMPLES)
     assert (maths["category"], maths["substitutions"], maths["rewritten"], maths["checked"]) == ("maths", 80, 80, 80)
-    assert maths["changed"] == [0.25, 0.25, 0.25]
+    assert maths["changed"] == (0.25, 0.25, 0.25)
     assert maths["lost"][0] == pytest.approx(0.375)
     assert (text["substitutions"], text["rewritten"], text["checked"], text["changed"]) == (81, 80, 0, None)
-    assert [r["kind"] for r in rates(mixed, "kind", CONFIG)] == ["alternative", "mismatch"]
+    assert [r["kind"] for r in change_rates(mixed, "kind", RESAMPLES)] == ["alternative", "mismatch"]
 
 
 def test_predictors(mixed):
     """Higher is worse; what is accepted is counted among the rows where the answer is known."""
-    for found in predictors(mixed, CONFIG):
+    for found in score_predictions(mixed, RESAMPLES):
         if found["score"] in CHEAP_SCORES:
             assert found["auc"][0] == 1.0
             assert found["changed_among_accepted"] == 0.0
             assert found["lost_among_accepted"] < 0.375
             assert found["correlation"][0] > 0
-    names = [found["score"] for found in predictors(mixed, CONFIG)]
-    assert "logistic regression, scalars" in names
-    assert sum("hidden" in name for name in names) == 2
 
 
-def test_too_little_to_fit(tokenizer):
+def test_one_change_and_none(tokenizer):
     rows = [row(i, f"m{i}", flipped=i == 0, lost=float(i == 0), score=float(i)) for i in range(12)]
-    found = predictors(labels_of(rows, tokenizer), CONFIG)
-    assert not any("logistic" in line["score"] for line in found)
+    found = score_predictions(labels_of(rows, tokenizer), RESAMPLES)
     assert found[0]["auc"][0] == 0.0  # the one that changed has the lowest score
-    assert predictors(labels_of([row(0, "m")], tokenizer), CONFIG) == []
+    assert score_predictions(labels_of([row(0, "m")], tokenizer), RESAMPLES) == []
 
 
-def test_correlations_and_distributions(mixed):
-    names, matrix = correlations(mixed)
+def test_correlations_and_score_quantiles(mixed):
+    names, matrix = score_correlations(mixed)
     assert matrix[names.index("margin"), names.index("confidence")] == pytest.approx(1)
     assert matrix[names.index("margin"), names.index("flipped")] > 0.7
-    maths, text = distributions(mixed, "category")
+    maths, text = score_quantiles(mixed, "category")
     assert maths["margin"] == pytest.approx([0, 1.5, 3])
     assert text["margin"][0] > 5
 
@@ -114,9 +109,9 @@ def test_examples_in_context(mixed, tokenizer):
 
 def test_tables(mixed):
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(rates_table(rates(mixed, "category", CONFIG), "category"))
-    console.print(distributions_table(distributions(mixed, "replaced"), "replaced"))
-    console.print(predictors_table(predictors(mixed, CONFIG)))
+    console.print(rates_table(change_rates(mixed, "category", RESAMPLES), "category"))
+    console.print(quantiles_table(score_quantiles(mixed, "replaced"), "replaced"))
+    console.print(predictions_table(score_predictions(mixed, RESAMPLES)))
     text = console.export_text()
     assert "0.250 [0.250, 0.250]" in text
     assert "token replaced" in text
@@ -129,7 +124,7 @@ def test_pieces_in_context(byte_decoder):
     place = len(byte_decoder("the sky 😀")["input_ids"]) - 1  # the last part of the character
     other = byte_decoder("the sky 😁 was")["input_ids"]
     made = row(0, "p", flipped=True, lost=1.0, token=ids[place]) | {
-        "answer_ids": ids, "rewritten_ids": other, "position": place, "substitute": other[place],
+        "answer_ids": ids, "rewritten_suffix": other[place + 1 :], "position": place, "substitute": other[place],
     }  # fmt: skip
     labels = labels_of([made], byte_decoder)
     text = in_context(labels, 0, byte_decoder).plain
@@ -139,7 +134,10 @@ def test_pieces_in_context(byte_decoder):
 
 def test_long_answers_in_context(tokenizer):
     answer = tokenizer("x" * 30 + "abc" + "y" * 30)["input_ids"]
-    made = row(0, "p", lost=1.0) | {"answer_ids": answer, "rewritten_ids": answer, "position": 31}
+    made = row(0, "p", lost=1.0) | {
+        "answer_ids": answer, "rewritten_suffix": answer[32:], "position": 31, "token": answer[31],
+        "substitute": answer[31],
+    }  # fmt: skip
     lines = in_context(labels_of([made], tokenizer), 0, tokenizer).plain.splitlines()
     assert lines[1] == "  … " + "x" * 23 + "a "
     assert lines[2] == "  target bc" + "y" * 23 + " …"
@@ -151,8 +149,8 @@ def test_categories_are_text(tokenizer, tmp_path):
     rows = [row(i, f"p{i}-[b]", lost=0.5, score=float(i % 7), category=name) for name in names for i in range(30)]
     made = labels_of(rows, tokenizer)
     for console in (Console(width=300, file=io.StringIO()), Console(width=300, file=io.StringIO(), markup=False)):
-        console.print(rates_table(rates(made, "category", CONFIG), "category"))
-        console.print(distributions_table(distributions(made, "category"), "category"))
+        console.print(rates_table(change_rates(made, "category", RESAMPLES), "category"))
+        console.print(quantiles_table(score_quantiles(made, "category"), "category"))
         console.print(in_context(made, 0, tokenizer))
         text = console.file.getvalue()
         assert "[/INST] follow, p0-[b]" in text
@@ -170,7 +168,7 @@ def test_categories_are_text(tokenizer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         draw = Axes.legend
         patch.setattr(Axes, "legend", watched)
-        plot(made, tmp_path / "p.png")
+        plot_scores(made, tmp_path / "p.png")
     assert len(drawn[0]) == len(names)
 
 

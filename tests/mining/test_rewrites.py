@@ -6,11 +6,11 @@ import torch
 from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.forward.lockstep import Tally, run_in_lockstep
 from hf_selfjudge.mining.answers import read_answers, target_answers
-from hf_selfjudge.mining.rewrites import follow
+from hf_selfjudge.mining.rewrites import continue_substitutions
 from hf_selfjudge.mining.substitutions import find_substitutions, sample
 from hf_selfjudge.models.attention import share_keys, takes_end_to_end
 from hf_selfjudge.models.tokens import eos_tokens
-from tests.builders import VOCAB, build, perturbed
+from tests.builders import VOCAB, build, greedy, perturbed
 
 
 NEW, TOP, FLOOR, RUNNERS = 40, 3, 0.01, 2
@@ -35,15 +35,6 @@ def case(request):
     answers = target_answers(target, PROMPTS, ids_of(), NEW, RUNNERS)
     found = [sample(find_substitutions(draft, a, [0, 1], TOP, FLOOR, RUNNERS), 12, 0, a.prompt.id) for a in answers]
     return target, draft, answers, found
-
-
-def greedy(target, ids, limit):
-    if limit == 0:
-        return []
-    out = target.generate(
-        ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=limit, do_sample=False, pad_token_id=0
-    )
-    return out[0, len(ids) :].tolist()
 
 
 def test_answers_are_plain_greedy(case):
@@ -109,7 +100,7 @@ def test_followed_is_what_the_target_does_alone(case, window, room, packed):
 
     def run(model, answer, substitutions):
         half = [i % 2 == 0 for i in range(len(substitutions))]
-        return list(follow(model, answer, substitutions, half, eos, window, room, packed))
+        return list(continue_substitutions(model, answer, substitutions, half, window, room, packed))
 
     tally = Tally()
     calls = [lambda model, item=item: run(model, *item) for item in zip(answers, found, strict=True)]
@@ -146,8 +137,8 @@ def test_the_targets_own_token_changes_nothing(case):
     """The control: substituting a token by itself gives the original answer back."""
     target, _, answers, found = case
     for answer, substitutions in zip(answers, found, strict=True):
-        own = [s.own() for s in substitutions]
-        for new in follow(target, answer, own, [True] * len(own), eos_tokens(target), 8, 16):
+        own = [s.by_the_choice() for s in substitutions]
+        for new in continue_substitutions(target, answer, own, [True] * len(own), 8, 16):
             left = answer.tokens[new.substitution.position + 1 :].tolist()
             assert new.rewrite[: len(left)] == left
             torch.testing.assert_close(new.best, new.logprobs)
@@ -158,7 +149,7 @@ def test_a_rewrite_ends_with_the_context():
     target.config.n_positions = 24
     (answer,) = target_answers(target, PROMPTS[:1], ids_of()[:1], 16)
     found = find_substitutions(perturbed(target, 0.3), answer, [], 2, 0.0, 0)
-    for new in follow(target, answer, found, [True] * len(found), [], 4, 16):
+    for new in continue_substitutions(target, answer, found, [True] * len(found), 4, 16):
         assert answer.prompt_length + new.substitution.position + 1 + len(new.rewrite) <= 24
 
 
