@@ -1,6 +1,7 @@
 """Tiny random models, tokenizers and judges, built from a config and a seed: nothing is downloaded."""
 
 import copy
+import json
 import string
 import threading
 import time
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,14 +25,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hf_selfjudge import Judge
+from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer
 from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.judge.card import write_card
-from hf_selfjudge.judge.features import SCALARS
+from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.judge.info import JudgeInfo
 from hf_selfjudge.judge.lora import Adapter
 from hf_selfjudge.mining.config import MiningConfig
-from hf_selfjudge.mining.labels import ANSWER_FEATURES, join_answers, labels_features
+from hf_selfjudge.mining.labels import ANSWER_FEATURES, FORMAT, join_answers, labels_features, shard_path, write_shard
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.through_model import adapter_of
 
@@ -244,3 +246,128 @@ def labels_dataset(answers: list[dict], rows: list[dict], hidden_size: int, **re
     pair = {"target": "tiny/llama", "target_fingerprint": "f" * 16, "draft": "tiny/llama-draft", "layer": None}
     sizes = {"hidden_size": hidden_size, "vocab_size": VOCAB, "special_tokens": [1]}
     return join_answers(tables[0], tables[1].data.table, {"source": "labels", **pair, **sizes, **record})
+
+
+# Labels and judges trained on them -------------------------------------------------------------------------------
+
+LABELS_HIDDEN = 24  # of `write_labels`
+MINING_RECORD = {
+    **{"format": FORMAT, "target": "tiny/llama", "target_fingerprint": "f" * 16, "draft": "tiny/draft"},
+    **{"draft_fingerprint": "e" * 16, "layer": None, "hidden_size": LABELS_HIDDEN, "vocab_size": VOCAB},
+    **{"special_tokens": [1], "dtype": "float32", "prompts": 40, "prompts_sha256": "0" * 64, "max_new_tokens": 8},
+    **{"per_answer": 6, "seed": 0, "prompts_name": "prompts.jsonl", "answer_batch": 4, "rewrite_batch": 8},
+}
+
+
+def write_labels(folder: Path, prompts: int = 40, target: str = "tiny/llama", seed: int = 0) -> Path:
+    """Meaning changes where the hidden state *before* the token points one way; the margin has no influence."""
+    rng = np.random.default_rng(seed)
+    answers, rows = [], []
+    for prompt in range(prompts):
+        checked = prompt % 2 == 0
+        answers.append(
+            {
+                **{"answer": prompt, "prompt_id": f"{seed}-{prompt}", "category": "-", "own": True, "finished": True},
+                **{"check": "number" if checked else "text", "prompt_ids": [7, 8, 9], "answer_ids": [3, 5]},
+            }
+        )
+        for position in range(6):
+            before, after = rng.normal(size=(2, LABELS_HIDDEN)) * np.linspace(3, 0.1, LABELS_HIDDEN)
+            changed = bool(before[0] + 0.3 * rng.normal() > 3)
+            rows.append(
+                {
+                    **{"answer": prompt, "kind": "mismatch", "draft_rank": 0, "rewrite_finished": True},
+                    **{"margin": 0.0, "likelihood": float(before[0]), "confidence": float(after[0])},
+                    **{"position": position, "token": 3, "substitute": 4, "mismatches": 6},
+                    **{"rewritten_suffix": [5], "flipped": changed if checked else None},
+                    **{"reconvergence": 1 - 0.8 * changed, "changed": float(changed) if checked else 0.8 * changed},
+                    **dict.fromkeys(("draft_logprob", "kl_target_draft", "kl_draft_target"), 0.0),
+                    "scalars": rng.normal(size=len(SCALARS)).tolist(),
+                    "hidden_before": before.astype(np.float16),
+                    "hidden_after": after.astype(np.float16),
+                }
+            )
+    folder.mkdir()
+    write_shard(shard_path(folder, 0, 1), LABELS_HIDDEN, answers, rows, {})
+    (folder / "mining.json").write_text(
+        json.dumps(MINING_RECORD | {"target": target, "prompts": prompts, "seed": seed})
+    )
+    return folder
+
+
+def write_answer_labels(folder: Path, target: torch.nn.Module) -> Path:
+    """Labels of a tiny target whose answers differ, for training through it."""
+    rng, answers, rows = np.random.default_rng(0), [], []
+    for prompt in range(12):
+        tokens = rng.integers(10, 60, 9).tolist()
+        answers.append(
+            {
+                **{"answer": prompt, "prompt_id": str(prompt), "category": "-", "check": "number"},
+                **{"prompt_ids": [7, 8, 9], "answer_ids": tokens[: 7 + prompt % 3]},
+            }
+        )
+        for position in (1, 4, 6):
+            rows.append(
+                {
+                    **{"answer": prompt, "kind": "mismatch", "position": position},
+                    **{"substitute": int(rng.integers(10, 60)), "changed": float(rng.random() < 0.5)},
+                    "scalars": rng.normal(size=len(SCALARS)).tolist(),
+                    **{name: rng.normal(size=HIDDEN).astype(np.float16) for name in STATES},
+                }
+            )
+    folder.mkdir()
+    write_shard(shard_path(folder, 0, 1), HIDDEN, answers, rows, {})
+    record = MINING_RECORD | {"hidden_size": HIDDEN, "target_fingerprint": fingerprint(target), "prompts": 12}
+    (folder / "mining.json").write_text(json.dumps(record))
+    return folder
+
+
+TRAINING = {
+    **{"components": 20, "max_steps": 200, "learning_rate": 0.03, "prior": 1.0},
+    **{"disable_tqdm": True, "use_cpu": True},
+}
+
+
+def training_config(folder: Path, **options) -> JudgeConfig:
+    """Options with which training takes a second."""
+    return JudgeConfig(str(folder), **TRAINING | options)
+
+
+class Padding:
+    """What the trainer reads of a tokenizer."""
+
+    pad_token_id, eos_token_id, all_special_ids, added_tokens_decoder = 0, None, [1], {}
+    model_input_names = ("input_ids",)
+
+
+def lora(**options) -> LoraConfig:
+    modules = ["q_proj", "v_proj"]
+    return LoraConfig(r=4, target_modules=modules, layers_to_transform=[2], layers_pattern="layers", **options)
+
+
+def through(
+    target: torch.nn.Module, answers: datasets.Dataset, folder: Path, peft_config=None, eval_dataset=None, **options
+) -> JudgeTrainer:
+    """A trainer of a judge through a tiny target."""
+    options = {"components": 4, "max_steps": 6, "per_device_train_batch_size": 4} | options
+    return JudgeTrainer(
+        target,
+        training_config(folder, **options),
+        train_dataset=answers,
+        eval_dataset=eval_dataset,
+        processing_class=Padding(),
+        peft_config=peft_config,
+    )
+
+
+# What `hf-selfjudge quickstart --json` writes.
+RESULTS = {
+    **{"pair": "tiny", "prompts": 2, "max_new_tokens": 8, "draft_length": 5, "threshold": 0.3},
+    **{"dtype": "float32", "device": "cpu"},
+    "runs": [
+        {"decoding": name, "judged_share": 0.1}
+        | dict.fromkeys(("tokens_per_second", "seconds_per_answer", "tokens_per_answer"), 2.0)
+        | dict.fromkeys(("tokens_per_round", "agreement", "logprob_per_token"), 1.0)
+        for name in ("greedy", "assisted", "judged")
+    ],
+}

@@ -30,16 +30,14 @@ from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels
 from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.card import read_results
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import folders_of, mining_of, mining_records
+from hf_selfjudge.mining.labels import folders_of, mining_of
 from hf_selfjudge.models.load import fingerprint
-from hf_selfjudge.training.initialisation import new_judge
 from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.utils.names import public_mining
 from hf_selfjudge.utils.text import in_markdown
 from hf_selfjudge.utils.transfer import HubError
-from tests.builders import adapted_judge, adapter, card_of, random_judge
+from tests.builders import RESULTS, adapted_judge, adapter, card_of, random_judge, write_labels
 from tests.hub_server import Fault, Hub
-from tests.training.test_trainer import RESULTS, write_labels
 
 
 REPO = "me/tiny-judge"
@@ -110,7 +108,7 @@ def test_the_trainer_publishes(hub, tmp_path):
     args = JudgeConfig(
         str(tmp_path / "judge"), components=4, max_steps=5, push_to_hub=True, hub_model_id=REPO, disable_tqdm=True
     )
-    judging = JudgeTrainer(new_judge(mining_of(load_labels(labels)), args), args, train_dataset=load_labels(labels))
+    judging = JudgeTrainer(args=args, train_dataset=load_labels(labels))
     judging.train()
     judging.push_to_hub()
     assert same(Judge.from_pretrained(REPO), judging.judge)
@@ -128,13 +126,8 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
         **{"heading": "so it was measured", "prompts": 3, "dataset": "openai/gsm8k", "categories": {}},
         "judges": {"judge:j": fingerprint(judge), "judge:other": "-"},
         "settings": [
-            {"setting": f"{name}=0.5", "family": name, "judge": judge_curve, **row}
-            for name, judge_curve in (
-                ("margin", None),
-                ("judge:j", "judge:j"),
-                ("judge:other", "judge:other"),
-                ("coin like judge:other", "judge:other"),
-            )
+            {"setting": f"{name}=0.5", "family": name, **row}
+            for name in ("margin", "judge:j", "judge:other", "coin like judge:other")
         ],
         "comparisons": [
             {"first": "judge:j", "second": second, "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}
@@ -171,7 +164,7 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     assert not {"curve-gsm8k.png", "results.json"} & hub.files("me/other").keys()
     with pytest.raises(ValueError, match="has no results of this judge"):
         add_results(folder, fingerprint(judge), benches=[bench])
-    del quality["settings"][0]["judge"]
+    del quality["comparisons_unchanged"]
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     with pytest.raises(ValueError, match="by an earlier version"):
         add_results(folder, fingerprint(judge), benches=[bench])
@@ -249,10 +242,9 @@ def test_labels_results_and_spaces(hub, tmp_path):
     folders = [write_labels(tmp_path / "one", seed=0), write_labels(tmp_path / "two", seed=1)]
     push_labels(folders, "me/labels")
     read = folders_of(["me/labels"])
-    assert [*read] == ["me/labels/one", "me/labels/two"]
-    ours, theirs = load_labels(folders), load_labels("me/labels")
-    assert {*theirs["source"]} == {*read}
-    assert ours.remove_columns("source").to_dict() == theirs.remove_columns("source").to_dict()
+    assert [folder.name for folder in read] == ["one", "two"]
+    for ours, theirs in zip(folders, read, strict=True):
+        assert load_labels(ours).to_dict() == load_labels(theirs).to_dict()
     card = hub.files("me/labels", kind="datasets")["README.md"].decode()
     assert "| one | prompts.jsonl | 40 | 240 |" in card
     with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset on the Hub"):
@@ -328,20 +320,14 @@ def bench_of_private(folder, private, judge):
         "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
     }  # fmt: skip
     made = {
-        **{
-            "target": private[0],
-            "draft": private[1],
-            "target_dtype": "float32",
-            "draft_dtype": "float32",
-            "draft_length": 5,
-        },
+        **{"target": private[0], "draft": private[1], "dtype": "float32", "draft_dtype": "float32", "draft_length": 5},
         **{"max_new_tokens": 8, "machine": "x86_64", "versions": {}},
     }
     (folder / "quality.json").write_text(json.dumps(made))
     quality = {
         **{"heading": heading(folder / "quality.json", "p.jsonl", 3), "prompts": 3, "dataset": "openai/gsm8k"},
         **{"judges": {"judge:j": fingerprint(judge)}, "comparisons": [], "comparisons_unchanged": []},
-        **{"settings": [{"setting": "judge:j=0.5", "family": "judge:j", "judge": "judge:j", **row}], "categories": {}},
+        **{"settings": [{"setting": "judge:j=0.5", "family": "judge:j", **row}], "categories": {}},
     }
     quality["heading"] += f" By an earlier version: {private[0]}."
     (folder / "quality-results.json").write_text(json.dumps({"quality": quality}))
@@ -398,9 +384,7 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     assert (made["target"], made["draft"], made["prompts_name"]) == ("./target", "./draft", "./p.jsonl")
     assert "shards" not in made
     # What was fetched is the same as what is here.
-    both = load_labels([labels, "me/labels"])
-    assert [record["source"] for record in mining_records(both)] == [str(labels), "me/labels/labels"]
-    assert mining_of(both)["target"] == private[0]
+    assert len(mining_of([labels, *folders_of(["me/labels"])])) == 2
 
 
 def test_a_judge_of_an_earlier_version_is_published_without_its_paths(hub, private, llama, tmp_path):

@@ -5,12 +5,16 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import DynamicCache
 
-from hf_selfjudge import Judge, JudgedModel
+from hf_selfjudge import Judge, JudgedModel, load_labels
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.judge.lora import Adapter, Replay
-from tests.builders import adapted_judge, adapter, build, perturbed
-from tests.training.test_trainer import answers, lora, through  # noqa: F401
+from tests.builders import adapted_judge, adapter, build, lora, perturbed, through, write_answer_labels
+
+
+@pytest.fixture
+def answers(tmp_path):
+    return load_labels(write_answer_labels(tmp_path / "labels", build("llama", num_hidden_layers=3)))
 
 
 WITH_LAYERS = ["llama", "qwen2", "gemma3"]
@@ -104,7 +108,7 @@ def test_only_the_last_layers_run_again():
     assert replay.decoder.layers[0].self_attn.q_proj.weight is target.model.layers[3].self_attn.q_proj.weight
 
 
-def test_a_trained_adapter_is_an_ordinary_one(answers, tmp_path, prompt):  # noqa: F811
+def test_a_trained_adapter_is_an_ordinary_one(answers, tmp_path, prompt):
     trainer = through(build("llama", num_hidden_layers=3), answers, tmp_path, lora())
     trainer.train()
     trainer.save_model()
@@ -122,7 +126,7 @@ def test_a_trained_adapter_is_an_ordinary_one(answers, tmp_path, prompt):  # noq
     assert trainer.judge.head.weight.any()
 
 
-def test_what_cannot_be_replayed_is_refused(answers, tmp_path):  # noqa: F811
+def test_what_cannot_be_replayed_is_refused(answers, tmp_path):
     target = build("llama")
     lora_adapter = adapter(target)
     for change, message in (

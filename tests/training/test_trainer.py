@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,75 +19,36 @@ from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import features_of, mining_of
+from hf_selfjudge.mining.labels import mining_of, mining_records
 from hf_selfjudge.mining.layers import DataCollatorForJudge, answers_of
 from hf_selfjudge.models.cpu import HalfLinear
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import DRAFT_MODEL, LOOKUP, parse_pair
 from hf_selfjudge.training import script as training
-from hf_selfjudge.training import trainer
-from hf_selfjudge.training.data import DataCollatorForSubstitutions, soft_labels
-from hf_selfjudge.training.evaluation import calibrate, held_out, log_loss, reliability
+from hf_selfjudge.training.data import soft_labels
+from hf_selfjudge.training.evaluation import calibrate, reliability
 from hf_selfjudge.training.initialisation import new_judge
 from hf_selfjudge.training.script import ScriptArguments, main, make_parser
 from hf_selfjudge.training.through_model import TargetWithJudge
-from tests.builders import HIDDEN as TINY
-from tests.builders import build, card_of
-
-
-HIDDEN = 24
-OPTIONS = {
-    "components": 20,
-    "max_steps": 200,
-    "learning_rate": 0.03,
-    "prior": 1.0,
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-
-
-def config(folder, **options):
-    return JudgeConfig(str(folder), **OPTIONS | options)
+from hf_selfjudge.utils.names import public_mining
+from tests.builders import (
+    HIDDEN,
+    LABELS_HIDDEN,
+    RESULTS,
+    TRAINING,
+    Padding,
+    build,
+    card_of,
+    lora,
+    through,
+    write_answer_labels,
+    write_labels,
+)
+from tests.builders import training_config as config
 
 
 def script(*folders, **options):
     return ScriptArguments([str(folder) for folder in folders], **{"resamples": 50} | options)
-
-
-def write_labels(folder, prompts=40, target="tiny/llama", seed=0):
-    """Meaning changes where the hidden state *before* the token points one way; the margin says nothing."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for prompt in range(prompts):
-        for position in range(6):
-            before, after = rng.normal(size=(2, HIDDEN)) * np.linspace(3, 0.1, HIDDEN)
-            changed = bool(before[0] + 0.3 * rng.normal() > 3)
-            checked = prompt % 2 == 0
-            rows.append(
-                {
-                    **{"prompt_id": f"{seed}-{prompt}", "category": "-", "check": "number" if checked else "text"},
-                    **{"kind": "mismatch", "draft_rank": 0, "own": True, "rewrite_finished": True, "says_no": None},
-                    **{"margin": 0.0, "likelihood": float(before[0]), "confidence": float(after[0])},
-                    **{"position": position, "token": 3, "substitute": 4, "mismatches": 6, "finished": True},
-                    "prompt_ids": [7, 8, 9],
-                    **{"answer_ids": [3, 5], "rewritten_ids": [4, 5], "flipped": changed if checked else None},
-                    **{"reconvergence": 1 - 0.8 * changed, "changed": float(changed) if checked else 0.8 * changed},
-                    **dict.fromkeys(("draft_logprob", "kl_target_draft", "kl_draft_target"), 0.0),
-                    "scalars": rng.normal(size=len(SCALARS)).tolist(),
-                    "hidden_before": before.astype(np.float16),
-                    "hidden_after": after.astype(np.float16),
-                }
-            )
-    folder.mkdir()
-    datasets.Dataset.from_list(rows, features=features_of(HIDDEN)).to_parquet(folder / "labels-00000-of-00001.parquet")
-    settings = {
-        **{"target": target, "target_fingerprint": "f" * 16, "draft": "tiny/draft", "draft_fingerprint": "e" * 16},
-        **{"hidden_size": HIDDEN, "vocab_size": 64, "special_tokens": [1], "dtype": "float32", "prompts": prompts},
-        **{"prompts_sha256": "0" * 64, "max_new_tokens": 8, "per_answer": 6, "seed": seed},
-        **{"prompts_name": "prompts.jsonl", "answer_batch": 4, "rewrite_batch": 8},
-    }
-    (folder / "mining.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +85,14 @@ def test_what_was_trained_is_on_disk(fitted):
     }
 
 
+@pytest.mark.heavy
 def test_the_threshold_accepts_the_share_asked_for(fitted, tmp_path):
     folder, judge, _ = fitted
     wide = main(script(folder, accept_share=0.9), config(tmp_path))
     assert 0 < judge.info.threshold.limit < wide.info.threshold.limit < 1
 
 
+@pytest.mark.heavy
 def test_training_again_gives_the_same(fitted, tmp_path):
     folder, judge, _ = fitted
     again = main(script(folder), config(tmp_path))
@@ -151,13 +113,14 @@ def test_features_are_whitened(fitted):
         torch.testing.assert_close(values.std(0), torch.ones(values.shape[1]), atol=1e-2, rtol=0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("looks_at", [{"scalars": ["margin"]}, {"states": ["hidden_after"]}, {"states": []}])
 def test_a_judge_looks_at_what_it_is_told(fitted, tmp_path, looks_at):
     folder, _, _ = fitted
     judge = main(script(folder, resamples=2), config(tmp_path, **looks_at))
     full = {"scalars": list(SCALARS), "states": list(STATES)} | looks_at
     assert judge.head.in_features == len(full["scalars"]) + 20 * len(full["states"])
-    scalars, hidden = torch.randn(5, len(SCALARS)), torch.randn(5, len(STATES), HIDDEN)
+    scalars, hidden = torch.randn(5, len(SCALARS)), torch.randn(5, len(STATES), LABELS_HIDDEN)
     before = Judge.from_pretrained(tmp_path)(scalars, hidden)
     scalars[:, [SCALARS.index(name) for name in SCALARS if name not in full["scalars"]]] += 1
     hidden[:, [STATES.index(name) for name in STATES if name not in full["states"]]] += 1
@@ -180,34 +143,18 @@ def test_labels(fitted, tmp_path):
     assert soft_labels(labels, config(tmp_path, label="likelihood")).mean() == 0.5
     with pytest.raises(ValueError, match="'says_no' is known of no row"):
         JudgeTrainer(
-            new_judge(mining_of([fitted[0]])[0], config(tmp_path)),
-            config(tmp_path, label="says_no"),
+            args=config(tmp_path, label="says_no"),
             train_dataset=labels,
         )
 
 
+@pytest.mark.heavy
 def test_the_published_label_needs_no_rewrite(fitted, tmp_path):
     """SelfJudge's code: logistic regression on the hidden state after the token, `confidence` above a threshold."""
     args = config(tmp_path / "judge", label="confidence", states=["hidden_after"], scalars=["none"])
     judge = main(script(fitted[0]), args)
     assert judge.info.training["held_out"]["mean_label"] == 0.5
     assert "--label confidence --label_threshold" in (tmp_path / "judge/README.md").read_text()
-
-
-def test_categories_left_out(fitted, tmp_path):
-    folder, _, _ = fitted
-    labels = load_labels(folder)
-    half = labels.add_column("half", [int(name.split("-")[1]) % 2 for name in labels["prompt_id"]])
-
-    def fit(rows, args):
-        judging = JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=rows)
-        judging.train()
-        return judging
-
-    odds, part = held_out(half, fit, config(tmp_path), None, by="half")
-    assert np.isfinite(odds).all()
-    np.testing.assert_array_equal(part, half["half"][:])
-    assert log_loss(soft_labels(labels, config(tmp_path)), 1 / (1 + np.exp(-odds))) < 0.6
 
 
 def test_calibration_finds_slope_and_intercept():
@@ -229,51 +176,11 @@ def target():
     return build("llama", num_hidden_layers=3)
 
 
-@pytest.fixture
-def answers():
-    """Labels whose answers differ, in the size of the tiny target."""
-    rng, rows = np.random.default_rng(0), []
-    for prompt in range(12):
-        answer = rng.integers(10, 60, 9).tolist()
-        for position in (1, 4, 6):
-            rows.append(
-                {
-                    **{"prompt_id": str(prompt), "category": "-", "check": "number", "kind": "mismatch"},
-                    **{"prompt_ids": [7, 8, 9], "answer_ids": answer[: 7 + prompt % 3], "position": position},
-                    **{"substitute": int(rng.integers(10, 60)), "changed": float(rng.random() < 0.5)},
-                    "scalars": rng.normal(size=len(SCALARS)).tolist(),
-                    **{name: rng.normal(size=TINY).astype(np.float16) for name in STATES},
-                }
-            )
-    columns = features_of(TINY)
-    table = {name: [row.get(name) for row in rows] for name in columns}
-    return datasets.Dataset.from_dict(table, features=columns)
-
-
-def lora(**options):
-    peft = pytest.importorskip("peft")
-    return peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[2], layers_pattern="layers", **options
-    )
-
-
-def through(target, answers, folder, peft_config=None, eval_dataset=None, **options):
-    options = {"components": 4, "max_steps": 6, "per_device_train_batch_size": 4} | options
-    return JudgeTrainer(
-        target,
-        config(folder, **options),
-        train_dataset=answers,
-        eval_dataset=eval_dataset,
-        processing_class=Tokens(),
-        peft_config=peft_config,
-    )
-
-
-class Tokens:
-    """All that is asked of a tokenizer here."""
-
-    pad_token_id, eos_token_id, all_special_ids, added_tokens_decoder = 0, None, [1], {}
-    model_input_names = ("input_ids",)
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Labels whose answers differ, of the tiny target."""
+    folder = tmp_path_factory.mktemp("answers") / "labels"
+    return load_labels(write_answer_labels(folder, build("llama", num_hidden_layers=3)))
 
 
 def test_every_trainable_parameter_changes_and_every_other_does_not(target, answers, tmp_path):
@@ -317,13 +224,13 @@ def test_resumed_equals_uninterrupted(target, answers, tmp_path, adapter):
 
 def test_substitutes_see_what_they_would_see_alone(target, answers, tmp_path):
     """Packed behind each other, padded, beside other answers: each state is that of the text with the substitute."""
-    judge = trainer._judge_for(target, Tokens(), config(tmp_path, components=4))
+    judge = new_judge(mining_of(answers), config(tmp_path, components=4))
     rows = answers_of(answers, np.array(answers["changed"][:]))
     batch = DataCollatorForJudge(0)([rows[i] for i in range(3)])
     seen = []
     judge.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     TargetWithJudge(target, judge)(**{name: value for name, value in batch.items() if name != "labels"})
-    states = seen[0].view(3, -1, len(STATES), TINY)
+    states = seen[0].view(3, -1, len(STATES), HIDDEN)
     for i in range(3):
         for s, (place, token) in enumerate(zip(rows[i]["places"], rows[i]["substitutes"], strict=True)):
             text, alone = [*rows[i]["input_ids"][:place], token], []
@@ -332,25 +239,21 @@ def test_substitutes_see_what_they_would_see_alone(target, answers, tmp_path):
             torch.testing.assert_close(states[i, s], alone[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("collator", [DataCollatorForJudge, DataCollatorForSubstitutions])
-def test_the_collators_give_what_their_docstrings_say(collator):
-    text = collator.__doc__.replace("```python", "").replace("```", "")
-    result = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, collator.__name__, None, 0))
+def test_the_collator_gives_what_its_docstring_says():
+    text = DataCollatorForJudge.__doc__.replace("```python", "").replace("```", "")
+    result = doctest.DocTestRunner().run(
+        doctest.DocTestParser().get_doctest(text, {}, "DataCollatorForJudge", None, 0)
+    )
     assert result.failed == 0
     assert result.attempted > 3
 
 
-def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
+def test_the_script_trains_an_adapter(tmp_path, monkeypatch):
     """Behind the head, on the same labels; each fold begins with the target as it was."""
     target = build("llama", num_hidden_layers=3)
     before = {name: value.clone() for name, value in target.named_parameters()}
-    monkeypatch.setattr(training, "load_model", lambda reference, dtype: (target, Tokens()))
-    folder = tmp_path / "labels"
-    folder.mkdir()
-    answers.to_parquet(folder / "labels-00000-of-00001.parquet")
-    made = json.loads((write_labels(tmp_path / "other") / "mining.json").read_text())
-    made |= {"hidden_size": TINY, "target_fingerprint": fingerprint(target)}
-    (folder / "mining.json").write_text(json.dumps(made))
+    monkeypatch.setattr(training, "load_model", lambda reference, dtype: (target, Padding()))
+    folder = write_answer_labels(tmp_path / "labels", target)
     options = {"folds": 2, "lora_layers": 2, "lora_r": 2, "lora_epochs": 2.0, "lora_learning_rate": 0.01}
     # What is about text is for the part that reads some.
     of_text = {"activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
@@ -364,11 +267,12 @@ def test_the_script_trains_an_adapter(answers, tmp_path, monkeypatch):
     assert "--lora_layers 2 --lora_learning_rate 0.01 --lora_modules q_proj v_proj --lora_r 2" in (
         tmp_path / "judge/README.md"
     ).read_text().replace("--lora_batch 4 --lora_epochs 2.0 ", "")
-    assert judge.info.training["held_out"]["rows"] == len(answers)
+    assert judge.info.training["held_out"]["rows"] == 36
     for name, value in target.named_parameters():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.heavy
 def test_two_processes_train_what_one_trains(fitted, tmp_path):
     """A launcher shares the batches: a step on twice half of the rows is a step on all."""
     folder, _, _ = fitted
@@ -376,7 +280,7 @@ def test_two_processes_train_what_one_trains(fitted, tmp_path):
     one = main(script(folder, resamples=2), config(tmp_path / "one", per_device_train_batch_size=rows, **options))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     arguments = {"labels": folder, "resamples": 2, "per_device_train_batch_size": rows // 2}
-    arguments = OPTIONS | options | arguments | {"output_dir": tmp_path / "two"}
+    arguments = TRAINING | options | arguments | {"output_dir": tmp_path / "two"}
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     command = [*launcher, "-m", "hf_selfjudge.cli.app", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -387,6 +291,7 @@ def test_two_processes_train_what_one_trains(fitted, tmp_path):
     torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_what_the_card_says_remakes_the_judge(fitted, tmp_path):
     """The options on the card, read by the parser, are those it was trained with."""
     folder, _, _ = fitted
@@ -415,10 +320,11 @@ def test_the_card_says_that_mining_was_stopped(fitted, tmp_path):
     folder, judge, _ = fitted
     stopped = shutil.copytree(folder, tmp_path / "labels", ignore=shutil.ignore_patterns("cache"))
     (stopped / "labels-00000-of-00001.parquet").rename(stopped / "labels-00000-of-00007.parquet")
-    mining = mining_of([stopped])
+    (stopped / "answers-00000-of-00001.parquet").rename(stopped / "answers-00000-of-00007.parquet")
+    mining = mining_records(load_labels(stopped))
     assert (judge.info.training["mining"][0]["shards"], mining[0]["shards"]) == ([1, 1], [1, 7])
     other = copy.deepcopy(judge)
-    other.info = replace(judge.info, training=judge.info.training | {"mining": mining})
+    other.info = replace(judge.info, training=judge.info.training | {"mining": [*map(public_mining, mining)]})
     for each, told in ((judge, 0), (other, 2)):
         card_of(each, tmp_path)
         assert (tmp_path / "README.md").read_text().count("stopped after 1 of 7 shards") == told
@@ -465,7 +371,7 @@ def test_training_anew_forgets_what_was_measured(fitted, tmp_path):
 
 def test_a_target_needs_no_arguments(target, answers, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    judging = JudgeTrainer(target, train_dataset=answers, processing_class=Tokens())
+    judging = JudgeTrainer(target, train_dataset=answers, processing_class=Padding())
     assert judging.args.output_dir == "llama-Judge"
     assert judging.args.per_device_train_batch_size == 4
 
@@ -473,9 +379,7 @@ def test_a_target_needs_no_arguments(target, answers, monkeypatch, tmp_path):
 def test_metrics_are_logged(fitted, tmp_path):
     labels = load_labels(fitted[0])
     args = config(tmp_path, logging_steps=5, eval_strategy="steps", max_steps=10)
-    judging = JudgeTrainer(
-        new_judge(mining_of([fitted[0]])[0], args), args, train_dataset=labels, eval_dataset=labels.select(range(60))
-    )
+    judging = JudgeTrainer(args=args, train_dataset=labels, eval_dataset=labels.select(range(60)))
     judging.train()
     names = ("loss", "accuracy", "accept_rate", "false_accept_rate")
     assert all(name in judging.state.log_history[0] for name in names)
@@ -500,7 +404,7 @@ def on_features(folder, output, rows=range(180), own=None, **options):
     options = {"components": 8, "max_steps": 12, "per_device_train_batch_size": 64} | options
     args = config(output, **options)
     labels = load_labels(folder).select(rows)
-    return JudgeTrainer(new_judge(mining_of([folder])[0], args), args, train_dataset=labels, **(own or {}))
+    return JudgeTrainer(args=args, train_dataset=labels, **(own or {}))
 
 
 STEPWISE = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -519,7 +423,7 @@ STEPWISE = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps",
         ({"parallelism_config": {"tp_size": 2}}, "`parallelism_config` is refused: a judge is small"),
         ({"optim_target_modules": ["head"]}, "`optim_target_modules` is refused"),
         ({"optim": "schedule_free_adamw"}, "`optim` is refused"),
-        ({"optim_args": "momentum=0.9"}, "`optim_args` is refused: adamw_torch.* does not look at it"),
+        ({"optim_args": "momentum=0.9"}, "`optim_args` is refused: adamw_torch.* takes none"),
         ({"length_column_name": "tokens"}, "`length_column_name` is refused"),
         ({"activation_checkpointing": True}, "`activation_checkpointing` is refused: on mined features"),
         (
@@ -636,7 +540,7 @@ def test_a_launcher_cannot_shard_a_judge(fitted, tmp_path, monkeypatch):
 
 def test_labels_that_tell_nothing_are_refused(fitted, tmp_path):
     labels = load_labels(fitted[0])
-    judge = new_judge(mining_of([fitted[0]])[0], config(tmp_path))
+    judge = new_judge(mining_of(load_labels(fitted[0])), config(tmp_path))
     same = np.flatnonzero(np.array(labels["changed"][:]) == 0)
     with pytest.raises(ValueError, match=r"`label`: it is 0 in all \d+ rows"):
         JudgeTrainer(judge, config(tmp_path), train_dataset=labels.select(same))
@@ -649,7 +553,7 @@ def test_an_optimizer_must_be_of_what_is_trained(fitted, tmp_path):
     with pytest.raises(ValueError, match="`optimizers`: head.weight is to be trained"):
         on_features(fitted[0], tmp_path, own={"optimizers": (other, None)})
     args = config(tmp_path, max_steps=2)
-    judge = new_judge(mining_of([fitted[0]])[0], args)
+    judge = new_judge(mining_of(load_labels(fitted[0])), args)
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.1)
     judging = JudgeTrainer(
         judge, args, train_dataset=load_labels(fitted[0]), optimizers=(optimizer, None), compute_metrics=len
@@ -781,9 +685,9 @@ def test_a_trained_judge_has_its_adapter(target, answers, tmp_path):
 def test_the_script_refuses_before_it_trains(fitted, tmp_path):
     folder = fitted[0]
     for options, message in (
-        ({"eval_strategy": "steps"}, "`eval_strategy` asks for labels to evaluate on"),
-        ({"eval_on_start": True}, "`eval_on_start` asks for labels to evaluate on"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "`save_strategy` asks for labels"),
+        ({"eval_strategy": "steps"}, "`eval_strategy` needs labels to evaluate on"),
+        ({"eval_on_start": True}, "`eval_on_start` needs labels to evaluate on"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "`save_strategy` needs labels"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 200},
             r"192 rows for batches of 200 .* \(Held out was part 1 of 5.\)",
@@ -802,16 +706,20 @@ def test_the_script_refuses_before_it_trains(fitted, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_every_option_is_documented():
+def test_every_option_has_a_help_text():
     for kind in (JudgeConfig, ScriptArguments):
-        own = {name: kind.__dataclass_fields__[name] for name in kind.__annotations__}
-        assert all(field.metadata["help"] for field in own.values())
-        assert all(f"{name} (" in kind.__doc__ for name in own)
+        assert all(kind.__dataclass_fields__[name].metadata["help"] for name in kind.__annotations__)
+
+
+@pytest.mark.parametrize("option", ["--output", "--output_dir", "--output-dir"])
+def test_the_folder_of_the_judge_has_the_name_of_other_commands(option):
+    _, args = make_parser().parse_args_and_config(["--labels", "a", option, "my-judge", "--accept-share", "0.3"])
+    assert args.output_dir == "my-judge"
 
 
 def test_errors(fitted, target, answers, tmp_path):
     folder, _, _ = fitted
-    with pytest.raises(ValueError, match="4 values of 'prompt_id' are too few for 5 folds"):
+    with pytest.raises(ValueError, match="4 prompts are too few for 5 folds"):
         main(script(write_labels(tmp_path / "few", prompts=4)), config(tmp_path / "x"))
     other = write_labels(tmp_path / "other", target="tiny/other", seed=1)
     with pytest.raises(
@@ -839,18 +747,18 @@ def test_errors(fitted, target, answers, tmp_path):
         script(folder, resamples=0)
     with pytest.raises(ValueError, match="`prior` must be a variance above 0"):
         config(tmp_path, prior=0.0)
-    judge = new_judge(mining_of([folder])[0], config(tmp_path))
+    judge = new_judge(mining_of(load_labels(folder)), config(tmp_path))
     with pytest.raises(ValueError, match="`judge` was made for another target"):
         TargetWithJudge(target, judge)
-    target.lm_head = HalfLinear(TINY, 64)
-    with pytest.raises(ValueError, match="through packed half-precision weights no gradient comes"):
+    target.lm_head = HalfLinear(HIDDEN, 64)
+    with pytest.raises(ValueError, match="no gradient passes through packed half-precision weights"):
         through(target, answers, tmp_path)
-    target.lm_head = torch.nn.Linear(TINY, 64)
+    target.lm_head = torch.nn.Linear(HIDDEN, 64)
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` of labels, got `NoneType`"):
         JudgeTrainer(judge, config(tmp_path))
     with pytest.raises(TypeError, match="`model` must be a `Judge`"):
         JudgeTrainer(torch.nn.Linear(1, 1), config(tmp_path), train_dataset=answers)
-    with pytest.raises(ValueError, match="You passed `peft_config` with a `Judge`"):
+    with pytest.raises(ValueError, match="You passed `peft_config` without a target"):
         JudgeTrainer(judge, config(tmp_path), train_dataset=load_labels(folder), peft_config=lora())
     with pytest.raises(TypeError, match="`peft_config` must be a `peft.PeftConfig` instance"):
         through(target, answers, tmp_path, {"r": 4})
@@ -874,18 +782,6 @@ def test_shipped_judges_are_of_their_pair_and_what_drafts(pair, drafts):
     assert (info.target, info.draft) == (target, draft if drafts == DRAFT_MODEL else LOOKUP)
     with pytest.raises(FileNotFoundError, match="no judge is shipped for 'a,b' with"):
         shipped_judge("a,b", drafts)
-
-
-RESULTS = {
-    **{"pair": "tiny", "prompts": 2, "max_new_tokens": 8, "draft_length": 5, "threshold": 0.3},
-    **{"dtype": "float32", "device": "cpu"},
-    "runs": [
-        {"decoding": name, "judged_share": 0.1}
-        | dict.fromkeys(("tokens_per_second", "seconds_per_answer", "tokens_per_answer"), 2.0)
-        | dict.fromkeys(("tokens_per_round", "agreement", "logprob_per_token"), 1.0)
-        for name in ("greedy", "assisted", "judged")
-    ],
-}
 
 
 def test_card(fitted, tmp_path):
