@@ -21,7 +21,6 @@ from .tap import ForwardTap, LayerInput
 # Keys and values of each layer, `(heads, length, head_dim)`.
 Keys = list[tuple[torch.Tensor, torch.Tensor]]
 
-_packing: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what `packs` found
 TRUNK, DEAD = -1, -2  # owners of cache slots that belong to no branch
 
 
@@ -207,19 +206,24 @@ def additive_masks(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
+_packs: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
 def packs(model: PreTrainedModel) -> bool:
     """
-    Whether branches of this model can be packed, by trying it once: two branches of a short text, the later one fed
-    first, against the same tokens without a cache. It fails for positions that a model takes from the order of its
-    cache (ALiBi), states that are not keys and values, and attention that takes no mask.
+    Whether branches of this model can share a forward. Found by trying once for each model: two branches of a short
+    text, the later one fed first, are compared with the same tokens without a cache. It fails for models that take
+    positions from the order of their cache (ALiBi), keep states other than keys and values, or whose attention takes
+    no mask.
     """
-    if model not in _packing:
-        _packing[model] = _try_packing(model)
-    return _packing[model]
+    decoder = model.get_decoder()  # what copies of a model share
+    if decoder not in _packs:
+        _packs[decoder] = _try_to_pack(model)
+    return _packs[decoder]
 
 
 @torch.no_grad()
-def _try_packing(model: PreTrainedModel) -> bool:
+def _try_to_pack(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     if not attention_windows(config):
         return False
@@ -232,10 +236,15 @@ def _try_packing(model: PreTrainedModel) -> bool:
         _hidden(model, ids[:16], cache)
         branches = Branches(model, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
         packed = [hidden for _, hidden in branches.feed([branches.branch(start) for start in starts], tails)]
-    except (TypeError, ValueError, RuntimeError, LookupError):  # whatever a forward says to what it does not know
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+    ):  # what forwards raise for what they do not support
         return False
-    off = torch.stack([(a - b).norm() / b.norm() for a, b in zip(packed, plain, strict=True)]).max()
-    return bool(off < torch.finfo(plain[0].dtype).eps ** 0.5)
+    difference = torch.stack([(a - b).norm() / b.norm() for a, b in zip(packed, plain, strict=True)]).max()
+    return bool(difference < torch.finfo(plain[0].dtype).eps ** 0.5)
 
 
 def _hidden(model: PreTrainedModel, ids: torch.LongTensor, cache: DynamicCache | None = None) -> torch.Tensor:

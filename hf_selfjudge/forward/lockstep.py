@@ -2,9 +2,12 @@
 
 In: models and calls. Out: what the calls return. Knows nothing of drafts and rules.
 
-Each call runs in a coroutine (greenlet) that stops at every forward of one of the models. When all of them have
-stopped, the forwards of one model are padded into a batch and computed, and each call goes on with its own rows. So a
-call behaves as if it were alone, whatever it does between forwards, and nothing of it needs to be written for batches.
+`generate` is ordinary code that calls `model.forward` deep inside, and cannot be paused there by a generator or by
+`async`. A greenlet can: it is a coroutine with a call stack of its own, which may be left in any function and resumed
+later. Each call runs in one, and gets a stand-in for each model, whose `forward` does not compute but switches back to
+[`run_in_lockstep`] with a [`Request`]. When all calls wait, the forwards of one model are computed as a batch, and
+each call is resumed with its own rows. So a call behaves as if it were alone, and nothing in it is written for
+batches.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from typing import TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..models.attention import end_to_end, takes_end_to_end
+from .caches import EndToEnd, SideBySide, align_masks, stack_masks
 from .tap import ForwardTap, without_taps
 
 
@@ -60,7 +63,7 @@ def run_in_lockstep(
     """
     hub = getcurrent()
     rows = [
-        _Row(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
+        _Call(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
         for call in calls
     ]
     if seeds is not None:
@@ -83,7 +86,7 @@ def run_in_lockstep(
                     row.resume(values)
                 continue
             first = min(row.request.model for row in waiting)
-            parts = _alike(models[first], [row for row in waiting if row.request.model == first])
+            parts = _group(models[first], [row for row in waiting if row.request.model == first])
             outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
             if tally is not None and first == len(models) - 1:
                 tally.forwards += len(parts)
@@ -139,8 +142,8 @@ class Coroutine(greenlet):
     """One of the calls; others than ours may run in greenlets of their own."""
 
 
-class _Row:
-    """One call: what it waits for, or its result."""
+class _Call:
+    """One call in its coroutine: the request that it waits for, or its result."""
 
     def __init__(self, coroutine: Coroutine):
         self.coroutine = coroutine
@@ -174,19 +177,21 @@ def rope_types(config: dict) -> set[str]:
     return {kind["rope_type"] for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind}
 
 
-def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
+def _group(model: PreTrainedModel, rows: list[_Call]) -> list[list[_Call]]:
     """Parts to compute one after another: one, unless long prompts would be padded to much more than they are. Prompts
     fill the processor by themselves, so padding costs as much as text; a few tokens cost little beside reading the
     weights."""
     kinds = rope_types(model.config.get_text_config().to_dict())
-    parts: list[list[_Row]] = [[]]
+    parts: list[list[_Call]] = [[]]
     for row in sorted(rows, key=lambda row: (row.request.masked, row.request.tokens)):
         longest, part = row.request.tokens, [*parts[-1], row]
         # The frequencies of these follow the longest sequence of a batch; without a cache it is no step of decoding.
         cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
         single = kinds & {"dynamic", "longrope"} or not cached
         padding = longest * len(part) - sum(row.request.tokens for row in part)
-        padded = padding > max(32, 0.25 * (longest * len(part) - padding)) and not _unpadded(model, row.request)
+        padded = padding > max(32, 0.25 * (longest * len(part) - padding)) and not _takes_end_to_end(
+            model, row.request
+        )
         unlike = row.request.masked != part[0].request.masked
         if parts[-1] and (single or padded or unlike):
             parts.append([row])
@@ -195,7 +200,7 @@ def _alike(model: PreTrainedModel, rows: list[_Row]) -> list[list[_Row]]:
     return parts
 
 
-def _unpadded(model: PreTrainedModel, request: Request) -> bool:
+def _takes_end_to_end(model: PreTrainedModel, request: Request) -> bool:
     """Whether a forward can be put one behind the other with those like it, instead of side by side."""
     return request.masked and takes_end_to_end(model)
 
@@ -240,14 +245,14 @@ def _forward(
             taps.enter_context(ForwardTap(model, lambda hidden, logits, entered: seen.append(entered.states), layer))
         if len(requests) == 1:
             output = model(**requests[0].arguments)
-            return [(output, *_told(layers, seen))]
+            return [(output, *_tapped(layers, seen))]
         rows = [_arguments(request.arguments) for request in requests]
         news = [request.tokens for request in requests]
-        if _unpadded(model, requests[0]):
+        if _takes_end_to_end(model, requests[0]):
             output = _end_to_end(model, rows, news)
             parts = output.logits.split(news, 1), zip(*(states.split(news, 1) for states in seen), strict=True)
             return [
-                (type(output)(logits=logits, past_key_values=row["past_key_values"]), *_told(layers, states))
+                (type(output)(logits=logits, past_key_values=row["past_key_values"]), *_tapped(layers, states))
                 for row, logits, states in zip(rows, *parts, strict=True)
             ]
         cache = SideBySide([row["past_key_values"] for row in rows], news)
@@ -261,9 +266,9 @@ def _forward(
                 positions[..., i, -new:] = row["position_ids"][..., 0, :]
         masks = [row["attention_mask"] for row in rows]
         if isinstance(masks[0], dict):  # one for each kind of attention
-            mask = {kind: _align_masks([mask[kind] for mask in masks], cache) for kind in masks[0]}
+            mask = {kind: align_masks([mask[kind] for mask in masks], cache) for kind in masks[0]}
         elif requests[0].masked:
-            mask = _align_masks(masks, cache)
+            mask = align_masks(masks, cache)
         else:
             mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
             for i, length in enumerate(cache.lengths):
@@ -278,13 +283,13 @@ def _forward(
     return [
         (
             type(output)(logits=output.logits[i : i + 1, -keep:], past_key_values=row["past_key_values"]),
-            *_told(layers, [states[i : i + 1, -new:] for states in seen]),
+            *_tapped(layers, [states[i : i + 1, -new:] for states in seen]),
         )
         for i, (row, keep, new) in enumerate(zip(rows, keeps, news, strict=True))
     ]
 
 
-def _told(
+def _tapped(
     layers: list[torch.nn.Module], states: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, dict[torch.nn.Module, torch.Tensor]]:
     """What entered the `lm_head`, and what entered each of `layers`."""
@@ -300,20 +305,14 @@ def _end_to_end(model: PreTrainedModel, rows: list[dict], news: list[int]) -> Mo
             input_ids=torch.cat([row["input_ids"] for row in rows], 1),
             position_ids=torch.cat([row["position_ids"] for row in rows], -1),
             attention_mask=(
-                {kind: _stack_masks([mask[kind] for mask in masks]) for kind in masks[0]}
+                {kind: stack_masks([mask[kind] for mask in masks]) for kind in masks[0]}
                 if isinstance(masks[0], dict)
-                else _stack_masks(masks)
+                else stack_masks(masks)
             ),
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
         )
-
-
-def _stack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
-    """Additive masks of shape `(1, 1, new, length)` one below the other, each at the left."""
-    longest = max(mask.shape[-1] for mask in masks)
-    return torch.cat([torch.nn.functional.pad(mask, (0, longest - mask.shape[-1])) for mask in masks], 2)
 
 
 def _arguments(arguments: dict) -> dict:
@@ -328,95 +327,3 @@ def _arguments(arguments: dict) -> dict:
             f"A batch cannot decode with {', '.join(sorted(unknown))}. Ask for one prompt at a time, or leave it out."
         )
     return dict.fromkeys(ARGUMENTS) | arguments
-
-
-class EndToEnd(Cache):
-    """
-    The caches of several sequences as one cache of a single sequence, for the time of a forward: attention sees the
-    keys of one behind those of the other.
-
-    Args:
-        caches (`list[Cache]`): One for each sequence, of layers that keep every key.
-        news (`list[int]`): How many tokens the forward adds to each.
-    """
-
-    def __init__(self, caches: list[Cache], news: list[int]):
-        super().__init__(layers=caches[0].layers)
-        self.caches, self.news = caches, news
-        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = zip(self.caches, key_states.split(self.news, 2), value_states.split(self.news, 2), strict=True)
-        states = [cache.update(keys, values, layer_idx, *args, **kwargs) for cache, keys, values in parts]
-        keys, values = zip(*states, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
-
-
-class SideBySide(Cache):
-    """
-    The caches of several sequences as one cache of a batch, for the time of a forward.
-
-    What a forward adds goes into the sequences' own caches; attention sees them aligned on the right. So sequences
-    of different lengths need no room for each other, and cropping one moves nothing.
-
-    Args:
-        caches (`list[Cache]`): One for each sequence.
-        news (`list[int]`): How many tokens the forward adds to each.
-    """
-
-    def __init__(self, caches: list[Cache], news: list[int]):
-        kinds = {type(layer) for cache in caches for layer in cache.layers}
-        if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
-            names = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(
-                f"A batch needs caches of keys and values alone, got {names}. Ask for one prompt at a time."
-            )
-        super().__init__(layers=caches[0].layers)
-        self.caches, self.news = caches, news
-        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
-        self.total = max(self.lengths)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        states = [
-            cache.update(key_states[i, None, :, -new:], value_states[i, None, :, -new:], layer_idx, *args, **kwargs)
-            for i, (cache, new) in enumerate(zip(self.caches, self.news, strict=True))
-        ]
-        keys, values = zip(*states, strict=True)
-        return _align(keys), _align(values)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.total - max(self.news)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.total - max(self.news)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        sizes = (cache.get_mask_sizes(new, layer_idx) for cache, new in zip(self.caches, self.news, strict=True))
-        longest = max(length for length, _ in sizes)
-        return longest, self.total - longest
-
-
-def _align_masks(masks: list[torch.Tensor], cache: SideBySide) -> torch.Tensor:
-    """Additive masks of shape `(1, 1, new, length)` as one, each at the lower right; queries that are padding see
-    everything."""
-    hidden = torch.finfo(masks[0].dtype).min
-    aligned = masks[0].new_zeros(len(masks), 1, max(cache.news), cache.total)
-    for i, (mask, new, length) in enumerate(zip(masks, cache.news, cache.lengths, strict=True)):
-        aligned[i, :, -new:] = hidden
-        aligned[i, :, -new:, -length:] = mask[0]
-    return aligned
-
-
-def _align(states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of shape `(1, heads, length, head_dim)` as one, each at the right end."""
-    longest = max(state.shape[2] for state in states)
-    if all(state.shape[2] == longest for state in states):
-        return torch.cat(states)
-    aligned = states[0].new_zeros(len(states), states[0].shape[1], longest, states[0].shape[3])
-    for i, state in enumerate(states):
-        aligned[i, :, longest - state.shape[2] :] = state[0]
-    return aligned
