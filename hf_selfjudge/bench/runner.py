@@ -31,7 +31,7 @@ from ..models.load import fingerprint
 from ..models.pair import Pair
 from ..models.tokens import context_of
 from ..utils.files import JsonlLog, check_or_write_settings
-from ..utils.names import lasting
+from ..utils.names import absolute_if_folder
 from .answers import AnswerRecord, Job, accepted_share, decode_answer
 from .methods import Method
 
@@ -256,7 +256,7 @@ def _claim(folder: Path, pair: Pair, config: BenchConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = {name: value for name, value in asdict(config).items() if name not in FREE}
     for name, model in (("target", pair.target), ("draft", pair.draft)):
-        options[name] = None if model is None else lasting(model.config.name_or_path)
+        options[name] = None if model is None else absolute_if_folder(model.config.name_or_path)
         options[f"{name}_fingerprint"] = None if model is None else fingerprint(model)
         options[f"{name}_dtype"] = None if model is None else precision(model)
     environment = {

@@ -17,7 +17,7 @@ from ..mining.labels import read_mining
 from ..mining.layers import add_layer_states
 from ..models.load import fingerprint, load_model
 from ..utils.files import check_writable
-from ..utils.names import lasting
+from ..utils.names import absolute_if_folder
 from .console import say, say_left_out
 from .options import DtypeOptions, JudgeOptions, OutputOptions, PairOptions, PromptOptions, option, reuse
 
@@ -51,7 +51,7 @@ def mine_command(options: MineOptions, config: MiningConfig) -> None:
     if options.judge is not None:
         judge = Judge.from_pretrained(options.judge)
         rule = JudgeRule(judge, options.threshold)
-        name = f"{lasting(options.judge)}, weights {fingerprint(judge)}, threshold {rule.threshold}"
+        name = f"{absolute_if_folder(options.judge)}, weights {fingerprint(judge)}, threshold {rule.threshold}"
     pair = options.load(with_draft=not config.lookup)
     if rule is not None:
         writer = judged_writer(JudgedModel(pair.target, rule), pair.draft, config.lookup)

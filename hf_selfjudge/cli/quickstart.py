@@ -19,7 +19,7 @@ from ..models.pair import PAIRS, Pair, parse_pair
 from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
 from ..utils.files import check_writable
-from ..utils.names import lasting
+from ..utils.names import absolute_if_folder
 from ..utils.text import in_terminal
 from .console import console, fitting_prompts, say
 from .options import Int8Options, JsonOptions, JudgeOptions, OutputOptions, PromptOptions, option, reuse
@@ -79,7 +79,9 @@ def quickstart_command(options: QuickstartOptions) -> None:
         say(line)
     options.write(
         {
-            "pair": options.pair if options.pair in PAIRS else ",".join(map(lasting, parse_pair(options.pair))),
+            "pair": options.pair
+            if options.pair in PAIRS
+            else ",".join(map(absolute_if_folder, parse_pair(options.pair))),
             "prompts": len(prompts),
             "left_out": left_out,
             "max_new_tokens": options.max_new_tokens,

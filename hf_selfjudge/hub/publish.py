@@ -25,7 +25,7 @@ from ..models.load import fingerprint
 from ..utils.files import json_text, read_text, shipped
 from ..utils.names import is_hub_id, public_mining
 from ..utils.text import in_markdown, in_shell
-from ..utils.transfer import HubError, download, said, upload
+from ..utils.transfer import HubError, download, first_line, upload
 from .results import public_file, read_quality
 
 
@@ -38,21 +38,21 @@ BESIDE = re.compile(
 BESIDE_LIMIT = 2**24  # bytes of one of them
 
 
-def push_judge(folder: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
+def push_judge(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
     """
     Publish a judge: its weights, the card, plots and results, and the code for `generate(custom_generate=repo_id)`.
 
     Args:
         folder (`str`): Of the judge.
         repo_id (`str`): Where to.
-        how: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
+        options: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
 
     Raises:
         FileNotFoundError, ValueError: If the folder holds no judge, or a damaged one.
         HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     judge = Judge.from_pretrained(folder)
-    return upload(repo_id, repo_files(folder, judge.info, fingerprint(judge), repo_id), "Upload judge", **how)
+    return upload(repo_id, repo_files(folder, judge.info, fingerprint(judge), repo_id), "Upload judge", **options)
 
 
 def pull_judge(
@@ -80,7 +80,7 @@ def pull_judge(
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         commit, names = revision, []  # loading says what is wrong
     except (HTTPError, OSError) as error:
-        raise HubError(f"{repo_id} could not be listed ({said(error)}). Try again.") from error
+        raise HubError(f"{repo_id} could not be listed ({first_line(error)}). Try again.") from error
     judge = Judge.from_pretrained(repo_id, revision=commit, token=token)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -96,14 +96,14 @@ def pull_judge(
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> CommitInfo:
+def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **options) -> CommitInfo:
     """
     Publish labels as a dataset with two configurations for each folder, `FOLDER` and `FOLDER-answers`.
     [`load_labels`] and `datasets.load_dataset` read it.
 
     Args:
         folders (`Sequence[str]`): Written by [`mine`], all of one pair.
-        how: See [`push_judge`].
+        options: See [`push_judge`].
 
     Raises:
         FileNotFoundError, ValueError: If a folder has no labels, or they are of different pairs.
@@ -140,10 +140,10 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **how) -> Co
         shell=in_shell,
     )
     files["README.md"] = str(card).encode()
-    return upload(repo_id, files, "Upload labels", repo_type="dataset", **how)
+    return upload(repo_id, files, "Upload labels", repo_type="dataset", **options)
 
 
-def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
+def push_results(bench: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
     """
     Publish what a bench measured as a dataset: every answer, the tables and the curve.
 
@@ -163,10 +163,10 @@ def push_results(bench: str | os.PathLike, repo_id: str, **how) -> CommitInfo:
     tables = "\n\n".join(public_file(path) for path in sorted(bench.glob("*-results.md")))
     card = f"---\n{data}\n---\n\n# {in_markdown(bench.resolve().name)}\n\n![curve](curve.png)\n\n{tables}"
     files["README.md"] = card.encode()
-    return upload(repo_id, files, "Upload results", repo_type="dataset", **how)
+    return upload(repo_id, files, "Upload results", repo_type="dataset", **options)
 
 
-def push_space(name: str, repo_id: str, **how) -> CommitInfo:
+def push_space(name: str, repo_id: str, **options) -> CommitInfo:
     """
     Publish one of the Spaces, with this package as it is installed here, so that a Space runs the code that it was
     tried with, whether or not that is on the package index.
@@ -187,7 +187,7 @@ def push_space(name: str, repo_id: str, **how) -> CommitInfo:
     needed = [line for line in requires("hf-selfjudge") if "extra ==" not in line]
     own = files.get("requirements.txt")
     files["requirements.txt"] = "\n".join([*needed, *(read_text(own).splitlines() if own else []), ""]).encode()
-    return upload(repo_id, files, "Upload Space", repo_type="space", space_sdk="gradio", **how)
+    return upload(repo_id, files, "Upload Space", repo_type="space", space_sdk="gradio", **options)
 
 
 def _files(folder: Path, prefix: str = "") -> dict[str, Path]:

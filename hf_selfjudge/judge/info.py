@@ -138,19 +138,3 @@ class JudgeInfo:
             return cls(**content)
         except (AttributeError, TypeError) as error:  # missing fields, or nested values of other types
             raise ValueError(str(error)) from error
-
-
-# Until all callers use `Threshold`.
-PER_TOKEN = "/token"
-
-
-def read_threshold(text: str | None) -> float | str | None:
-    try:
-        return text if text is None else float(text)
-    except ValueError:
-        return text
-
-
-def limit_of(value: Threshold | float | str) -> tuple[float, bool]:
-    threshold = Threshold.parse(value)
-    return threshold.limit, threshold.per_token

@@ -32,7 +32,7 @@ from ..models.load import fingerprint
 from ..models.pair import LOOKUP, Pair
 from ..models.tokens import decoding_greedily, eos_tokens, until_eos
 from ..utils.files import check_or_write_settings, read_json
-from ..utils.names import lasting
+from ..utils.names import absolute_if_folder
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
 from .labelling import answers_at_once, label_answer
@@ -133,9 +133,9 @@ def _settings(
     text_config = pair.target.config.get_text_config()
     return {
         "format": FORMAT,
-        "target": lasting(pair.target.config.name_or_path),
+        "target": absolute_if_folder(pair.target.config.name_or_path),
         "target_fingerprint": fingerprint(pair.target),
-        "draft": LOOKUP if pair.draft is None else lasting(pair.draft.config.name_or_path),
+        "draft": LOOKUP if pair.draft is None else absolute_if_folder(pair.draft.config.name_or_path),
         "draft_fingerprint": None if pair.draft is None else fingerprint(pair.draft),
         "hidden_size": text_config.hidden_size,
         "vocab_size": text_config.vocab_size,

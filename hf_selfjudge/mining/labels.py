@@ -22,7 +22,7 @@ from huggingface_hub.errors import HTTPError
 from ..judge.features import SCALARS, STATES
 from ..utils.files import atomic_write, json_object, read_json, write_json
 from ..utils.names import public_mining
-from ..utils.transfer import said
+from ..utils.transfer import first_line
 
 
 FORMAT = 2  # of a folder of labels
@@ -255,7 +255,7 @@ def folders_of(references: Sequence[str | os.PathLike], token: str | None = None
         except (HTTPError, OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"`labels`: {reference} is neither a folder nor a dataset on the Hub that could be fetched "
-                f"({said(error)})."
+                f"({first_line(error)})."
             ) from error
         found = sorted(path.parent for path in Path(snapshot).glob("*/mining.json"))
         if not found:

@@ -20,7 +20,7 @@ from huggingface_hub.utils import get_session
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..utils.names import lasting
+from ..utils.names import absolute_if_folder
 from .attention import share_keys
 from .cpu import pack_half, quantise_int8
 from .wheels import PINNED, SourceError, _from_wheels
@@ -60,7 +60,7 @@ def load_model(
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
     # A judge remembers the id of its target, wherever the weights lie on this machine.
-    model.config.name_or_path = lasting(reference)
+    model.config.name_or_path = absolute_if_folder(reference)
     if device == "cpu":
         share_keys(model)
     if int8:

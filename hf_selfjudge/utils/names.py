@@ -25,8 +25,8 @@ def is_hub_id(reference: str) -> bool:
     return HUB_ID.fullmatch(reference) is not None
 
 
-def lasting(reference: str) -> str:
-    """A reference that means the same wherever the next command runs: the whole path of a folder that is here."""
+def absolute_if_folder(reference: str) -> str:
+    """The absolute path of a folder, so that it is found from any working directory; a Hub id stays."""
     return os.path.abspath(reference) if reference and os.path.isdir(reference) else reference
 
 

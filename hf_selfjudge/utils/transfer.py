@@ -71,7 +71,7 @@ def upload(
         exists = api.repo_exists(repo_id, repo_type=repo_type)
         tags = api.list_repo_refs(repo_id, repo_type=repo_type).tags if tag is not None and exists else []
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"`repo_id`: {repo_id} could not be looked at ({said(error)}).") from error
+        raise HubError(f"`repo_id`: {repo_id} could not be looked at ({first_line(error)}).") from error
     if tag in {ref.name for ref in tags}:
         raise ValueError(f"`tag`: {repo_id} has a tag {tag!r} already. Choose another one.")
     try:
@@ -79,7 +79,7 @@ def upload(
             api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-        made = api.create_commit(
+        commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(path, content) for path, content in files.items()],
             commit_message=message,
@@ -88,13 +88,13 @@ def upload(
             create_pr=create_pr,
         )
         if tag is not None:
-            api.create_tag(repo_id, tag=tag, revision=made.oid, repo_type=repo_type)
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, repo_type=repo_type)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of an upload outside of git
         raise HubError(
-            f"`repo_id`: {repo_id} could not be written ({said(error)}). Log in with `hf auth login`, or pass a "
+            f"`repo_id`: {repo_id} could not be written ({first_line(error)}). Log in with `hf auth login`, or pass a "
             "token that may write there."
         ) from error
-    return made
+    return commit
 
 
 def download(
@@ -157,7 +157,7 @@ def download(
     except HFValidationError as error:
         raise ValueError(f"{reference} is neither a folder nor a name on the Hub ({error}).") from error
     except (HTTPError, OSError) as error:
-        raise HubError(f"{name} of {reference} could not be fetched ({said(error)}). Try again.") from error
+        raise HubError(f"{name} of {reference} could not be fetched ({first_line(error)}). Try again.") from error
     _check_size(str(reference), name, path.stat().st_size, limit)
     return path
 
@@ -169,6 +169,6 @@ def _check_size(reference: str, name: str, size: int, limit: int) -> None:
         )
 
 
-def said(error: Exception) -> str:
-    """Its first line; the others repeat addresses."""
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; the others repeat addresses."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
