@@ -4,9 +4,9 @@ In: a target, a rule, and the arguments of `generate`. Out: what `generate` retu
 
 The decoding loop is `GenerationMixin._assisted_decoding` of transformers; none of it is rewritten. For the time of the
 call, three methods of a shallow copy of the target are overridden, which `generate` calls to build its parts:
-[`JudgeCandidateGenerator`] wraps the candidate generator and so learns what was drafted; [`JudgeLogitsProcessor`]
-makes the row of an accepted candidate one-hot, so that the stock comparison keeps it; [`KeptTokens`] sees what was
-kept, and ends the text. [`ForwardTap`] reads the verification forward.
+[`JudgeCandidateGenerator`] wraps the candidate generator and so learns what was drafted; [`Call.choose`] makes the row
+of an accepted candidate one-hot, so that the stock comparison keeps it; [`KeptTokens`] sees what was kept, and ends
+the text. [`ForwardTap`] reads the verification forward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .rules import Rule
 from .stats import Stats
 from .stopping import HeldStreamer, KeptTokens, without_last
 from .trial import Trial
-from .verification import Call, ConstrainedScores, JudgeCandidateGenerator, JudgeLogitsProcessor
+from .verification import Call, JudgeCandidateGenerator
 
 
 # Candidate generators whose drafts come without logits, and the one of their subclasses whose drafts have them.
@@ -70,7 +70,7 @@ def decode_one(
     call = Call(rule, special_tokens, None if replay is None else replay.start())
     if (streamer := kwargs.get("streamer")) is not None:
         kwargs["streamer"] = streamer = HeldStreamer(streamer)
-    processors = LogitsProcessorList([*(logits_processor or []), ConstrainedScores(call)])
+    processors = LogitsProcessorList([*(logits_processor or []), call.keep_constrained])
     # Overridden on a shallow copy: it shares the weights, and other callers of the target do not see the overrides.
     parts = _Parts(copy.copy(target), call, draft_length, streamer)
     try:
@@ -140,7 +140,7 @@ class _Parts:
         vars(target).update(zip(OVERRIDDEN, overrides, strict=True))
 
     def build_processors(self, **arguments) -> LogitsProcessorList:
-        return LogitsProcessorList([*self.stock_processors(**arguments), JudgeLogitsProcessor(self.call)])
+        return LogitsProcessorList([*self.stock_processors(**arguments), self.call.choose])
 
     def build_criteria(self, **arguments) -> StoppingCriteriaList:
         self.criteria = KeptTokens(self.stock_criteria(**arguments), self.call, self.streamer)
@@ -148,10 +148,10 @@ class _Parts:
 
     def build_generator(self, **arguments) -> JudgeCandidateGenerator:
         processors, cache = arguments["logits_processor"], arguments["model_kwargs"]["past_key_values"]
-        self.call.trial = Trial(processors)
+        own = [self.call.keep_constrained, self.call.choose]
+        self.call.trial = Trial(processors, own)
         # The draft gets the target's processors, but not those of the call.
-        ours = (ConstrainedScores, JudgeLogitsProcessor)
-        arguments["logits_processor"] = LogitsProcessorList(p for p in processors if not isinstance(p, ours))
+        arguments["logits_processor"] = LogitsProcessorList(p for p in processors if p not in own)
         self.call.prepare(arguments["generation_config"])
         self.generator = _wrap(self.target, self.stock_generator(**arguments), self.call, self.draft_length)
         _return_states(self.generator, arguments)

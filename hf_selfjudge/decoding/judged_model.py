@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -252,7 +252,7 @@ def _special_tokens(target: PreTrainedModel, rule: Rule, tokenizer: PreTrainedTo
     tokenizer = tokenizer or _local_tokenizer(target.config.name_or_path)
     if tokenizer is None:
         logger.warning_once(
-            f"{type(rule).__name__} knows no special tokens, and no tokenizer of the target "
+            "The rule knows no special tokens, and no tokenizer of the target "
             f"({target.config.name_or_path!r}) is on this machine: only the special tokens of its generation config "
             "are protected. Pass `tokenizer=` to protect them all."
         )
@@ -281,14 +281,10 @@ def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None
     """
     tensors = {"inputs": inputs} | {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
     for name, value in tensors.items():
-        if isinstance(value, Mapping):
-            raise TypeError(
-                f"`{name}` is a {type(value).__name__}, not a tensor. Pass its content: `generate(**encoding, …)`."
-            )
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"`{name}` must be a tensor of shape `(prompts, tokens)`, got {type(value).__name__}. Tokenize with "
-                "`return_tensors='pt'`."
+                "`return_tensors='pt'`, and pass the content of an encoding: `generate(**encoding, …)`."
             )
         if value is not None and (value.dim() < 2 or (value.dim() > 2 and name == "input_ids")):
             raise ValueError(

@@ -245,8 +245,7 @@ class JudgeRule(Rule):
     @threshold.setter
     def threshold(self, value: float | str | Threshold | None) -> None:
         info = self.judge.info
-        points = {name: Threshold.parse(point["threshold"]) for name, point in info.operating_points.items()}
-        self._threshold = Threshold.parse(info.threshold if value is None else value, points)
+        self._threshold = Threshold.parse(info.threshold if value is None else value, info.thresholds)
 
     @property
     def special_tokens(self) -> list[int]:

@@ -7,7 +7,7 @@ Assisted generation asks every processor about every row, also about rows behind
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import CellType, FunctionType, ModuleType
 
 import torch
@@ -16,10 +16,6 @@ from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-
-
-# Of the processors from here, all but the watermark (and guidance, which is refused) look at the text alone.
-STATELESS = ("transformers.", f"{__package__}.")
 
 
 class Trial:
@@ -32,12 +28,13 @@ class Trial:
     Args:
         processors (`list[LogitsProcessor]`): All of the call. Those that may remember something are replaced in this
             list with a [`TrialProcessor`].
+        own (`list[Callable]`): Those of them that belong to the call itself, and are left as they are.
 
     Raises:
         ValueError: If one cannot be copied, or cannot be used with a draft.
     """
 
-    def __init__(self, processors: list[LogitsProcessor]):
+    def __init__(self, processors: list[LogitsProcessor], own: Sequence[Callable] = ()):
         if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors):
             raise ValueError(
                 "`guidance_scale` cannot be used with a draft: guidance needs a second forward of the target for "
@@ -45,8 +42,9 @@ class Trial:
             )
         self.processors = []
         for place, processor in enumerate(processors):
-            module = type(processor).__module__
-            if isinstance(processor, SynthIDTextWatermarkLogitsProcessor) or not module.startswith(STATELESS):
+            # Those of transformers look at the text alone, but for this watermark (and guidance).
+            stateless = type(processor).__module__.startswith("transformers.") or processor in own
+            if isinstance(processor, SynthIDTextWatermarkLogitsProcessor) or not stateless:
                 processors[place] = TrialProcessor(self, len(self.processors))
                 self.processors.append(processor)
         copied(self.processors)  # refuse now what would fail later

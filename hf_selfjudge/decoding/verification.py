@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 from transformers.generation import CandidateGenerator
 
 from ..forward.tap import LayerInput
@@ -98,8 +98,6 @@ class Call:
         replay ([`LayerStates`] or [`ReplaySession`], *optional*): Computes the hidden states that the rule reads.
 
     Attributes:
-        stats ([`Stats`]): Of the call.
-        prompt_length (`int`): Tokens of the prompt.
         replaced (`dict[int, torch.FloatTensor]`): By position in the answer, scores that became one-hot.
         trial ([`Trial`]): The processors that remember something.
         round ([`Verification`], *optional*): Under way or just ended. `None` while a draft is made: its forwards and
@@ -189,53 +187,39 @@ class Call:
         asked = sum(row < len(kept) for row in round.asked)
         self.stats.count(len(round.candidates), asked, sources, given_up)
 
+    def keep_constrained(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """A logits processor that keeps a row as it is behind the penalties and constraints and before temperature and
+        filters, where transformers puts the caller's processors. It is what a rule sees."""
+        if self.round is not None:
+            self.round.scores = scores[0]
+        return scores
+
+    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        A logits processor that makes the row of an accepted candidate one-hot. It comes last, so that nothing that
+        temperature, filters or a watermark mask is accepted, and nothing changes the row again.
+
+        transformers calls the processors once for each row of a verification, with the candidates before it as input.
+        Elsewhere (plain decoding, drafting, the row behind the last candidate) this one changes nothing.
+        """
+        round = self.round
+        row = None if round is None else input_ids.shape[1] - round.start
+        if row is None or round.logits is None or row >= len(round.candidates):
+            return scores
+        since = time.perf_counter()
+        if self.accepts(row, scores[0]):
+            if self.keeps_scores:
+                self.replaced[input_ids.shape[1] - self.prompt_length] = scores.clone()  # stock writes into them
+            scores = torch.full_like(scores, -torch.inf)
+            scores[0, round.tokens[row]] = 0.0
+        self.stats.rule_seconds += time.perf_counter() - since
+        return scores
+
     def own_scores(self, scores: tuple[torch.FloatTensor, ...] | None) -> tuple[torch.FloatTensor, ...] | None:
         """The target's own scores of each token, in place of those that became one-hot."""
         if scores is None or not self.replaced:
             return scores
         return tuple(self.replaced.get(place, row) for place, row in enumerate(scores))
-
-
-class ConstrainedScores(LogitsProcessor):
-    """Keeps a row as it is behind the penalties and constraints and before temperature and filters, where transformers
-    puts the caller's processors. It is what a rule sees."""
-
-    def __init__(self, call: Call):
-        self.call = call
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.call.round is not None:
-            self.call.round.scores = scores[0]
-        return scores
-
-
-class JudgeLogitsProcessor(LogitsProcessor):
-    """
-    Makes the row of an accepted candidate one-hot on it. It comes last, so that nothing that temperature, filters or a
-    watermark mask is accepted, and nothing changes the row again.
-
-    transformers calls the processors once for each row of a verification, with the candidates before it as input.
-    Elsewhere (plain decoding, drafting, the row behind the last candidate) this one changes nothing.
-    """
-
-    def __init__(self, call: Call):
-        self.call = call
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        call, round = self.call, self.call.round
-        if round is None or round.logits is None:
-            return scores
-        row = input_ids.shape[1] - round.start
-        if row >= len(round.candidates):
-            return scores
-        since = time.perf_counter()
-        if call.accepts(row, scores[0]):
-            if call.keeps_scores:
-                call.replaced[input_ids.shape[1] - call.prompt_length] = scores.clone()  # stock writes into them
-            scores = torch.full_like(scores, -torch.inf)
-            scores[0, round.tokens[row]] = 0.0
-        call.stats.rule_seconds += time.perf_counter() - since
-        return scores
 
 
 class JudgeCandidateGenerator(CandidateGenerator):
@@ -246,7 +230,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
         call ([`Call`]): The call.
         length ([`AutoLength`], *optional*): Learns from the rounds.
-        sets_length (`bool`, defaults to `False`): Set the draft length that `length` chooses before each draft, since
+        sets_length (`bool`): Set the draft length that `length` chooses before each draft, since
             `inner` does not ask it while drafting.
         context (`int`, *optional*): Tokens that the target can attend to: candidates beyond are left out.
 
@@ -255,20 +239,13 @@ class JudgeCandidateGenerator(CandidateGenerator):
             first.
     """
 
+    waits = False
+
     def __init__(
-        self,
-        inner: CandidateGenerator,
-        call: Call,
-        length: AutoLength | None = None,
-        sets_length: bool = False,
-        context: int | None = None,
+        self, inner: CandidateGenerator, call: Call, length: AutoLength | None, sets_length: bool, context: int | None
     ):
         self.inner, self.call, self.length, self.sets_length, self.context = inner, call, length, sets_length, context
-        self.waits = False
-
-    @property
-    def requires_model_outputs(self) -> bool:
-        return self.inner.requires_model_outputs
+        self.requires_model_outputs = inner.requires_model_outputs
 
     @property
     def model_kwargs_overrides(self) -> dict:

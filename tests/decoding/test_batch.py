@@ -22,13 +22,7 @@ from tests.drafters import other_tokenizer
 
 
 NEW = 16  # tokens
-BRIEF = (
-    "llama-greedy",
-    "llama-sample",
-    "gemma3_text-greedy",
-    "mixtral-greedy",
-    "llava-greedy",
-)  # the others are heavy
+BRIEF = ("llama-greedy", "llama-sample", "gemma3_text-greedy")  # the others are heavy
 
 
 def cells():

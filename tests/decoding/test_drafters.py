@@ -202,7 +202,14 @@ def speed(length: AutoLength, draft: float, row: float, tokens: int = 4000) -> f
 
 
 @pytest.mark.parametrize(
-    ("draft", "row", "gain"), [(0.02, 0, 0.97), (0.1, 0, 1.05), (0.1, 0.1, 1.08), (0.5, 0, 1.03), (0.3, 0.3, 1.02)]
+    ("draft", "row", "gain"),
+    [
+        (0.1, 0.1, 1.08),
+        *(
+            pytest.param(*case, marks=pytest.mark.heavy)
+            for case in ((0.02, 0, 0.97), (0.1, 0, 1.05), (0.5, 0, 1.03), (0.3, 0.3, 1.02))
+        ),
+    ],
 )
 def test_auto_length_is_near_the_best_fixed_one_and_better_with_confidence(draft, row, gain):
     best = max(speed(Fixed(first), draft, row) for first in range(1, 17))

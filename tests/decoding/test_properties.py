@@ -68,6 +68,7 @@ def test_lossless_is_stock_under_the_same_seed(call):
         assert torch.equal(generate(JudgedModel(target, rule), call), stock)
 
 
+@pytest.mark.heavy
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(calls())
 def test_counts_and_ends(call):
