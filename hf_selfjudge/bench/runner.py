@@ -21,7 +21,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..data.prompts import Prompt, fitting, none_fits
+from ..data.prompts import Prompt, fitting
 from ..forward.branches import Keys
 from ..forward.lockstep import run_in_lockstep
 from ..judge.judge import Judge
@@ -100,10 +100,8 @@ def decode(
     if folder is not None:
         _claim(folder, pair, config)
     context = readable_context(pair, methods)
-    prompts, ids, left_out = fitting(pair.tokenizer, prompts, context, config.max_new_tokens)
-    if not prompts:
-        raise none_fits(len(left_out), context, config.max_new_tokens)
-    texts = [(prompt, row.to(pair.target.device)) for prompt, row in zip(prompts, ids, strict=True)]
+    prompts, tokens, _ = fitting(pair.tokenizer, prompts, context, config.max_new_tokens)
+    texts = [(prompt, ids.to(pair.target.device)) for prompt, ids in zip(prompts, tokens, strict=True)]
     # One rule for each method, so that a judge is checked against its target once, on the target itself.
     rules = {method: method.rule(judges) for method in methods if method.like is None}
     for method, rule in rules.items():

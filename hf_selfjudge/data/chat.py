@@ -1,6 +1,6 @@
 """Chat messages and tools of any shape that is in use -> what chat templates expect, or an error that names the place.
 
-Knows nothing of files or tokens.
+Knows nothing of files or tokens. `where` is always the place in a file, for errors.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_cont
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
-def message_of(said: dict, where: str) -> dict:
+def message_of(value: dict, where: str) -> dict:
     """
-    A message with `KEYS` alone. Parts of text are joined; what is not there is left out, but for the `content` beside
-    `tool_calls`, which is `None` then.
-
-    Args:
-        where (`str`): Where it was found, for errors.
+    A message with `KEYS` alone. Parts of text are joined. Keys without a value are left out, except the `content`
+    beside `tool_calls`, which is then `None`.
 
     Raises:
-        ValueError: If it is no message, or something in it is of another type.
+        ValueError: If `value` is no message, or something in it has the wrong type.
     """
-    if isinstance(said, dict) and said.get("function_call"):
-        raise ValueError(
-            f"{where}: a message has `function_call`, the older form, which chat templates do not know. Write it as "
-            "`tool_calls`, and what the function returns as a message of the `role` tool."
-        )
-    if isinstance(said, dict) and "from" in said:
-        said = {"role": SHAREGPT.get(str(said["from"]), said["from"]), "content": said.get("value")}
-    message = {key: said[key] for key in KEYS if said.get(key) is not None} if isinstance(said, dict) else {}
+    message = {}
+    if isinstance(value, dict):
+        if value.get("function_call"):
+            raise ValueError(
+                f"{where}: a message has `function_call`, the older form, which chat templates do not know. Write it "
+                "as `tool_calls`, and what the function returns as a message of the `role` tool."
+            )
+        if "from" in value:
+            value = {"role": SHAREGPT.get(str(value["from"]), value["from"]), "content": value.get("value")}
+        message = {key: value[key] for key in KEYS if value.get(key) is not None}
     calls = json_list(message.pop("tool_calls", []), "tool_calls", where)
     if "role" not in message or ("content" not in message and not calls):
         raise ValueError(
             f"{where}: expected text or chat messages with `role` and `content` (which may be null beside `tool_calls`"
-            f" only), got {said!r:.200}."
+            f" only), got {value!r:.200}."
         )
     if isinstance(message.get("content"), list):
         message["content"] = "".join(_text_of(part, where) for part in message["content"])
-    for key, value in message.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: `{key}` of a message must be text, found {value!r:.200}.")
+    for key, content in message.items():
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: `{key}` of a message must be text, found {content!r:.200}.")
     if calls:
         message = {"content": None, **message, "tool_calls": [_call_of(call, where) for call in calls]}
     return message
@@ -57,7 +56,7 @@ def _text_of(part: dict, where: str) -> str:
 
 
 def _call_of(call: dict, where: str) -> dict:
-    """With the arguments as an object: templates write them as JSON, and text would be quoted once more."""
+    """A tool call with its arguments as an object: templates write them as JSON, which would quote text once more."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{where}: `tool_calls` must have a `function` with a `name`, found {call!r:.200}.")
@@ -72,8 +71,10 @@ def _call_of(call: dict, where: str) -> dict:
 
 def tools_of(value: str | list, where: str) -> list[dict]:
     """
+    A row's tools as JSON schemas.
+
     Raises:
-        ValueError: If they are no list of JSON schemas.
+        ValueError: If `value` is no list of objects.
     """
     tools = json_list(value, "tools", where)
     if not all(isinstance(tool, dict) for tool in tools):
@@ -83,15 +84,18 @@ def tools_of(value: str | list, where: str) -> list[dict]:
 
 def json_list(value: str | list, name: str, where: str) -> list:
     """
-    A list; from a table that holds only text, as JSON.
+    A list. Tables that hold only text have it as JSON.
+
+    Args:
+        name (`str`): The column, for the error.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If `value` is no list.
     """
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        items = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list):
+        items = None
+    if not isinstance(items, list):
         raise ValueError(f"{where}: `{name}` must be a list, found {value!r:.200}.")
-    return found
+    return items

@@ -1,7 +1,7 @@
-"""Where prompts come from: any file or dataset, of any shape that is in use.
+"""Prompts from any file or dataset, of any shape that is in use.
 
 In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s, read
-from disk as they are needed, and the target's tokens of one.
+from disk as they are needed, and their tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -32,7 +33,7 @@ from .rows import normalised
 
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-NAMED = 5  # prompts that are left out, before the others are only counted
+LISTED = 5  # ids of prompts that are left out; more are only counted
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,20 @@ class Prompt:
 
     Args:
         id (`str`): Unique in its file.
-        text (`str`): What the user says (last).
+        text (`str`): The user's (last) message.
         category (`str`): For tables; the name of the file if a row names none.
-        subcategory (`str`, *optional*): What the row itself says, where `category` puts several together (MT-Bench).
-        check (`str`): How two answers are compared: `"number"` (the final number), `"tests"` (code that passes
-            `tests`), or `"text"`.
+        check (`str`): How answers are checked: `"number"` (the final number), `"tests"` (code that passes `tests`), or
+            `"text"`.
+        subcategory (`str`, *optional*): The row's own category, where `category` joins several (MT-Bench).
         messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`, and
             of tools `tool_calls`, `tool_call_id` and `name`.
-        tests (`str`, *optional*): Python code that is run behind the answer's and raises unless that is right. It
-            calls the tests that it defines, and does not end the process (as `unittest.main()` does): that is no
-            pass.
+        tests (`str`, *optional*): Python code that runs after the answer's and raises unless that is right. It must
+            call the tests that it defines, and must not end the process (as `unittest.main()` does): that is a
+            failure.
         references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
             look at them.
-        answer (`str`, *optional*): An answer to take instead of the target's own.
-        tools (`list[dict]`, *optional*): The tools that the chat template shall offer, as JSON schemas.
+        answer (`str`, *optional*): An answer to use instead of the target's own.
+        tools (`list[dict]`, *optional*): Tools for the chat template, as JSON schemas.
     """
 
     id: str
@@ -71,7 +72,7 @@ class Prompt:
 
     @property
     def said(self) -> list[dict]:
-        """The conversation, `text` as its last message."""
+        """The conversation, with `text` as its last message."""
         return self.messages or [{"role": "user", "content": self.text}]
 
 
@@ -81,10 +82,9 @@ class Prompts(Sequence[Prompt]):
 
     Args:
         rows (`datasets.Dataset`): A column for each field of [`Prompt`].
-
-    Attributes:
-        fingerprint (`str`): Of the content (for a dataset: as `datasets` tells it) and of how it was read.
-        options (`dict`): How it was read, where that differs from the default.
+        fingerprint (`str`): Digest of the content (of a dataset: the fingerprint that `datasets` gives it) and of the
+            options it was read with.
+        options (`dict`): The options it was read with, where they differ from the defaults.
     """
 
     def __init__(self, rows: datasets.Dataset, fingerprint: str, options: dict):
@@ -100,7 +100,7 @@ class Prompts(Sequence[Prompt]):
 
 
 def fingerprint_of(prompts: Sequence[Prompt]) -> str:
-    """Tells one set of prompts from another."""
+    """A digest that differs between sets of prompts."""
     if isinstance(prompts, Prompts):
         return prompts.fingerprint
     return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
@@ -118,28 +118,29 @@ def read_prompts(
 ) -> Prompts:
     """
     Read prompts from a file (JSON lines, CSV, Parquet, Arrow), a `datasets` dataset (a folder or a Hub id, with
-    `:config` if it has several), or `-`, standard input: JSON lines, or a plain prompt a line.
+    `:config` if it has several), or `-`, standard input: JSON lines, or a plain prompt on each line.
 
     A row has one of `messages` or `conversations` (chat), `prompt` (text or chat), `question`, `instruction` with an
     optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
     `category`, `check`, `tests`, `reference` (text, or several that are right; of `turns`, a list with one for each).
     A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`. Chat may have `tool_calls`, and the
-    row `tools`, which go to the chat template; of tables, null inside an object counts as not there.
+    row `tools`, which go to the chat template; in tables, null inside an object counts as missing.
 
     Args:
+        source (`str` or `os.PathLike`): A file, a folder, a Hub id, or `-`.
         limit (`int`, *optional*): Use only the first ones.
         shuffle (`int`, *optional*): Seed to shuffle with, before `limit`.
-        column (`str`, *optional*): Where the prompt is, instead of the above.
-        answer_column (`str`, *optional*): Where answers are that shall be taken instead of the target's own.
+        column (`str`, *optional*): Column of the prompt, instead of the above.
+        answer_column (`str`, *optional*): Column of answers to use instead of the target's own.
         system (`str`, *optional*): A system message to put first.
-        split (`str`, defaults to `"train"`): Of a dataset.
+        split (`str`, defaults to `"train"`): Split of a dataset.
 
     Raises:
         ValueError: If there is no prompt, a row is none, or something is not UTF-8; names the row.
         SourceError: If `source` does not exist.
     """
-    how = {"column": column, "answer_column": answer_column, "system": system}
-    for option, value in {"source": str(source), **how}.items():
+    row_options = {"column": column, "answer_column": answer_column, "system": system}
+    for option, value in {"source": str(source), **row_options}.items():
         if value is not None and not is_text(value):
             raise ValueError(f"`{option}` {value!r} is not UTF-8 text. Write it in UTF-8.")
     with tempfile.TemporaryDirectory() as folder:
@@ -150,26 +151,23 @@ def read_prompts(
                 shutil.copyfileobj(sys.stdin.buffer, copy)
         table = None if path.is_file() and path.suffix.lower() not in TABLES else _load_table(path, name, split)
         content = [_file_digest(path) if path.is_file() else table._fingerprint]
-        # What is cached is as good as the code that made it.
+        # Rows that another version of this code cached are not used.
         content += [_file_digest(Path(code)) for code in (__file__, rows.__file__, chat.__file__, files.__file__)]
-        fingerprint = hashlib.sha256(json.dumps([content[0], how, limit, shuffle]).encode()).hexdigest()
+        fingerprint = hashlib.sha256(json.dumps([content[0], row_options, limit, shuffle]).encode()).hexdigest()
         try:
-            found = datasets.Dataset.from_generator(
+            prompts = datasets.Dataset.from_generator(
                 normalised,
-                features=datasets.Features(
-                    {key: datasets.Value("string") for key in ("id", "text", "category", "check", "subcategory")}
-                    | {key: datasets.Value("string") for key in ("messages", "tools", "tests", "references", "answer")}
-                ),
-                gen_kwargs={"path": path, "table": table, "plain": name == "-", "how": how},
-                fingerprint=hashlib.sha256(json.dumps([content, how, path.stem]).encode()).hexdigest()[:32],
+                features=datasets.Features({field.name: datasets.Value("string") for field in fields(Prompt)}),
+                gen_kwargs={"path": path, "table": table, "plain": name == "-", "reading_options": row_options},
+                fingerprint=hashlib.sha256(json.dumps([content, row_options, path.stem]).encode()).hexdigest()[:32],
             )
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
     if shuffle is not None:
-        found = found.shuffle(seed=shuffle)
-    options = {**how, "limit": limit, "shuffle": shuffle, "split": None if split == "train" else split}
+        prompts = prompts.shuffle(seed=shuffle)
+    options = {**row_options, "limit": limit, "shuffle": shuffle, "split": None if split == "train" else split}
     options = {name: value for name, value in options.items() if value is not None}
-    return Prompts(found.select(range(min(limit or len(found), len(found)))), fingerprint, options)
+    return Prompts(prompts.select(range(min(limit or len(prompts), len(prompts)))), fingerprint, options)
 
 
 def _from_row(row: dict) -> Prompt:
@@ -194,11 +192,8 @@ def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
@@ -213,7 +208,7 @@ def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt
 
 
 class TooLong(ValueError):
-    """A prompt that does not fit into the context; or none of several does."""
+    """A prompt does not fit into the context, or none of several does."""
 
 
 def encode(
@@ -228,9 +223,9 @@ def encode(
 
     Args:
         prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
-        context (`int`, *optional*): Tokens the target can attend to ([`context_of`]).
+        context (`int`, *optional*): Tokens that the target can attend to ([`context_of`]).
         max_new_tokens (`int`): Tokens to leave room for.
-        tools (`list[dict]`, *optional*): What the chat template shall offer ([`Prompt.tools`]).
+        tools (`list[dict]`, *optional*): Tools for the chat template ([`Prompt.tools`]).
 
     Returns:
         `torch.LongTensor` of shape `(1, prompt_length)`.
@@ -239,13 +234,13 @@ def encode(
         ValueError: If the prompt is empty or not text, or the template does not take its messages.
         TooLong: If it does not fit into the context together with the answer.
     """
-    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [message_of(message, "`prompt`") for message in said]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [message_of(message, "`prompt`") for message in messages]
     if not messages or not (messages[-1]["content"] or "").strip():
         raise ValueError("`prompt` is empty. Give it text.")
     if not is_text(json.dumps(messages, ensure_ascii=False, default=str)):
         raise ValueError("`prompt` has half of a surrogate pair (such as \\ud800), which is no character. Remove it.")
-    input_ids = _applied(tokenizer, messages, tools)
+    input_ids = _apply_template(tokenizer, messages, tools)
     if context is not None and input_ids.shape[1] + max_new_tokens > context:
         raise TooLong(
             f"`prompt` has {input_ids.shape[1]} tokens; with `max_new_tokens`={max_new_tokens} it exceeds the "
@@ -254,16 +249,14 @@ def encode(
     return input_ids
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None) -> torch.LongTensor:
-    """
-    Raises:
-        ValueError: If the template does not take the messages, or would drop what is said of tools.
-    """
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None
+) -> torch.LongTensor:
     needed = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
     template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
-    if missing := [name for name, needs in needed.items() if needs and name not in template]:
+    if missing := [name for name, is_needed in needed.items() if is_needed and name not in template]:
         raise ValueError(
-            f"`prompt` has `{missing[0]}`, which the tokenizer's chat template does not know. Take another tokenizer "
+            f"`prompt` has `{missing[0]}`, which the tokenizer's chat template does not know. Use another tokenizer "
             "or remove the prompt."
         )
     if not template:
@@ -272,44 +265,62 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: li
         return tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
-    except (TemplateError, TypeError, ValueError) as error:  # the last two: of what a template does with a message
+    except (TemplateError, TypeError, ValueError) as error:  # the last two: from operations within a template
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
 
 
-def fitting(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], context: int | None, max_new_tokens: int
-) -> tuple[list[Prompt], list[torch.LongTensor], list[str]]:
-    """
-    [`encode`] many prompts.
+class Fitting(NamedTuple):
+    """Prompts that fit into a context, their tokens (`(1, prompt_length)` each), and the ids of those too long."""
 
-    Returns:
-        The prompts that fit, their tokens (`(1, prompt_length)` each), and the ids of those that are too long.
+    prompts: list[Prompt]
+    tokens: list[torch.LongTensor]
+    left_out: list[str]
+
+
+def fitting(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    context: int | None,
+    max_new_tokens: int,
+    may_be_empty: bool = False,
+) -> Fitting:
+    """
+    [`encode`] many prompts, and leave out those that are too long.
+
+    Args:
+        may_be_empty (`bool`): Whether all may be too long.
 
     Raises:
         ValueError: If one cannot be encoded at all; names it.
+        TooLong: If none fits.
     """
-    kept, rows, left_out = [], [], []
+    fit = Fitting([], [], [])
     for prompt in prompts:
         try:
-            rows.append(encode(tokenizer, prompt.said, context, max_new_tokens, prompt.tools))
-            kept.append(prompt)
+            fit.tokens.append(encode(tokenizer, prompt.said, context, max_new_tokens, prompt.tools))
+            fit.prompts.append(prompt)
         except TooLong:
-            left_out.append(prompt.id)
+            fit.left_out.append(prompt.id)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
-    return kept, rows, left_out
+    if not fit.prompts and not may_be_empty:
+        raise TooLong(
+            f"`prompts`: all {len(prompts)} are too long: with `max_new_tokens`={max_new_tokens} each exceeds the "
+            f"context of {context} tokens. Shorten them or lower `max_new_tokens`."
+        )
+    return fit
+
+
+def describe_left_out(left_out: Sequence[str]) -> str:
+    """How many prompts were left out, and the ids of the first ones."""
+    ids = ", ".join(left_out[:LISTED]) + (f" and {len(left_out) - LISTED} more" if len(left_out) > LISTED else "")
+    return f"{len(left_out)} prompt{'s' * (len(left_out) != 1)} too long and left out: {ids}."
+
+
+# Until all callers have moved.
+counted = describe_left_out
 
 
 def none_fits(count: int, context: int, max_new_tokens: int) -> TooLong:
-    """The error where [`fitting`] leaves nothing."""
-    return TooLong(
-        f"`prompts`: all {count} are too long: with `max_new_tokens`={max_new_tokens} each exceeds the context of "
-        f"{context} tokens. Shorten them or lower `max_new_tokens`."
-    )
-
-
-def counted(left_out: Sequence[str]) -> str:
-    """How many prompts were left out, and which."""
-    names = ", ".join(left_out[:NAMED]) + (f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
-    return f"{len(left_out)} prompt{'s' * (len(left_out) != 1)} too long and left out: {names}."
+    return TooLong(f"`prompts`: all {count} are too long: they exceed the context of {context} tokens.")

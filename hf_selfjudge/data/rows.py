@@ -1,7 +1,6 @@
-"""Rows of prompts, of any shape that is in use, in one shape.
+"""Rows of any shape that is in use -> the columns of [`Prompt`], or an error that names the row.
 
-In: a file of JSON lines or CSV, a table, or plain lines. Out: the columns of [`Prompt`], or an error that names the
-row.
+In: a file of JSON lines or CSV, a table, or plain lines. `where` is always the row's place, for errors.
 """
 
 from __future__ import annotations
@@ -19,29 +18,30 @@ from ..utils.files import is_text, json_object, lines_of
 from .chat import json_list, message_of, tools_of
 
 
-CHECKS = ("number", "tests", "text")
-# What a row's prompt may be called, in this order.
+# The ways to check an answer, and the column that a prompt needs for each; `scoring/checks.py` says how each works.
+CHECKS = {"number": None, "tests": "tests", "text": None}
+# Columns that may hold the prompt; the first that is there counts.
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
 # Spec-Bench has these categories of MT-Bench as one.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 JSON = (".jsonl", ".json", ".ndjson")
 # Statements of Python that test nothing by themselves.
-STILL = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
-CELL = 2**31 - 1  # characters that a cell of CSV may have
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+LONGEST_CELL = 2**31 - 1  # of CSV, characters
 
 
-def normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dict) -> Iterator[dict]:
+def normalised(path: Path, table: datasets.Dataset | None, plain: bool, reading_options: dict) -> Iterator[dict]:
     """
     Rows of any shape as rows of [`Prompt`], with lists as JSON.
 
     Args:
-        path (`Path`): The file, or what gives the rows their names.
+        path (`Path`): The file; its name is the rows' default id and category.
         table (`datasets.Dataset`, *optional*): The rows, if they are not to be read from `path`.
         plain (`bool`): Whether a line may be a prompt itself.
-        how (`dict`): `column`, `answer_column` and `system`, see [`read_prompts`].
+        reading_options (`dict`): `column`, `answer_column` and `system`, see [`read_prompts`].
 
     Raises:
-        ValueError: If there is none, or one is no prompt; names it.
+        ValueError: If there is no row, or one is no prompt; names it.
     """
     places: dict[str, str] = {}
     for number, row in enumerate(_rows(path, table, plain), start=1):
@@ -49,7 +49,7 @@ def normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dic
             continue
         where = f"{path.name}:{number}"
         try:
-            prompt = _prompt_row(row, where, f"{path.stem}-{number}", **how)
+            prompt = _prompt_row(row, where, f"{path.stem}-{number}", **reading_options)
         except TypeError as error:  # in the arguments of a tool call, say
             raise ValueError(f"{where}: has something that JSON cannot hold ({error}).") from error
         for name, value in prompt.items():
@@ -67,7 +67,7 @@ def normalised(path: Path, table: datasets.Dataset | None, plain: bool, how: dic
 
 
 def _rows(path: Path, table: datasets.Dataset | None, plain: bool) -> Iterator[dict | None]:
-    """Rows as they stand there; `None` for an empty line."""
+    """Rows as they are; `None` for an empty line."""
     if table is None:
         yield from _cells(path) if path.suffix.lower() == ".csv" else _lines(path, plain)
         return
@@ -81,15 +81,15 @@ def _rows(path: Path, table: datasets.Dataset | None, plain: bool) -> Iterator[d
 
 
 def _without_nulls(row: dict) -> dict:
-    """A row of a table as it was before: the objects in a column got the keys of all rows, and null where one had no
-    such key."""
+    """A row of a table without the keys that a table adds: each object in a column has the keys of all rows, and null
+    where it had no such key. The columns themselves stay."""
 
     def bare(value: object) -> object:
         if isinstance(value, dict):
-            return {key: bare(one) for key, one in value.items() if one is not None}
-        return [bare(one) for one in value] if isinstance(value, list) else value
+            return {key: bare(item) for key, item in value.items() if item is not None}
+        return [bare(item) for item in value] if isinstance(value, list) else value
 
-    return {name: bare(value) for name, value in row.items()}
+    return {name: bare(item) for name, item in row.items()}
 
 
 def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
@@ -111,7 +111,7 @@ def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
 
 def _cells(path: Path) -> Iterator[dict]:
     """Rows of CSV. Every cell is text, or `None` where it is empty."""
-    csv.field_size_limit(CELL)
+    csv.field_size_limit(LONGEST_CELL)
     rows = csv.DictReader(lines_of(path, path.name), restkey="", strict=True)
     try:
         rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
@@ -135,66 +135,79 @@ def _prompt_row(
     column = column or next((name for name in COLUMNS if row.get(name) not in (None, "", [])), None)
     if column is None:
         raise ValueError(f"{where}: needs one of `{'`, `'.join(COLUMNS)}`, found {sorted(row)} (or they are empty).")
-    messages = _messages(_said(row, column, where), where)
+    if row.get("functions"):
+        raise ValueError(f"{where}: `functions` is the older form, which chat templates do not know. Write `tools`.")
+    messages = _messages(_prompt_of(row, column, where), where)
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     text = messages[-1]["content"]
     if not text.strip():
         raise ValueError(f"{where}: the prompt is empty. Remove the row or give it text.")
+    references, tests = _references(row, column, where), _tests(row, where)
+    category = _word(row, "category", where) or default_id.rpartition("-")[0]
+    merged = column == "turns" and category in MT_BENCH
+    ids = [_word(row, name, where) for name in ("id", "question_id")]
+    lists = {
+        "messages": None if messages == [{"role": "user", "content": text}] else messages,
+        "tools": tools_of(row.get("tools") or [], where),
+        "references": references,
+    }
+    return {
+        "id": next((value for value in ids if value is not None), default_id),
+        "text": text,
+        "category": "mt_bench" if merged else category,
+        "subcategory": category if merged else None,
+        "check": _check(row | {"tests": tests}, references, where),
+        "tests": tests,
+        "answer": answer_column and _word(row, answer_column, where),
+        # Not escaped, so that half of a surrogate pair is found in them too.
+        **{name: json.dumps(value, ensure_ascii=False) if value else None for name, value in lists.items()},
+    }
+
+
+def _check(row: dict, references: list[str], where: str) -> str:
+    """How answers are checked: as the row says, else by what it comes with."""
+    check = row.get("check")
+    if check in (None, ""):
+        gsm8k = any("####" in reference for reference in references)
+        check = "tests" if row["tests"] else "number" if gsm8k else "text"
+    if not isinstance(check, str) or check not in CHECKS:
+        raise ValueError(f"{where}: `check` must be one of {', '.join(CHECKS)}; found {check!r}.")
+    if CHECKS[check] is not None and not row.get(CHECKS[check]):
+        raise ValueError(f"{where}: `check` {check!r} needs `{CHECKS[check]}`, which the row lacks.")
+    if check == "tests" and _only_defines(row["tests"]):
+        raise ValueError(f"{where}: `tests` only define something: any answer would pass. Call it, as in check(f).")
+    return check
+
+
+def _tests(row: dict, where: str) -> str | None:
     tests = row.get("tests")
     if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
         tests = "\n".join(tests)
     if not isinstance(tests, str | None):
         raise ValueError(f"{where}: `tests` must be Python code, as text or a list of texts, found {tests!r:.200}.")
-    references = _references(row, column, where)
-    gsm8k = any("####" in reference for reference in references)
-    check = row.get("check")
-    if check in (None, ""):
-        check = "tests" if tests else "number" if gsm8k else "text"
-    if check not in CHECKS or (check == "tests" and not tests):
-        raise ValueError(f"{where}: `check` must be one of {CHECKS}, 'tests' with `tests`; found {check!r}.")
-    if check == "tests" and _only_defines(tests):
-        raise ValueError(f"{where}: `tests` only define something: any answer would pass. Call it, as in check(f).")
-    category = _word(row, "category", where) or default_id.rpartition("-")[0]
-    merged = column == "turns" and category in MT_BENCH
-    ids = (_word(row, name, where) for name in ("id", "question_id"))
-    if row.get("functions"):
-        raise ValueError(f"{where}: `functions` is the older form, which chat templates do not know. Write `tools`.")
-    tools = tools_of(row.get("tools") or [], where)
-    # Not escaped, so that half of a surrogate pair is found in them too.
-    plain = messages == [{"role": "user", "content": text}]
-    kept = {"messages": None if plain else messages, "tools": tools, "references": references}
-    return {
-        "id": next((one for one in ids if one is not None), default_id),
-        "text": text,
-        "category": "mt_bench" if merged else category,
-        "subcategory": category if merged else None,
-        "check": check,
-        "tests": tests or None,
-        "answer": answer_column and _word(row, answer_column, where),
-        **{name: json.dumps(value, ensure_ascii=False) if value else None for name, value in kept.items()},
-    }
+    return tests or None
 
 
 def _only_defines(code: str) -> bool:
-    """Whether code does nothing by itself. Of what cannot be parsed here that is not known."""
+    """Whether code does nothing by itself. Unknown, so `False`, of code that cannot be parsed here."""
     try:
         body = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return all(
-        isinstance(part, STILL)
-        or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
-        or (
-            isinstance(part, ast.Assign | ast.AnnAssign)
-            and not any(isinstance(one, ast.Call) for one in ast.walk(part))
-        )
-        for part in body
-    )
+    return all(map(_only_defines_here, body))
+
+
+def _only_defines_here(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        return not any(isinstance(node, ast.Call) for node in ast.walk(statement))
+    return isinstance(statement, DEFINITIONS)
 
 
 def _word(row: dict, name: str, where: str) -> str | None:
-    """A column with text or a number, as text."""
+    """A column that holds text or a number, as text."""
     value = row.get(name)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if value is not None and not number and not isinstance(value, str):
@@ -203,43 +216,43 @@ def _word(row: dict, name: str, where: str) -> str | None:
 
 
 def _references(row: dict, column: str, where: str) -> list[str]:
-    """What is right, of the shapes that Spec-Bench and GSM8K have."""
+    """The right answers of a row, in the shapes of Spec-Bench and GSM8K."""
     right = row.get("reference")
     if column == "turns" and right is not None:
         right = next(iter(json_list(right, "reference", where)), None)
     answer = row.get("answer")
     if right is None and isinstance(answer, str) and "####" in answer:
         right = answer
-    right = right if isinstance(right, list) else [right]
-    return [one for one in (_word({"reference": one}, "reference", where) for one in right) if one]
+    values = right if isinstance(right, list) else [right]
+    return [text for text in (_word({"reference": value}, "reference", where) for value in values) if text]
 
 
-def _said(row: dict, column: str, where: str) -> str | list:
-    """What is in a prompt's column, with what belongs to it: text or chat messages."""
-    said = row[column]
+def _prompt_of(row: dict, column: str, where: str) -> str | list:
+    """The content of a prompt's column, with what belongs to it: text or chat messages."""
+    content = row[column]
     if column == "turns":
-        said = next(iter(json_list(said, "turns", where)), None)
-        if not isinstance(said, str):
-            raise ValueError(f"{where}: `turns` must begin with text, found {said!r:.200}.")
+        content = next(iter(json_list(content, "turns", where)), None)
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: `turns` must begin with text, found {content!r:.200}.")
     elif column == "instruction":
         instances = row.get("instances") or [{}]
         if not isinstance(instances, list) or not isinstance(instances[0], dict):
             raise ValueError(f"{where}: `instances` must be a list of objects with `input`, found {instances!r:.200}.")
-        given = row.get("input") or instances[0].get("input")
-        if given and not isinstance(given, str):
-            raise ValueError(f"{where}: `input` must be text, found {given!r:.200}.")
-        if given and isinstance(said, str):
-            said = f"{said}\n\n{given}"
-    elif column in ("messages", "conversations") and isinstance(said, str):
-        said = json_list(said, column, where)
-    return said
+        task_input = row.get("input") or instances[0].get("input")
+        if task_input and not isinstance(task_input, str):
+            raise ValueError(f"{where}: `input` must be text, found {task_input!r:.200}.")
+        if task_input and isinstance(content, str):
+            content = f"{content}\n\n{task_input}"
+    elif column in ("messages", "conversations") and isinstance(content, str):
+        content = json_list(content, column, where)
+    return content
 
 
-def _messages(said: str | list | dict, where: str) -> list[dict]:
+def _messages(prompt: str | list | dict, where: str) -> list[dict]:
     """Chat messages up to the last one of the user."""
-    if isinstance(said, str):
-        return [{"role": "user", "content": said}]
-    messages = [message_of(message, where) for message in (said if isinstance(said, list) else [said])]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages = [message_of(message, where) for message in (prompt if isinstance(prompt, list) else [prompt])]
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     if not messages:

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from hf_selfjudge import read_prompts
-from hf_selfjudge.data.prompts import Prompt, TooLong, counted, encode, fingerprint_of, fitting
+from hf_selfjudge.data.prompts import Prompt, TooLong, describe_left_out, encode, fingerprint_of, fitting
 from hf_selfjudge.models.wheels import SourceError
 
 
@@ -113,7 +113,8 @@ def test_fingerprints(tmp_path):
         ('{"body": "a"}', "p.jsonl:1: needs one of `messages`"),
         ('{"prompt": " "}', "p.jsonl:1: the prompt is empty"),
         ('{"prompt": "a", "check": "vibes"}', "`check` must be one of"),
-        ('{"prompt": "a", "check": "tests"}', "`check` must be one of"),
+        ('{"prompt": "a", "check": "tests"}', "p.jsonl:1: `check` 'tests' needs `tests`, which the row lacks"),
+        ('{"prompt": "a", "check": "tests", "tests": [""]}', "p.jsonl:1: `check` 'tests' needs `tests`"),
         ('{"prompt": "a", "id": 7}\n{"prompt": "b", "id": 7}', "p.jsonl:2: the id '7' was used before, in p.jsonl:1"),
         ('{"turns": 5}', "p.jsonl:1: `turns` must be a list"),
         ('{"turns": [5]}', "p.jsonl:1: `turns` must begin with text"),
@@ -432,5 +433,8 @@ def test_prompts_that_are_too_long_are_named(tokenizer):
     assert [prompt.id for prompt in kept] == ["a", "c"]
     assert [row.shape for row in rows] == [(1, 9), (1, 1)]
     assert left_out == ["b"]
-    assert counted(left_out) == "1 prompt too long and left out: b."
-    assert counted([*"abcdefg"]) == "7 prompts too long and left out: a, b, c, d, e and 2 more."
+    assert fitting(tokenizer, prompts[1:2], 10, 1, may_be_empty=True) == ([], [], ["b"])
+    with pytest.raises(TooLong, match="all 1 are too long: .*=1 each exceeds the context of 10 tokens"):
+        fitting(tokenizer, prompts[1:2], 10, 1)
+    assert describe_left_out(left_out) == "1 prompt too long and left out: b."
+    assert describe_left_out([*"abcdefg"]) == "7 prompts too long and left out: a, b, c, d, e and 2 more."

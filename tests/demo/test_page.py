@@ -10,7 +10,8 @@ import pytest
 import torch
 from gradio_client import Client
 
-from hf_selfjudge import JudgedModel, JudgeRule
+from hf_selfjudge import JudgedModel
+from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.demo.answer import (
     RecordingRule,
     Token,
