@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..data.prompts import Prompt, counted, fitting, none_fits
+from ..data.prompts import Prompt, describe_left_out, fitting
 from ..utils.text import in_terminal
 
 
@@ -22,7 +22,7 @@ def say(sentence: str) -> None:
 def say_left_out(left_out: Sequence[str]) -> None:
     """Print which prompts were too long, if any was."""
     if left_out:
-        say(counted(left_out))
+        say(describe_left_out(left_out))
 
 
 def fitting_prompts(
@@ -35,7 +35,5 @@ def fitting_prompts(
         TooLong: If none fits.
     """
     kept, _, left_out = fitting(tokenizer, prompts, context, max_new_tokens)
-    if not kept:
-        raise none_fits(len(left_out), context, max_new_tokens)
     say_left_out(left_out)
     return kept, left_out

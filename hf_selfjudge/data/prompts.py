@@ -316,11 +316,3 @@ def describe_left_out(left_out: Sequence[str]) -> str:
     """How many prompts were left out, and the ids of the first ones."""
     ids = ", ".join(left_out[:LISTED]) + (f" and {len(left_out) - LISTED} more" if len(left_out) > LISTED else "")
     return f"{len(left_out)} prompt{'s' * (len(left_out) != 1)} too long and left out: {ids}."
-
-
-# Until all callers have moved.
-counted = describe_left_out
-
-
-def none_fits(count: int, context: int, max_new_tokens: int) -> TooLong:
-    return TooLong(f"`prompts`: all {count} are too long: they exceed the context of {context} tokens.")

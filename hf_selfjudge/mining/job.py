@@ -21,7 +21,7 @@ from accelerate import PartialState
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from ..data.prompts import Prompt, Prompts, fingerprint_of, fitting, none_fits
+from ..data.prompts import Prompt, Prompts, fingerprint_of, fitting
 from ..decoding.judged_model import JudgedModel
 from ..forward.branches import packs
 from ..forward.lockstep import Tally, run_in_lockstep
@@ -121,9 +121,7 @@ def _check(pair: Pair, prompts: Sequence[Prompt], config: MiningConfig) -> None:
         )
     if config.layer is not None:
         LayerStates(pair.target, config.layer)
-    fit, _, left_out = fitting(pair.tokenizer, prompts, pair.context, config.max_new_tokens)
-    if not fit:
-        raise none_fits(len(left_out), pair.context, config.max_new_tokens)
+    fitting(pair.tokenizer, prompts, pair.context, config.max_new_tokens)
 
 
 def _settings(
@@ -164,7 +162,8 @@ def _mine_shard(
     """Mine and write one shard, whose answers are numbered from `first` on. `advance` is called with the number of
     prompts that the work done is worth."""
     since, tally = time.monotonic(), Tally()
-    kept, ids, left_out = fitting(pair.tokenizer, prompts, pair.context, config.max_new_tokens)
+    limits = pair.context, config.max_new_tokens
+    kept, ids, left_out = fitting(pair.tokenizer, prompts, *limits, may_be_empty=True)
     answers = _answers(pair, kept, [row.to(pair.target.device) for row in ids], config, writer, tally)
     advance(len(prompts) - (1 - ANSWERING) * len(answers))
 

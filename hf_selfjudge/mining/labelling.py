@@ -15,8 +15,8 @@ from ..forward.branches import packs
 from ..judge.features import SCALARS, candidate_scalars
 from ..judge.layers import LayerStates
 from ..models.pair import Pair
-from ..scoring.codeblocks import has_code
-from ..scoring.meaning import final_number, passes_tests, reconvergence, says_no
+from ..scoring.checks import CheckedAnswer, check_of
+from ..scoring.meaning import reconvergence, says_no
 from .answers import Answer
 from .config import MiningConfig
 from .rewrites import Continuation, continue_substitutions
@@ -108,16 +108,13 @@ def label_row(
     answer, position = continuation.answer, continuation.substitution.position
     prompt, rewritten = answer.prompt, continuation.rewritten
     original = answer.tokens.tolist() if reference is None else reference.rewritten
-    ended = continuation.finished and (answer if reference is None else reference).finished
+    finished = (answer if reference is None else reference).finished
     share = reconvergence(original[position + 1 :], continuation.rewrite)
     before, after = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (original, rewritten))
-    flipped = no = None
-    if prompt.check == "number" and ended:
-        numbers = final_number(before), final_number(after)
-        flipped = None if None in numbers else numbers[0] != numbers[1]
-    elif prompt.check == "tests" and config.allow_code and (ended or (has_code(before) and has_code(after))):
-        passed = [passes_tests(text, prompt.tests, prompt.said) for text in (before, after)]
-        flipped = passed[0] != passed[1] if any(passed) else None  # two failures may be the same or not
+    answers = CheckedAnswer(before, finished), CheckedAnswer(after, continuation.finished)
+    same = check_of(prompt, config.allow_code).same(prompt, *answers)
+    flipped = None if same is None else not same
+    no = None
     if config.ask:
         no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
     return {
