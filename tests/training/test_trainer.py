@@ -438,8 +438,8 @@ STEPWISE = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps",
         ({"eval_strategy": "steps"}, "didn't pass an `eval_dataset`"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "`save_strategy` is refused"),
         (STEPWISE | {"save_steps": 4, "load_best_model_at_end": True}, r"`save_steps` is refused: .* \(2\)"),
-        ({"batch_eval_metrics": True}, "`batch_eval_metrics` is refused: the measures need"),
-        ({"eval_do_concat_batches": False}, "`eval_do_concat_batches` is refused: the measures need"),
+        ({"batch_eval_metrics": True}, "`batch_eval_metrics` is refused: the metrics need"),
+        ({"eval_do_concat_batches": False}, "`eval_do_concat_batches` is refused: the metrics need"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be 1 or more, got 0"),
         ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be 1 or more, got 0"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be 1 or more, got 0"),
@@ -723,7 +723,7 @@ def test_errors(fitted, target, answers, tmp_path):
         main(script(write_labels(tmp_path / "few", prompts=4)), config(tmp_path / "x"))
     other = write_labels(tmp_path / "other", target="tiny/other", seed=1)
     with pytest.raises(
-        ValueError, match=r"`labels`: .* of different models or layers \(target: 'tiny/llama' and 'tiny/other'\)"
+        ValueError, match=r"`labels` are of different models or layers \(target: 'tiny/llama' and 'tiny/other'\)"
     ):
         main(script(folder, other), config(tmp_path / "x"))
     with pytest.raises(FileNotFoundError, match=r"has no mining.json"):
