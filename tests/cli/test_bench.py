@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_selfjudge import Judge, Threshold
+from hf_selfjudge import Judge
 from hf_selfjudge.cli import options
+from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.models.load import fingerprint
 
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_selfjudge import Judge, Threshold
+from hf_selfjudge import Judge
 from hf_selfjudge.cli import quickstart
+from hf_selfjudge.judge.threshold import Threshold
 from tests.builders import build, random_judge
-from tests.training.test_trainer import RESULTS
 
 
-def test_quickstart_and_card(succeed, judge, pair_folders, prompts_file, tmp_path):
+def test_quickstart_and_card(succeed, fail, judge, pair_folders, prompts_file, tmp_path):
     figures = tmp_path / "figures.json"
     out = succeed(
         *("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", prompts_file, "--limit", 3),
@@ -32,6 +32,12 @@ def test_quickstart_and_card(succeed, judge, pair_folders, prompts_file, tmp_pat
     assert all(run["tokens_per_second"] > 0 and run["seconds_per_answer"] > 0 for run in results["runs"])
     succeed("card", judge, "--results", figures)
     assert "Measured in decoding" in (judge / "README.md").read_text()
+    text = figures.read_text()
+    figures.write_bytes(text.encode("utf-8-sig"))  # as some editors save it
+    succeed("card", judge, "--results", figures)
+    figures.write_bytes(text.encode("utf-16"))
+    message = fail("card", judge, "--results", figures)
+    assert "figures.json:1: this is not UTF-8 text, but perhaps UTF-16. Save it as UTF-8." in message
 
 
 def test_int8_draft_and_auto_length(succeed, judge, pair_folders, prompts_file, tmp_path):
@@ -73,14 +79,6 @@ def test_quickstart_trains(succeed, pair_folders, tmp_path, monkeypatch):
     succeed("quickstart", "--pair", pair_folders, "--train", "--output", output, "--max-new-tokens", 16)
     assert Judge.from_pretrained(output / "judge").info.target == "./target"
     assert (output / "judge" / "README.md").is_file()
-
-
-def test_results_that_an_editor_has_saved(succeed, fail, untrained, tmp_path):
-    (tmp_path / "figures.json").write_bytes(json.dumps(RESULTS).encode("utf-8-sig"))
-    succeed("card", untrained, "--results", tmp_path / "figures.json")
-    (tmp_path / "figures.json").write_bytes(json.dumps(RESULTS).encode("utf-16"))
-    message = fail("card", untrained, "--results", tmp_path / "figures.json")
-    assert "figures.json:1: this is not UTF-8 text, but perhaps UTF-16. Save it as UTF-8." in message
 
 
 def test_demo(succeed, fail, untrained, pair_folders, monkeypatch):
