@@ -286,7 +286,7 @@ def test_labels_know_how_they_were_mined(llama, tokenizer, tmp_path):
 def test_an_answer_is_stored_once(llama, tokenizer, tmp_path):
     rows = mine(Pair(*llama, tokenizer), PROMPTS, MINING, tmp_path)
     files = {
-        kind: [pyarrow.parquet.read_table(p) for p in sorted(tmp_path.glob(f"{kind}-*"))]
+        kind: [pyarrow.parquet.read_table(p) for p in sorted(tmp_path.glob(f"{kind}-*.parquet"))]
         for kind in ("labels", "answers")
     }
     assert [len(table) for table in files["answers"]] == [2, 1]
