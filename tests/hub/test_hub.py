@@ -30,7 +30,7 @@ from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels
 from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.card import read_results
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import folders_of, mining_of
+from hf_selfjudge.mining.labels import folders_of, mining_of, mining_records
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.utils.names import public_mining
@@ -242,9 +242,10 @@ def test_labels_results_and_spaces(hub, tmp_path):
     folders = [write_labels(tmp_path / "one", seed=0), write_labels(tmp_path / "two", seed=1)]
     push_labels(folders, "me/labels")
     read = folders_of(["me/labels"])
-    assert [folder.name for folder in read] == ["one", "two"]
-    for ours, theirs in zip(folders, read, strict=True):
-        assert load_labels(ours).to_dict() == load_labels(theirs).to_dict()
+    assert [*read] == ["me/labels/one", "me/labels/two"]
+    ours, theirs = load_labels(folders), load_labels("me/labels")
+    assert {*theirs["source"]} == {*read}
+    assert ours.remove_columns("source").to_dict() == theirs.remove_columns("source").to_dict()
     card = hub.files("me/labels", kind="datasets")["README.md"].decode()
     assert "| one | prompts.jsonl | 40 | 240 |" in card
     with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset on the Hub"):
@@ -384,7 +385,9 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     assert (made["target"], made["draft"], made["prompts_name"]) == ("./target", "./draft", "./p.jsonl")
     assert "shards" not in made
     # What was fetched is the same as what is here.
-    assert len(mining_of([labels, *folders_of(["me/labels"])])) == 2
+    both = load_labels([labels, "me/labels"])
+    assert [record["source"] for record in mining_records(both)] == [str(labels), "me/labels/labels"]
+    assert mining_of(both)["target"] == private[0]
 
 
 def test_a_judge_of_an_earlier_version_is_published_without_its_paths(hub, private, llama, tmp_path):

@@ -212,9 +212,9 @@ def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
     made = JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer)
     assert made.judge.info.layer == LAYER
     adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
-    with pytest.raises(ValueError, match="`judge` looks at what enters layer 1, but an adapter changes the last hidden states"):
+    with pytest.raises(ValueError, match="`judge` looks at what enters layer 1, but an adapter changes"):
         JudgeTrainer(build("llama"), args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
-    with pytest.raises(ValueError, match="`lora_layers`: an adapter is for the last hidden states"):
+    with pytest.raises(ValueError, match="`lora_layers`: an adapter changes the last hidden states"):
         main(ScriptArguments([str(midway)], folds=2, lora_layers=1), args)
 
 
