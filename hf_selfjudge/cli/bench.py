@@ -18,7 +18,7 @@ from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
 from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
-from ..scoring.quality import check_tasks, task_of
+from ..scoring.quality import check_can_score
 from ..utils.files import check_writable
 from .console import console, fitting_prompts, say
 from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
@@ -58,7 +58,7 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
         raise ValueError("`spec-bench` files have the seconds of each answer. Ask for them with `mode` timing.")
     check_writable(options.output)
     prompts = balanced(options.read(), options.per_category)
-    check_tasks([task_of(prompt, options.allow_code) for prompt in prompts], options.embeddings)
+    check_can_score(prompts, options.embeddings)
     judges = {name: Judge.from_pretrained(name) for name in {method.judge for method in methods} - {None}}
     for method in methods:
         if method.judge is not None:

@@ -1,4 +1,4 @@
-"""Models, as they are loaded: in a name, out a target, a draft and their tokenizer. Knows nothing of judges."""
+"""Loading models: in a name, out a target, a draft and their tokenizer. Knows nothing of judges."""
 
 from .load import load_model
 from .pair import Pair, load_pair

@@ -16,9 +16,9 @@ class HalfLinear(torch.nn.Linear):
     A linear layer that computes in fp32 from a packed fp16 copy of its weight (FBGEMM).
 
     A CPU without bf16 arithmetic multiplies bf16 matrices row by row: verifying 6 candidates costs 6 times one token,
-    and speculation cannot pay. Here 6 rows cost 1.3 to 1.5 times one, and one row reads half the memory of fp32. A CPU
-    with it (AVX-512) reads prompts and large batches up to twice as fast in bf16, but decodes one text at less than
-    half the speed of this. bf16 weights fit into fp16 exactly, but for those below 6e-5.
+    and speculation cannot be faster. Here 6 rows cost 1.3 to 1.5 times one, and one row reads half the memory of fp32.
+    A CPU with bf16 arithmetic (AVX-512) reads prompts and large batches up to twice as fast in bf16, but decodes one
+    text at less than half the speed of this. fp16 holds bf16 weights exactly, except those below 6e-5.
     """
 
     packed: torch.ScriptObject
@@ -39,8 +39,8 @@ class HalfLinear(torch.nn.Linear):
 
 
 def pack_half(model: PreTrainedModel) -> None:
-    """Turn every `nn.Linear` of a CPU model into a [`HalfLinear`] in place, and all else into fp32. Parameters keep
-    their values, so that [`fingerprint`] does not change."""
+    """Turn every `nn.Linear` of a CPU model into a [`HalfLinear`] in place, and all other weights into fp32. Parameters
+    keep their values, so that [`fingerprint`] does not change."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = HalfLinear
@@ -70,10 +70,10 @@ def check_packed(model: PreTrainedModel) -> None:
 def quantise_int8(model: PreTrainedModel) -> None:
     """
     Give the linear layers of a CPU model in fp32 int8 weights, one scale for each output channel, and quantise their
-    inputs as they come: PyTorch's dynamic quantisation. A model of any origin may be treated so to serve as a draft.
+    inputs as they come: PyTorch's dynamic quantisation. Any model can be quantised in this way to serve as a draft.
 
-    Layers that narrow (an MLP's way back, keys and values) stay in half precision: inputs of the former carry the
-    outliers that int8 cannot hold.
+    Layers with more inputs than outputs (an MLP's down projection, keys and values) stay in half precision: inputs of
+    the former have outliers that int8 cannot hold.
     """
     wide = {
         name: torch.ao.quantization.per_channel_dynamic_qconfig
@@ -81,7 +81,7 @@ def quantise_int8(model: PreTrainedModel) -> None:
         if type(module) is torch.nn.Linear and module.in_features <= module.out_features
     }
     with warnings.catch_warnings():
-        # Announced to go some day; its successor has no fast kernels for CPUs without AVX-512.
+        # It is deprecated, but its successor has no fast kernels for CPUs without AVX-512.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*deprecated.*", category=UserWarning)
         torch.ao.quantization.quantize_dynamic(model, wide, inplace=True)
@@ -89,7 +89,7 @@ def quantise_int8(model: PreTrainedModel) -> None:
 
 
 def precision(model: PreTrainedModel) -> str:
-    """The precision of a model's weights as a reader would say it."""
+    """The precision of a model's weights, in words."""
     kinds = {type(module) for module in model.modules()}
     if torch.ao.nn.quantized.dynamic.Linear in kinds:
         return "int8 and fp16 weights"

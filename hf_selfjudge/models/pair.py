@@ -1,7 +1,7 @@
 """A target and its draft, set up so that runs can be compared.
 
-In: the name of a known pair, or the names of two models. Out: a [`Pair`]: both models, the tokenizer that they share,
-and what follows from these. Knows nothing of judges.
+In: the name of a known pair, or the names of two models. Out: a [`Pair`]: both models and the tokenizer that they
+share. Knows nothing of judges.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .tokens import context_of, eos_tokens, special_tokens
 
 
 PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
-LOOKUP = "prompt lookup"  # in the place of a draft's name
-DRAFT_MODEL = "a draft model"  # what else may draft
+LOOKUP = "prompt lookup"  # instead of a draft's name
+DRAFT_MODEL = "a draft model"  # the alternative to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Pair:
     A target and what drafts for it.
 
     Args:
-        target ([`~transformers.PreTrainedModel`]): The model whose quality counts.
+        target ([`~transformers.PreTrainedModel`]): The model whose text is wanted.
         draft ([`~transformers.PreTrainedModel`], *optional*): Proposes candidates; `None` for prompt lookup. It has as
             many embeddings as the target ([`fit_vocabulary`]).
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of both.
@@ -47,8 +47,8 @@ class Pair:
         sizes = [model.config.get_text_config().vocab_size for model in self.models]
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"`draft` has a vocabulary of {sizes[0]} tokens, the target one of {sizes[1]}. Here they are compared "
-                "token by token: use a draft with the target's tokenizer; `fit_vocabulary` gives it as many "
+                f"`draft` has a vocabulary of {sizes[0]} tokens, the target one of {sizes[1]}. Candidates are "
+                "compared token by token: use a draft with the target's tokenizer; `fit_vocabulary` gives it as many "
                 "embeddings."
             )
 
@@ -69,14 +69,14 @@ class Pair:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the target can attend to; `None` if its positions have no end."""
+        """Number of tokens that the target can attend to; `None` if there is no limit."""
         return context_of(self.target)
 
 
 def parse_pair(pair: str, with_draft: bool = True) -> tuple[str, str | None]:
     """
     Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder; without a draft model, `TARGET`
-    alone will do.
+    alone is enough.
 
     Raises:
         ValueError: If `pair` is neither.
@@ -103,7 +103,7 @@ def load_pair(
         pair (`str`): See [`parse_pair`].
         draft_length (`int` or `"auto"`): See [`load_draft`].
         dtype (`torch.dtype`, *optional*): See [`load_model`].
-        with_draft (`bool`): Whether a draft model is wanted; else drafts come from prompt lookup.
+        with_draft (`bool`): Whether to load the draft model; if not, drafts come from prompt lookup.
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -131,8 +131,8 @@ def load_draft(
         reference (`str`): A folder or a Hub id.
         target, tokenizer: What it drafts for. Models of one family may have different numbers of embeddings; the draft
             gets as many as the target.
-        draft_length (`int` or `"auto"`): Tokens in a round; 5 where it is `"auto"`, which is a [`JudgedModel`]'s to
-            choose.
+        draft_length (`int` or `"auto"`): Candidates in a round; 5 for `"auto"`, which a [`JudgedModel`]
+            then adapts.
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -151,7 +151,7 @@ def load_draft(
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether no number is one token of the first tokenizer and another of the second; one may have more."""
+    """Whether each id means the same token in both tokenizers. One of them may have more tokens."""
     return first is second or _same_vocabulary(first, second, len(first), len(second))
 
 
@@ -167,8 +167,8 @@ def fit_vocabulary(draft: PreTrainedModel, size: int) -> PreTrainedModel:
     rounded up for the hardware (Qwen2.5: 151,936 rows in the 0.5B model and 152,064 in the 7B one).
 
     Returns:
-        [`~transformers.PreTrainedModel`]: `draft` itself if it has so many; else a copy that shares its weights. Rows
-        beyond its own get the lowest logit, and as an input the last of its own rows.
+        [`~transformers.PreTrainedModel`]: `draft` itself if it has that many; else a copy that shares its weights.
+        Tokens beyond its own rows get the lowest logit, and as an input the last of its own rows.
     """
     own = draft.config.get_text_config().vocab_size
     if own == size:

@@ -19,12 +19,12 @@ FEATURES = sum(getattr(__future__, name).compiler_flag for name in __future__.al
 
 def run(folder: str, mark: str) -> None:
     """
-    Run the files of `folder` in the order of their names, all in one namespace. One that raises is left there, with
-    what it has defined until then, and the next one is run; only the last, the tests, must come to its end.
+    Run the files of `folder` in the order of their names, all in one namespace. One that raises stops there, what
+    it has defined stays, and the next one runs; only the last one, the tests, must run to its end.
 
     Args:
-        mark (`str`): A folder to make behind the last test. No argument tells the code its name: if it happens to
-            end the process before, there is none. (Code that means to cheat can find the name in this frame.)
+        mark (`str`): A folder to make behind the last test. The code does not know its name: if it ends the process
+            before, there is no such folder. (Code that cheats can find the name in this frame.)
 
     Raises:
         BaseException: What the tests raise.

@@ -1,7 +1,7 @@
 """Find the Python code in Markdown.
 
-In: an answer or a prompt. Out: the blocks of Python in it, as CommonMark tells blocks, and its imports. Where looking
-for fences line by line finds more Python, as it does if code is not indented as its fence is, that is taken.
+In: an answer or a prompt. Out: its Python blocks, as CommonMark defines blocks, and its imports. Where a search for
+fences line by line finds more Python, as it does if code is not indented like its fence, that result is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARKDOWN = MarkdownIt("commonmark").disable(["inline", "html_block"])  # a tag i
 # From any line that ends in ticks and a name to the next that begins with as many, or to the end of the text.
 FENCED = re.compile(r"^[^`\n]*(`{3,})([^`\n]*)\n(?:(.*?)^[ \t>]*(\1)|(.*))", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"[\s{.]*(?:i?python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)
-UNTOLD = ("", "text", "txt", "plaintext", "code")  # what blocks are called that may be Python all the same
+UNNAMED = ("", "text", "txt", "plaintext", "code")  # names of blocks that may still be Python
 IMPORT_LINES = 100  # of one statement
 
 
@@ -34,15 +34,15 @@ class Block:
 
 
 def has_code(text: str) -> bool:
-    """Whether an answer has a whole block of Python: whatever follows, its code is there."""
+    """Whether an answer has a whole block of Python: whatever follows, the code is complete."""
     return any(block.whole for block in _named(_blocks(text)))
 
 
 def code_of(text: str) -> list[str]:
     """
     The Python blocks of an answer, in their order; blocks that do not name their language are taken for Python, and if
-    all name another one, those that are Python all the same. A block that was cut off counts only where there is no
-    whole one. An answer without fences is code as it stands, or else what is indented in it.
+    all name another one, those that parse as Python. A block that was cut off counts only where there is no
+    whole one. An answer without fences is code as a whole, or else its indented blocks are.
     """
     if _parsed(text):
         return [text]
@@ -79,7 +79,7 @@ def _blocks(text: str) -> list[Block]:
 
 def _named(blocks: list[Block]) -> list[Block]:
     """Those that are called Python, or nothing else."""
-    return [block for block in blocks if PYTHON.match(block.name) or block.name.strip().lower() in UNTOLD]
+    return [block for block in blocks if PYTHON.match(block.name) or block.name.strip().lower() in UNNAMED]
 
 
 def _lines(text: str) -> list[str]:

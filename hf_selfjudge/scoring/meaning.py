@@ -1,7 +1,7 @@
 """Do two answers say the same?
 
-In: two texts, or their tokens. Out: the final number of each, whether its code passes tests, how much of one the other
-has, or what the target itself says when asked. Nobody else is asked.
+In: two texts, or their tokens. Out: the final number of each, whether its code passes tests, the share of one that is
+in the other, or the target's own judgement. No other model is asked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Do both answers say the same? Answer with yes or no."""
 def final_number(text: str) -> Fraction | None:
     """
     The value of the number an answer ends in: the one in the last `\\boxed{}` or `\\fbox{}` if there is any, else the
-    last number of the text. `numerals.py` tells which ways of writing it are read.
+    last number of the text. `numbers.py` says which ways of writing it are read.
 
     Returns:
         `Fraction`, or `None` if it is unknown: there is no number, it cannot be read, or the box holds several or was
@@ -66,8 +66,8 @@ def final_number(text: str) -> Fraction | None:
 
 
 def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -> float:
-    """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity; for a suffix
-    shorter than that, of its tokens."""
+    """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity, in [0, 1]. For
+    a suffix of fewer than 4 tokens: the whole suffix instead of 4-grams."""
     size = min(GRAM, max(len(original), 1))
     grams = [tuple(original[i : i + size]) for i in range(len(original) - size + 1)]
     if not grams:
@@ -78,18 +78,18 @@ def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -
 
 def passes_tests(text: str, tests: str, said: Sequence[dict] = (), seconds: float = 10.0) -> bool:
     """
-    Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; what
-    holds it back is told in `sandbox.py`. The caller must have been told to.
+    Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; its
+    limits are described in `sandbox.py`. The caller must have the user's permission (`--allow-code`).
 
-    Its blocks are run one after the other, as in a notebook (`cells.py`): one that fails, as an example of use may,
-    does not spoil what stands in the others.
+    Its blocks are run one after the other, as in a notebook (`cells.py`): a block that fails, such as an example of
+    use, does not affect the others.
 
     Args:
-        said (`Sequence[dict]`): The conversation that is answered ([`Prompt.said`]): what the user's code imports is
-            there for the answer's.
+        said (`Sequence[dict]`): The conversation before the answer ([`Prompt.said`]). Imports of the user's code
+            run before the answer's code.
     """
-    asked = [message["content"] for message in said if message["role"] == "user"]
-    imports = [statement for part in asked if isinstance(part, str) for statement in imports_of(part)]
+    user_texts = [message["content"] for message in said if message["role"] == "user"]
+    imports = [statement for part in user_texts if isinstance(part, str) for statement in imports_of(part)]
     return _passes((*imports, *code_of(text)), tests, seconds)
 
 
@@ -101,14 +101,14 @@ def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
         work.mkdir()
         for number, code in enumerate((*cells, tests)):
             (parts / f"{number:06}.py").write_text(code, encoding="utf-8", errors="replace")
-        # Code that ends the process before its tests does not make it by accident; code that means to cheat can.
+        # Code that ends the process before its tests does not make this folder by accident; code that cheats can.
         mark = work / secrets.token_hex(16)
         sandbox.run(CELLS, work, seconds, str(parts), str(mark))
         return mark.is_dir()
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
-    """The passages in which two texts differ, with some words around them; equal text before and behind is left
+    """The passages in which two texts differ, with some words around them; equal text before and after is left
     out."""
     a, b = first.split(), second.split()
     blocks = [block for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks() if block.size]

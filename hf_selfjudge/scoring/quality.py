@@ -55,11 +55,3 @@ def _encoder(model: str):
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(resolve_model(model), device="cpu", model_kwargs={"use_safetensors": True})
-
-
-# Until all callers have moved.
-def task_of(prompt: Prompt, allow_code: bool) -> Prompt:
-    return prompt
-
-
-check_tasks = check_can_score

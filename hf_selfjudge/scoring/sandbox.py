@@ -1,10 +1,11 @@
-"""Run Python code that nobody has read.
+"""Run Python code that nobody has checked.
 
 In: a script and its arguments. Out: its exit status. It runs in a process of its own, with limits on seconds, memory
 and the size of files; a supervisor (what this file starts as) ends whatever it leaves running. On Linux the kernel
 (Landlock) also keeps it from changing what is in any file but those in its working folder (from 5.13 on), from TCP
-(6.7), and from signalling processes outside (6.12), and root is root no longer; elsewhere nothing does. It can read
-whatever its user can. Pools and queues of `multiprocessing` do not work in it: their locks lie outside its folder.
+(6.7), and from signalling processes outside (6.12), and takes root's capabilities away; on other
+systems there is no such protection. It can read whatever its user can. Pools and queues of `multiprocessing` do not
+work in it: their locks lie outside its folder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FILE_SIZE = 16 << 20  # bytes
 # System calls of Landlock, the same on all processors; https://docs.kernel.org/userspace-api/landlock.html
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 WRITING = 0b1111111110010  # write, remove and make files of all kinds
-DEVICES = 1 << 6 | 1 << 11  # to make those of characters and blocks, which nobody may
+DEVICES = 1 << 6 | 1 << 11  # to make character and block devices, which is never allowed
 WRITE_FILE = 1 << 1
 REFER, TRUNCATE = 1 << 13, 1 << 14  # known from the second and third version on
 TCP = 0b11  # bind and connect; from the fourth
@@ -77,8 +78,8 @@ def _supervise(seconds: float, command: list[str]) -> int:
     status, until = None, time.monotonic() + seconds
     while status is None and time.monotonic() < until:
         time.sleep(0.005)
-        ended, how = os.waitpid(child, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(how) if ended else None
+        ended, wait_status = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(wait_status) if ended else None
     _end(child)
     return TIMED_OUT if status is None else status
 
@@ -147,7 +148,7 @@ def _confine(folder: str, seconds: int) -> None:
         beneath = Beneath(allowed, os.open(path, os.O_PATH))
         _check(kernel.syscall(ADD_RULE, rules, 1, ctypes.byref(beneath), ctypes.c_uint32(0)))
         os.close(beneath.path)
-    _check(kernel.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))  # without which nobody may confine himself
+    _check(kernel.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))  # the kernel requires it of a process that confines itself
     _check(kernel.syscall(RESTRICT_SELF, rules, ctypes.c_uint32(0)))
     os.close(rules)
     # No capabilities, those of root among them; no new privileges: none come back with another program.

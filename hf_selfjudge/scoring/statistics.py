@@ -1,6 +1,6 @@
-"""How sure a figure is, and figures that several parts of the package share.
+"""Figures with their uncertainty.
 
-In: values, and what they were drawn from. Out: an [`Interval`] by the bootstrap, areas and rank correlations. Knows
+In: values, and the prompt that each is from. Out: an [`Interval`] by the bootstrap, areas and rank correlations. Knows
 nothing of models.
 """
 
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, samples: np.ndarray) -> Interval | None:
-        """Of a figure and its bootstrap samples behind it, of shape `(1 + resamples,)`; `None` where it is
+        """From a figure followed by its bootstrap samples, of shape `(1 + resamples,)`; `None` where the figure is
         undefined."""
         if not np.isfinite(samples[0]):
             return None
@@ -49,7 +49,7 @@ def bootstrap(
 
     Args:
         measure (`Callable`): Takes the columns; NaN where it is undefined.
-        columns (`tuple[np.ndarray, ...]` of shape `(rows,)` each): What it is a measure of.
+        columns (`tuple[np.ndarray, ...]` of shape `(rows,)` each): Its arguments.
         prompts (`np.ndarray` of shape `(rows,)`): The prompt of each row.
     """
     if not len(prompts) or np.isnan(measure(*columns)):
@@ -80,8 +80,8 @@ def rank_correlation(label: np.ndarray, score: np.ndarray) -> float:
 
 def draws(categories: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """How often each prompt is drawn, of shape `(1 + resamples, P)`: first each once, then bootstrap samples, drawn
-    within categories. Prompts that are alone in theirs are drawn among each other: within it they would tell of no
-    spread at all."""
+    within categories. Prompts that are alone in their category are drawn among each other: alone they would show no
+    spread."""
     rng, weights = np.random.default_rng(seed), np.ones((1 + resamples, len(categories)))
     names, index, counts = np.unique(categories, return_inverse=True, return_counts=True)
     strata = np.where(counts[index] > 1, index, len(names))
