@@ -143,19 +143,20 @@ def on_page(threshold: Threshold) -> tuple[str, float]:
     return "judge per token" if threshold.per_token else "judge", threshold.limit
 
 
-def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr.Blocks:
-    """
-    Build the page.
+class _Handlers:
+    """What the page does when a visitor presses a button or changes a setting."""
 
-    Args:
-        name (`str`): What the judge is loaded by.
-        folder (`Path`, *optional*): The judge's, for what was measured of it.
-    """
-    tokenizer = pair.tokenizer
-    names = tuple(map(public_name, (pair.target.config.name_or_path, pair.draft.config.name_or_path, name)))
+    def __init__(self, pair: Pair, judge: Judge, name: str):
+        self.pair, self.judge = pair, judge
+        references = (pair.target.config.name_or_path, pair.draft.config.name_or_path, name)
+        self.names = tuple(map(public_name, references))
+        self.own_rule, limit = on_page(judge.info.threshold)
+        # For each rule the end of the slider, and where it starts.
+        self.starts = {"judge": (1, 0.3), "judge per token": (1, 0.03)} | {self.own_rule: (1, limit)}
+        self.starts |= {"lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
 
     def prepared(
-        prompt: str, rule: str, threshold: float, temperature: float, length: int
+        self, prompt: str, rule: str, threshold: float, temperature: float, length: int
     ) -> tuple[Rule, torch.LongTensor]:
         """What to decode with, or an error in words."""
         if not prompt.strip():
@@ -165,28 +166,30 @@ def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr
         if not 0 <= temperature <= 2 or not 1 <= length <= LONGEST_ANSWER:
             raise gr.Error(f"The temperature must be in [0, 2], the length in [1, {LONGEST_ANSWER}] tokens.")
         try:
-            ids = encode(tokenizer, prompt, pair.context, int(length)).to(pair.target.device)
-            return rule_of(rule, threshold, judge), ids
+            ids = encode(self.pair.tokenizer, prompt, self.pair.context, int(length)).to(self.pair.target.device)
+            return rule_of(rule, threshold, self.judge), ids
         except TooLong as error:
             raise gr.Error(html.escape(f"The prompt is longer than the model can read. {error}", False)) from error
         except ValueError as error:
             raise gr.Error(html.escape(str(error), False)) from error  # what it says is shown as HTML
 
-    def generate(prompt: str, rule: str, threshold: float, temperature: float, length: int):
+    def generate(self, prompt: str, rule: str, threshold: float, temperature: float, length: int):
         """Judged text as it comes: coloured parts, figures, and the judged tokens."""
-        chosen, ids = prepared(prompt, rule, threshold, temperature, length)
+        tokenizer = self.pair.tokenizer
+        chosen, ids = self.prepared(prompt, rule, threshold, temperature, length)
 
         def parts(growing: bool):
             tokens = answer.tokens
             return coloured_parts(tokenizer, tokens, growing), measured_line(answer), judged_rows(tokenizer, tokens)
 
-        for answer in stream_answer(pair, chosen, ids, int(length), temperature):  # noqa: B007
+        for answer in stream_answer(self.pair, chosen, ids, int(length), temperature):  # noqa: B007
             yield parts(growing=True)
         yield parts(growing=False)
 
-    def compare(prompt: str, rule: str, threshold: float, length: int):
+    def compare(self, prompt: str, rule: str, threshold: float, length: int):
         """Lossless and judged, one after the other: both texts with the differences marked, and their rounds."""
-        chosen, ids = prepared(prompt, rule, threshold, 0.0, length)
+        tokenizer = self.pair.tokenizer
+        chosen, ids = self.prepared(prompt, rule, threshold, 0.0, length)
         rules = {"lossless": Lossless(), f"with {rule}": chosen}
         answers = {label: StreamedAnswer() for label in rules}
 
@@ -194,32 +197,38 @@ def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr
             return marked_differences(tokenizer, *(answer.tokens for answer in answers.values()), growing)
 
         for label, each in rules.items():
-            for answer in stream_answer(pair, each, ids, int(length)):
+            for answer in stream_answer(self.pair, each, ids, int(length)):
                 answers[label] = answer
                 yield *marked(growing=True), gr.skip(), gr.skip()
         lines = [f"**{label}**: {measured_line(answer)}" for label, answer in answers.items()]
         bars = plot_rounds({label: answer.rounds for label, answer in answers.items()})
         yield *marked(growing=False), bars, "\n\n".join(lines)
 
-    def code(rule: str, threshold: float, temperature: float, length: int) -> str:
+    def code(self, rule: str, threshold: float, temperature: float, length: int) -> str:
         """What to copy for these settings."""
-        return code_for(names, rule, threshold, temperature, int(length))
+        return code_for(self.names, rule, threshold, temperature, int(length))
 
-    def scaled(rule: str):
+    def scaled(self, rule: str):
         """The slider for a rule."""
-        most, value = starts[rule]
+        most, value = self.starts[rule]
         return gr.Slider(0, most, value, step=STEP, label=RULES[rule], interactive=rule != "lossless")
 
-    def at(point: str):
+    def at(self, point: str):
         """The rule, and the slider at one of the judge's operating points."""
-        rule, value = on_page(judge.info.thresholds[point])
+        rule, value = on_page(self.judge.info.thresholds[point])
         return rule, gr.Slider(0, 1, value, step=STEP, label=RULES[rule], interactive=True)
 
-    points = [*judge.info.thresholds]
-    own, value = on_page(judge.info.threshold)
-    # For each rule the end of the slider, and where it starts.
-    starts = {"judge": (1, 0.3), "judge per token": (1, 0.03)} | {own: (1, value)}
-    starts |= {"lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
+
+def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr.Blocks:
+    """
+    Build the page.
+
+    Args:
+        name (`str`): What the judge is loaded by.
+        folder (`Path`, *optional*): The judge's, for what was measured of it.
+    """
+    handlers, points = _Handlers(pair, judge, name), [*judge.info.thresholds]
+    own = handlers.own_rule
     with gr.Blocks(title="Judge decoding") as page:
         gr.HTML(STYLE, visible="hidden")
         gr.Markdown(INTRODUCTION)
@@ -228,27 +237,9 @@ def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr
         with gr.Row():
             with gr.Column(scale=2, min_width=320), gr.Tabs():
                 with gr.Tab("Generate"):
-                    with gr.Row():
-                        go = gr.Button("Generate", variant="primary", elem_id="generate")
-                        stop = gr.Button("Stop", elem_id="stop")
-                    text = gr.HighlightedText(
-                        label="Answer", color_map=COLOURS, combine_adjacent=True, show_legend=True, elem_id="answer"
-                    )
-                    line = gr.Markdown(elem_id="figures")
-                    table = gr.Dataframe(
-                        headers=["place", "judged token", "the target's choice", "estimated cost"],
-                        label="Judged tokens", interactive=False, elem_id="judged",
-                    )  # fmt: skip
+                    go, stop, answer = _generate_tab()
                 with gr.Tab("Compare"):
-                    with gr.Row():
-                        both = gr.Button("Compare", variant="primary", elem_id="compare")
-                        halt = gr.Button("Stop")
-                    with gr.Row():
-                        marks = {"color_map": {"differs": "#e8590c"}, "show_inline_category": False}
-                        first = gr.HighlightedText(label="Lossless", elem_id="lossless", **marks)
-                        second = gr.HighlightedText(label="With the rule", elem_id="ruled", **marks)
-                    bars = gr.Plot(show_label=False, elem_id="rounds")
-                    summary = gr.Markdown(elem_id="summary")
+                    both, halt, comparison = _compare_tab()
                 with gr.Tab("Curve"):
                     _curve(judge, folder)
                 with gr.Tab("Use it"):
@@ -256,25 +247,52 @@ def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr
             with gr.Column(scale=1, min_width=280):
                 rule = gr.Dropdown(list(RULES), value=own, label="Rule")
                 point = gr.Radio(points, label="Operating point", visible=bool(points))
-                threshold = gr.Slider(0, 5, starts[own][1], step=STEP, label=RULES[own], elem_id="threshold")
+                start = handlers.starts[own][1]
+                threshold = gr.Slider(0, 5, start, step=STEP, label=RULES[own], elem_id="threshold")
                 temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
                 length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
                 settings = [rule, threshold, temperature, length]
         aside = {"queue": False, "api_visibility": "private"}  # answered at once, however many are waiting
-        rule.input(scaled, rule, threshold, **aside)
-        point.input(at, point, [rule, threshold], **aside)
+        rule.input(handlers.scaled, rule, threshold, **aside)
+        point.input(handlers.at, point, [rule, threshold], **aside)
         for setting in settings:
-            setting.change(code, settings, snippet, **aside)
-        page.load(scaled, rule, threshold, **aside)
-        page.load(code, settings, snippet, **aside)
+            setting.change(handlers.code, settings, snippet, **aside)
+        page.load(handlers.scaled, rule, threshold, **aside)
+        page.load(handlers.code, settings, snippet, **aside)
         alone = {"concurrency_id": "models", "concurrency_limit": 1}  # one at a time: the machine is shared
-        running = go.click(generate, [prompt, *settings], [text, line, table], api_name="generate", **alone)
+        running = go.click(handlers.generate, [prompt, *settings], answer, api_name="generate", **alone)
         stop.click(None, cancels=[running], api_visibility="private")
-        comparing = both.click(
-            compare, [prompt, rule, threshold, length], [first, second, bars, summary], api_name="compare", **alone
-        )
+        compared = [prompt, rule, threshold, length]
+        comparing = both.click(handlers.compare, compared, comparison, api_name="compare", **alone)
         halt.click(None, cancels=[comparing], api_visibility="private")
     return page.queue(max_size=WAITING)  # further visitors are told that it is full
+
+
+def _generate_tab() -> tuple[gr.Button, gr.Button, list]:
+    """Buttons to start and stop, and where the answer, its figures and the judged tokens are shown."""
+    with gr.Row():
+        go = gr.Button("Generate", variant="primary", elem_id="generate")
+        stop = gr.Button("Stop", elem_id="stop")
+    text = gr.HighlightedText(
+        label="Answer", color_map=COLOURS, combine_adjacent=True, show_legend=True, elem_id="answer"
+    )
+    line = gr.Markdown(elem_id="figures")
+    headers = ["place", "judged token", "the target's choice", "estimated cost"]
+    table = gr.Dataframe(headers=headers, label="Judged tokens", interactive=False, elem_id="judged")
+    return go, stop, [text, line, table]
+
+
+def _compare_tab() -> tuple[gr.Button, gr.Button, list]:
+    """Buttons to start and stop, and where both answers, their rounds and their figures are shown."""
+    with gr.Row():
+        both = gr.Button("Compare", variant="primary", elem_id="compare")
+        halt = gr.Button("Stop")
+    with gr.Row():
+        marks = {"color_map": {"differs": "#e8590c"}, "show_inline_category": False}
+        first = gr.HighlightedText(label="Lossless", elem_id="lossless", **marks)
+        second = gr.HighlightedText(label="With the rule", elem_id="ruled", **marks)
+    bars = gr.Plot(show_label=False, elem_id="rounds")
+    return both, halt, [first, second, bars, gr.Markdown(elem_id="summary")]
 
 
 def _curve(judge: Judge, folder: Path | None) -> None:
