@@ -126,8 +126,13 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
         **{"heading": "so it was measured", "prompts": 3, "dataset": "openai/gsm8k", "categories": {}},
         "judges": {"judge:j": fingerprint(judge), "judge:other": "-"},
         "settings": [
-            {"setting": f"{name}=0.5", "family": name, **row}
-            for name in ("margin", "judge:j", "judge:other", "coin like judge:other")
+            {"setting": f"{name}=0.5", "family": name, "judge": judge_curve, **row}
+            for name, judge_curve in (
+                ("margin", None),
+                ("judge:j", "judge:j"),
+                ("judge:other", "judge:other"),
+                ("coin like judge:other", "judge:other"),
+            )
         ],
         "comparisons": [
             {"first": "judge:j", "second": second, "speed_ratio": {"0.9": [1.1, 1.0, 1.2]}}
@@ -164,7 +169,7 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     assert not {"curve-gsm8k.png", "results.json"} & hub.files("me/other").keys()
     with pytest.raises(ValueError, match="has no results of this judge"):
         add_results(folder, fingerprint(judge), benches=[bench])
-    del quality["comparisons_unchanged"]
+    del quality["settings"][0]["judge"]
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     with pytest.raises(ValueError, match="by an earlier version"):
         add_results(folder, fingerprint(judge), benches=[bench])
@@ -321,14 +326,15 @@ def bench_of_private(folder, private, judge):
         "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
     }  # fmt: skip
     made = {
-        **{"target": private[0], "draft": private[1], "dtype": "float32", "draft_dtype": "float32", "draft_length": 5},
+        **{"target": private[0], "target_dtype": "float32", "draft": private[1], "draft_dtype": "float32"},
+        "draft_length": 5,
         **{"max_new_tokens": 8, "machine": "x86_64", "versions": {}},
     }
     (folder / "quality.json").write_text(json.dumps(made))
     quality = {
         **{"heading": heading(folder / "quality.json", "p.jsonl", 3), "prompts": 3, "dataset": "openai/gsm8k"},
         **{"judges": {"judge:j": fingerprint(judge)}, "comparisons": [], "comparisons_unchanged": []},
-        **{"settings": [{"setting": "judge:j=0.5", "family": "judge:j", **row}], "categories": {}},
+        **{"settings": [{"setting": "judge:j=0.5", "family": "judge:j", "judge": "judge:j", **row}], "categories": {}},
     }
     quality["heading"] += f" By an earlier version: {private[0]}."
     (folder / "quality-results.json").write_text(json.dumps({"quality": quality}))
