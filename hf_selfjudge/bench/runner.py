@@ -49,20 +49,24 @@ class BenchConfig:
         default="quality",
         metadata={"help": "quality: many answers side by side, for text and rounds; timing: one at a time."},
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Limit of an answer, tokens."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Limit of an answer, tokens.", "min": 1})
     draft_length: int | str = field(
         default=5,
         metadata={
-            "help": "Tokens that are drafted in a round, or 'auto': by the clock, for timing alone. It applies to "
-            "rules, while stock then drafts 5."
+            "help": "Tokens that are drafted in a round, or 'auto': by the clock, where seconds are measured. It "
+            "applies to rules, while stock then drafts 5."
         },
     )
-    repeats: int = field(default=1, metadata={"help": "With timing: how often each answer is decoded."})
-    at_once: int = field(default=48, metadata={"help": "With quality: answers under way at a time."})
+    repeats: int = field(default=1, metadata={"help": "With timing: how often each answer is decoded.", "min": 1})
+    at_once: int = field(default=48, metadata={"help": "With quality: answers under way at a time.", "min": 1})
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.draft_length != "auto" and (not isinstance(self.draft_length, int) or self.draft_length < 1):
+            raise ValueError(
+                f"`draft_length` must be a number of tokens, 1 or more, or 'auto', got {self.draft_length!r}."
+            )
         if self.mode == "quality" and self.draft_length == "auto":
             raise ValueError("`draft_length` 'auto' goes by the clock. Use it with `mode` timing, or give a number.")
         if self.mode == "quality" and self.repeats > 1:

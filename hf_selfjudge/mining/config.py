@@ -20,13 +20,16 @@ class MiningConfig:
     """
 
     max_new_tokens: int = _option(256, "Limit of an answer, tokens.", min=1)
-    top: int = _option(1, "Choices of the draft to substitute at each position of the answer.", min=1)
-    floor: float = _option(0.1, "Least probability of a choice of the draft, its first one excepted.", min=0, max=1)
-    runners_up: int = _option(0, "Next choices of the target itself to substitute at each position.", min=0)
+    top: int = _option(1, "Choices of the draft to substitute at each position of the answer (without lookup).", min=1)
+    floor: float = _option(
+        0.1, "Least probability of a choice of the draft, its first one excepted (without lookup).", min=0, max=1
+    )
+    runners_up: int = _option(
+        0, "Next choices of the target itself to substitute at each position (without lookup).", min=0
+    )
     lookup: int = _option(
         0,
-        "Draft by prompt lookup, this many tokens a round, instead of a draft model; `top`, `floor` and `runners_up` "
-        "then have no effect. 0: by the draft model.",
+        "Draft by prompt lookup, this many tokens a round, instead of by a draft model. 0: by the draft model.",
         min=0,
     )
     per_answer: int = _option(
@@ -39,9 +42,11 @@ class MiningConfig:
         20, "Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.", min=0
     )
     layer: int | None = _option(
-        None, "Write the hidden states above this many of the target's layers. By default the last ones.", min=1
+        None,
+        "Write the hidden states above this many of the target's layers; by default `mine` writes the last.",
+        min=1,
     )
-    ask: bool = _option(False, "Ask the target whether the rewritten answer says the same.")
+    ask: bool = _option(False, "Ask the target whether two answers say the same.")
     allow_code: bool = _option(
         False, "Run the code of answers to prompts with `tests` on this machine; else they are compared as text."
     )
@@ -49,7 +54,7 @@ class MiningConfig:
     answer_batch: int = _option(32, "Answers decoded at a time.", min=1)
     forward_tokens: int = _option(256, "Tokens of one forward over substitutions: the limit of memory.", min=8)
     answers_at_once: int = _option(8, "Answers whose substitutions share a forward.", min=1)
-    seed: int = _option(0, "Seed of all samples. They depend on the id of the prompt, not on the order of prompts.")
+    seed: int = _option(0, "Seed of everything that is random.")
 
     def __post_init__(self):
         for option in fields(self):
