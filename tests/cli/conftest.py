@@ -60,7 +60,7 @@ def mined(pair_folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mined")
     rows = [{"prompt": f"why is {i} not {i + 1}?", "check": "number" if i % 2 else "text"} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels, judge = ("--output", folder / "labels"), ("--output_dir", folder / "judge", "--components", 8)
+    labels, judge = ("--output", folder / "labels"), ("--output", folder / "judge", "--components", 8)
     for command in (
         ("mine", "--pair", pair_folders, "--prompts", folder / "prompts.jsonl", *labels, *MINE),
         ("train", "--labels", folder / "labels", *judge),

@@ -76,6 +76,7 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     assert json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"] == quality
 
 
+@pytest.mark.heavy
 def test_bench_of_timing(succeed, bench, tmp_path):
     command, rules = bench
     succeed(*command, *rules, "--max-new-tokens", 8)  # how often coins accept

@@ -79,8 +79,8 @@ def test_standard_input_is_for_one_process(fail, tmp_path, monkeypatch):
         (b"labels: [nowhere", "`config`: "),
         (b"labels: [nowhere]\nscalars: null", "`scalars` must be a list of names, or 'none', got None"),
         (b"labels: [nowhere]\nscalars: margin\nstates: none", "nowhere has no mining.json"),
-        (b"labels: [nowhere]\ndo_eval: true", "`do_eval` asks for labels to evaluate on"),
-        (b"labels: [nowhere]\ndo_predict: true", "`do_predict` asks for labels to evaluate on"),
+        (b"labels: [nowhere]\ndo_eval: true", "`do_eval` needs labels to evaluate on"),
+        (b"labels: [nowhere]\ndo_predict: true", "`do_predict` needs labels to evaluate on"),
     ],
 )
 def test_the_config_of_training_is_read_as_text(fail, tmp_path, content, message):
