@@ -13,14 +13,14 @@ from ..bench.record import write_results, write_spec_bench
 from ..bench.runner import BenchConfig, decode, readable_context
 from ..bench.scores import Scorer, grid_of
 from ..bench.summary import summarise_quality, summarise_timing
-from ..data.prompts import balanced
+from ..data.prompts import balanced, fitting
 from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
 from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
 from ..scoring.quality import check_can_score
 from ..utils.files import check_writable
-from .console import console, fitting_prompts, say
+from .console import console, say, say_left_out
 from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
 
 
@@ -67,7 +67,8 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
     context = readable_context(pair, methods)
     if context != pair.context:
         say(f"`draft` answers alone: prompts have to fit into its context of {context} tokens.")
-    prompts, left_out = fitting_prompts(pair.tokenizer, prompts, context, config.max_new_tokens)
+    prompts, _, left_out = fitting(pair.tokenizer, prompts, context, config.max_new_tokens)
+    say_left_out(left_out)
 
     records = decode(pair, prompts, methods, judges, config, options.output)
     local = options.prompts == "-" or Path(options.prompts).exists()

@@ -48,19 +48,21 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     Make a function that takes dataclasses into one that takes their fields, for typer to make a command of. A field
     that several of them have is one option, and all get its value. Other parameters stay as they are.
     """
-    hints = get_type_hints(function, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    hints, own_parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+    groups = {name: hints[name] for name in own_parameters if is_dataclass(hints[name])}
     parameters = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name not in groups:
+    for name, parameter in own_parameters.items():
+        if name in groups:
+            types = get_type_hints(groups[name])
+            parameters |= {own.name: _parameter(own, types[own.name]) for own in fields(groups[name])}
+        else:
             parameters[name] = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            continue
-        types = get_type_hints(groups[name])
-        parameters |= {own.name: _parameter(own, types[own.name]) for own in fields(groups[name])}
 
     def command(**values: Any) -> None:
-        made = {name: group(**{own.name: values[own.name] for own in fields(group)}) for name, group in groups.items()}
-        function(**{name: made.get(name, values.get(name)) for name in inspect.signature(function).parameters})
+        arguments = {name: values[name] for name in own_parameters if name not in groups}
+        for name, group in groups.items():
+            arguments[name] = group(**{own.name: values[own.name] for own in fields(group)})
+        function(**arguments)
 
     command.__doc__, command.__signature__ = function.__doc__, inspect.Signature([*parameters.values()])
     return command

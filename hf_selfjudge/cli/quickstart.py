@@ -8,7 +8,7 @@ from pathlib import Path
 from ..bench.answers import AnswerRecord
 from ..bench.quickstart import coloured_answer, figures, quickstart_table, run_quickstart, speed_lines
 from ..bench.runner import BenchConfig
-from ..data.prompts import read_prompts
+from ..data.prompts import fitting, read_prompts
 from ..judge.judge import Judge
 from ..judge.shipped import shipped_judge
 from ..judge.threshold import Threshold
@@ -20,8 +20,7 @@ from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
 from ..utils.files import check_writable
 from ..utils.names import absolute_if_folder
-from ..utils.text import in_terminal
-from .console import console, fitting_prompts, say
+from .console import console, say, say_left_out
 from .options import Int8Options, JsonOptions, JudgeOptions, OutputOptions, PromptOptions, option, reuse
 from .train import train_judge
 
@@ -57,14 +56,15 @@ def quickstart_command(options: QuickstartOptions) -> None:
     named = {} if judge is None else judge.info.thresholds
     threshold = None if options.threshold is None else Threshold.parse(options.threshold, named)
     pair = options.load(options.draft_length)
-    prompts, left_out = fitting_prompts(pair.tokenizer, prompts, pair.context, options.max_new_tokens)
+    prompts, _, left_out = fitting(pair.tokenizer, prompts, pair.context, options.max_new_tokens)
+    say_left_out(left_out)
     if judge is None:
         judge = _train(pair, options.output)
 
     def progress(records: list[AnswerRecord]) -> None:
         speeds = ", ".join(f"{r.method} {len(r.tokens) / r.seconds:.1f} tokens/s" for r in records)
         number = 1 + [prompt.id for prompt in prompts].index(records[0].prompt)
-        console.print(in_terminal(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}"))
+        say(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}")
 
     int8_draft = options.load_int8_draft(pair, options.draft_length) if options.int8_draft else None
     records = run_quickstart(
@@ -73,8 +73,9 @@ def quickstart_command(options: QuickstartOptions) -> None:
     shown = max((record for record in records if record.method == "judged"), key=lambda record: record.stats.judged)
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
+    console.print()
     names, results = " + ".join(model.config.name_or_path for model in (pair.target, pair.draft)), figures(records)
-    console.print("\n", quickstart_table(results, f"{names}, {len(prompts)} prompts"), sep="")
+    console.print(quickstart_table(results, f"{names}, {len(prompts)} prompts"))
     for line in speed_lines(results):
         say(line)
     options.write(
