@@ -39,8 +39,8 @@ class HalfLinear(torch.nn.Linear):
 
 
 def pack_half(model: PreTrainedModel) -> None:
-    """Turn every `nn.Linear` of a CPU model into a [`HalfLinear`] in place, and all other weights into fp32. Parameters
-    keep their values, so that [`fingerprint`] does not change."""
+    """Turn every `nn.Linear` of a CPU model into a [`HalfLinear`] in place, and all other weights into fp32.
+    Parameters keep their values, so that [`fingerprint`] does not change."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = HalfLinear
