@@ -15,7 +15,7 @@ from tests.builders import build, perturbed, random_judge, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hub_cards/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hub_cards/*-qwen2.5-coder.md"))]
 PAGES += sorted(ROOT.glob("hub_cards/*/README.md")) + sorted(ROOT.glob("spaces/*/README.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)")
