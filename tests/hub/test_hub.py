@@ -53,6 +53,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between tries
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address of its first use
         monkeypatch.setenv("HF_TOKEN", "hf_write")
         yield server
 
@@ -692,6 +693,7 @@ def extension(home):
     return os.path.join(os.path.dirname(sys.executable), "hf"), "selfjudge"
 
 
+@pytest.mark.heavy
 def test_from_prompts_to_a_judge_that_is_loaded_by_its_name(hub, pair_folders, prompts_file, tmp_path):
     """Mined, trained and pushed on the command line, as head and as adapter; then everything local is deleted. By name
     only, online and then offline, with the package and with the repo's own code, the text is the same."""
@@ -726,6 +728,7 @@ def test_from_prompts_to_a_judge_that_is_loaded_by_its_name(hub, pair_folders, p
     assert not hub.requests
 
 
+@pytest.mark.heavy
 def test_the_command_line_and_the_extension(hub, folder, tmp_path):
     """`hf-selfjudge push` and `pull`, and the same as `hf selfjudge`."""
     home = tmp_path / "home"
