@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,15 +39,8 @@ def end_to_end(news: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
 
 
 def grouped_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
     """
     Attention of transformers' interface, without copies of shared keys and values.
 
@@ -58,31 +52,22 @@ def grouped_sdpa(
     Returns:
         `torch.Tensor` of shape `(batch, new, heads, head_dim)`, and no weights.
     """
-    options = {"dropout": dropout, "scaling": scaling, **kwargs}
     if (sequences := _sequences.get()) is None:
-        return _attend(module, query, key, value, attention_mask, **options), None
+        return _attend(module, query, key, value, attention_mask, **kwargs), None
     news, lengths = sequences
     queries, masks = query.split(news, 2), attention_mask.split(news, 2)
     parts = zip(queries, key.split(lengths, 2), value.split(lengths, 2), masks, lengths, strict=True)
-    return torch.cat([_attend(module, q, k, v, mask[..., :n], **options) for q, k, v, mask, n in parts], 1), None
+    return torch.cat([_attend(module, q, k, v, mask[..., :n], **kwargs) for q, k, v, mask, n in parts], 1), None
 
 
-def _attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> torch.Tensor:
+def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs) -> Tensor:
     batch, heads, new, width = query.shape
     sharing = heads // key.shape[1]
     unsupported = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
     if sharing == 1 or attention_mask is None or attention_mask.shape[1] != 1 or unsupported:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )[0]
-    output = scaled_dot_product_attention(
-        query.reshape(batch, -1, sharing * new, width),
-        key,
-        value,
-        attn_mask=attention_mask.repeat(1, 1, sharing, 1),
-        dropout_p=dropout,
-        scale=scaling,
-    )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)[0]
+    query, mask = query.reshape(batch, -1, sharing * new, width), attention_mask.repeat(1, 1, sharing, 1)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return output.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 

