@@ -16,13 +16,8 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 def message_of(value: dict, where: str) -> dict:
-    """
-    A message with `KEYS` alone. Parts of text are joined. Keys without a value are left out, except the `content`
-    beside `tool_calls`, which is then `None`.
-
-    Raises:
-        ValueError: If `value` is no message, or something in it has the wrong type.
-    """
+    """A message with `KEYS` alone; a `ValueError` if `value` is none. Parts of text are joined. Keys without a value
+    are left out, except the `content` beside `tool_calls`, which is then `None`."""
     message = {}
     if isinstance(value, dict):
         if value.get("function_call"):
@@ -70,12 +65,7 @@ def _call_of(call: dict, where: str) -> dict:
 
 
 def tools_of(value: str | list, where: str) -> list[dict]:
-    """
-    A row's tools as JSON schemas.
-
-    Raises:
-        ValueError: If `value` is no list of objects.
-    """
+    """A row's tools as JSON schemas; a `ValueError` if `value` is no list of objects."""
     tools = json_list(value, "tools", where)
     if not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{where}: `tools` must be JSON schemas, found {tools!r:.200}.")
@@ -83,15 +73,7 @@ def tools_of(value: str | list, where: str) -> list[dict]:
 
 
 def json_list(value: str | list, name: str, where: str) -> list:
-    """
-    A list. Tables that hold only text have it as JSON.
-
-    Args:
-        name (`str`): The column, for the error.
-
-    Raises:
-        ValueError: If `value` is no list.
-    """
+    """The list in the column `name`, which tables of text have as JSON; a `ValueError` if it is none."""
     try:
         items = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

@@ -1,19 +1,18 @@
-"""Prompts from any file or dataset, of any shape that is in use.
-
-In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s, read
+"""In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s, read
 from disk as they are needed, and their tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -82,8 +81,7 @@ class Prompts(Sequence[Prompt]):
 
     Args:
         rows (`datasets.Dataset`): A column for each field of [`Prompt`].
-        fingerprint (`str`): Digest of the content (of a dataset: the fingerprint that `datasets` gives it) and of the
-            options it was read with.
+        fingerprint (`str`): Digest of the content and of the options it was read with.
         options (`dict`): The options it was read with, where they differ from the defaults.
     """
 
@@ -144,9 +142,9 @@ def read_prompts(
         if value is not None and not is_text(value):
             raise ValueError(f"`{option}` {value!r} is not UTF-8 text. Write it in UTF-8.")
     with tempfile.TemporaryDirectory() as folder:
-        name = str(source)
-        path = Path(folder) / "standard-input.jsonl" if name == "-" else Path(source)
+        name, path = str(source), Path(source)
         if name == "-":
+            path = Path(folder) / "standard-input.jsonl"
             with path.open("wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
         table = None if path.is_file() and path.suffix.lower() not in TABLES else _load_table(path, name, split)
@@ -198,13 +196,9 @@ def _file_digest(path: Path) -> str:
 
 def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
     """The first prompts of each category, in their order; all of them where `per_category` is `None`."""
-    seen: Counter[str] = Counter()
-    kept = []
-    for prompt in prompts:
-        seen[prompt.category] += 1
-        if per_category is None or seen[prompt.category] <= per_category:
-            kept.append(prompt)
-    return kept
+    ranks: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    ranked = ((prompt, next(ranks[prompt.category])) for prompt in prompts)
+    return [prompt for prompt, rank in ranked if per_category is None or rank < per_category]
 
 
 class TooLong(ValueError):
@@ -219,16 +213,13 @@ def encode(
     tools: list[dict] | None = None,
 ) -> torch.LongTensor:
     """
-    Apply the chat template (plain text where the tokenizer has none).
+    The tokens of a prompt, of shape `(1, prompt_length)`, in the chat template if the tokenizer has one.
 
     Args:
         prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
         context (`int`, *optional*): Tokens that the target can attend to ([`context_of`]).
         max_new_tokens (`int`): Tokens to leave room for.
-        tools (`list[dict]`, *optional*): Tools for the chat template ([`Prompt.tools`]).
-
-    Returns:
-        `torch.LongTensor` of shape `(1, prompt_length)`.
+        tools (`list[dict]`, *optional*): See [`Prompt`].
 
     Raises:
         ValueError: If the prompt is empty or not text, or the template does not take its messages.
@@ -262,9 +253,8 @@ def _apply_template(
     if not template:
         return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")["input_ids"]
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        return tokenizer.apply_chat_template(messages, tools=tools, **options)["input_ids"]
     except (TemplateError, TypeError, ValueError) as error:  # the last two: from operations within a template
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
@@ -285,16 +275,8 @@ def fitting(
     max_new_tokens: int,
     may_be_empty: bool = False,
 ) -> Fitting:
-    """
-    [`encode`] many prompts, and leave out those that are too long.
-
-    Args:
-        may_be_empty (`bool`): Whether all may be too long.
-
-    Raises:
-        ValueError: If one cannot be encoded at all; names it.
-        TooLong: If none fits.
-    """
+    """[`encode`] many prompts, and leave out those that are too long. The error names a prompt that cannot be encoded
+    at all; [`TooLong`] if none fits, unless the result `may_be_empty`."""
     fit = Fitting([], [], [])
     for prompt in prompts:
         try:

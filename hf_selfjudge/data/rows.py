@@ -27,21 +27,19 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 JSON = (".jsonl", ".json", ".ndjson")
 # Statements of Python that test nothing by themselves.
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 LONGEST_CELL = 2**31 - 1  # of CSV, characters
 
 
 def normalised(path: Path, table: datasets.Dataset | None, plain: bool, reading_options: dict) -> Iterator[dict]:
     """
-    Rows of any shape as rows of [`Prompt`], with lists as JSON.
+    Rows of any shape as rows of [`Prompt`], with lists as JSON. A `ValueError` names the row that is no prompt.
 
     Args:
         path (`Path`): The file; its name is the rows' default id and category.
         table (`datasets.Dataset`, *optional*): The rows, if they are not to be read from `path`.
         plain (`bool`): Whether a line may be a prompt itself.
         reading_options (`dict`): `column`, `answer_column` and `system`, see [`read_prompts`].
-
-    Raises:
-        ValueError: If there is no row, or one is no prompt; names it.
     """
     places: dict[str, str] = {}
     for number, row in enumerate(_rows(path, table, plain), start=1):
@@ -54,10 +52,8 @@ def normalised(path: Path, table: datasets.Dataset | None, plain: bool, reading_
             raise ValueError(f"{where}: has something that JSON cannot hold ({error}).") from error
         for name, value in prompt.items():
             if value is not None and not is_text(value):
-                raise ValueError(
-                    f"{where}: `{name}` has half of a surrogate pair (\\ud800 to \\udfff), which is no character. "
-                    "Remove it."
-                )
+                pair = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+                raise ValueError(f"{where}: `{name}` has {pair}. Remove it.")
         if prompt["id"] in places:
             raise ValueError(f"{where}: the id {prompt['id']!r} was used before, in {places[prompt['id']]}.")
         places[prompt["id"]] = where
@@ -74,22 +70,17 @@ def _rows(path: Path, table: datasets.Dataset | None, plain: bool) -> Iterator[d
     count = 0
     try:
         for row in table:
-            yield _without_nulls(row)
+            yield {name: _without_nulls(value) for name, value in row.items()}
             count += 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}:{count + 1}: this is not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
-def _without_nulls(row: dict) -> dict:
-    """A row of a table without the keys that a table adds: each object in a column has the keys of all rows, and null
-    where it had no such key. The columns themselves stay."""
-
-    def bare(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: bare(item) for key, item in value.items() if item is not None}
-        return [bare(item) for item in value] if isinstance(value, list) else value
-
-    return {name: bare(item) for name, item in row.items()}
+def _without_nulls(value: object) -> object:
+    """A cell without the keys that a table adds: its objects have the keys of all rows, null where they had none."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _lines(path: Path, plain: bool) -> Iterator[dict | None]:
@@ -195,15 +186,12 @@ def _only_defines(code: str) -> bool:
         body = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return all(map(_only_defines_here, body))
-
-
-def _only_defines_here(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Expr):
-        return isinstance(statement.value, ast.Constant)
-    if isinstance(statement, ast.Assign | ast.AnnAssign):
-        return not any(isinstance(node, ast.Call) for node in ast.walk(statement))
-    return isinstance(statement, DEFINITIONS)
+    return all(
+        isinstance(statement, DEFINITIONS)
+        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        or (isinstance(statement, ASSIGNMENTS) and not any(isinstance(node, ast.Call) for node in ast.walk(statement)))
+        for statement in body
+    )
 
 
 def _word(row: dict, name: str, where: str) -> str | None:
