@@ -1,7 +1,7 @@
-"""Find the Python code in Markdown.
+"""In: an answer or a prompt in Markdown. Out: its Python blocks, as CommonMark defines blocks, and its imports.
 
-In: an answer or a prompt. Out: its Python blocks, as CommonMark defines blocks, and its imports. Where a search for
-fences line by line finds more Python, as it does if code is not indented like its fence, that result is used.
+Where a search for fences line by line finds more Python, as it does if code is not indented like its fence, that
+result is used.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ def _is_whole(fence: Token, lines: list[str]) -> bool:
 
 def _imports(code: str) -> list[str]:
     """Those at its top level; line by line if it does not parse, as text around code does not."""
-    tree = _parsed(code)
-    if tree is not None:
+    if (tree := _parsed(code)) is not None:
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.If, ast.Try))]
         nodes = [node for statement in top for node in ast.walk(statement)]
         return [ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -1,7 +1,5 @@
-"""Do two answers say the same?
-
-In: two texts, or their tokens. Out: the final number of each, whether its code passes tests, the share of one that is
-in the other, or the target's own judgement. No other model is asked.
+"""In: two answers, as text or tokens. Out: the final number of each, whether its code passes tests, the share of one
+that is in the other, or the target's own judgement. No other model is asked.
 """
 
 from __future__ import annotations
@@ -44,14 +42,9 @@ Do both answers say the same? Answer with yes or no."""
 
 
 def final_number(text: str) -> Fraction | None:
-    """
-    The value of the number an answer ends in: the one in the last `\\boxed{}` or `\\fbox{}` if there is any, else the
-    last number of the text. `numbers.py` says which ways of writing it are read.
-
-    Returns:
-        `Fraction`, or `None` if it is unknown: there is no number, it cannot be read, or the box holds several or was
-        cut off. Two numbers that are unknown are not the same number.
-    """
+    """The value of the number an answer ends in: the one in the last `\\boxed{}` or `\\fbox{}` if there is any, else
+    the last number of the text. `None` if there is no number, it cannot be read (see `numbers.py`), or the box holds
+    several or was cut off."""
     boxes = [*BOX.finditer(text)]
     if not boxes:
         return last_number(text)
@@ -81,12 +74,9 @@ def passes_tests(text: str, tests: str, said: Sequence[dict] = (), seconds: floa
     Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; its
     limits are described in `sandbox.py`. The caller must have the user's permission (`--allow-code`).
 
-    Its blocks are run one after the other, as in a notebook (`cells.py`): a block that fails, such as an example of
-    use, does not affect the others.
-
-    Args:
-        said (`Sequence[dict]`): The conversation before the answer ([`Prompt.said`]). Imports of the user's code
-            run before the answer's code.
+    Imports of the user's code in the conversation `said` ([`Prompt.said`]) run first, then the answer's blocks one
+    after the other, as in a notebook (`cells.py`): a block that fails, such as an example of use, does not affect the
+    others.
     """
     user_texts = [message["content"] for message in said if message["role"] == "user"]
     imports = [statement for part in user_texts if isinstance(part, str) for statement in imports_of(part)]
@@ -108,13 +98,12 @@ def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
-    """The passages in which two texts differ, with some words around them; equal text before and after is left
-    out."""
+    """The passages in which two texts differ, with some words around them, without equal text before and after."""
     a, b = first.split(), second.split()
-    blocks = [block for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks() if block.size]
-    start = blocks[0].size if blocks and blocks[0].a == blocks[0].b == 0 else 0
-    last = blocks[-1] if blocks else None
-    tail = last.size if last and last.a + last.size == len(a) and last.b + last.size == len(b) else 0
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()  # an empty one at the end is the last
+    start = blocks[0].size if blocks[0].a == blocks[0].b == 0 else 0
+    last = blocks[-2:][0]
+    tail = last.size if last.a + last.size == len(a) and last.b + last.size == len(b) else 0
     tail = min(tail, len(a) - start, len(b) - start)
     start, tail = max(0, start - CONTEXT), max(0, tail - CONTEXT)
     return " ".join(a[start : len(a) - tail]), " ".join(b[start : len(b) - tail])
@@ -124,23 +113,19 @@ def differing(first: str, second: str) -> tuple[str, str]:
 def says_no(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, first: str, second: str
 ) -> float | None:
-    """
-    The target's own probability that two answers do not say the same, in [0, 1]: of "no" against "yes" as its next
-    word; `None` if the question is longer than its context.
-    """
-    passages = dict(zip(("first", "second"), differing(first, second), strict=True))
-    question = QUESTION.format(request=request, **passages)
+    """The target's own probability that two answers do not say the same, in [0, 1]: of "no" against "yes" as its next
+    word; `None` if the question is longer than its context."""
+    first, second = differing(first, second)
+    question = QUESTION.format(request=request, first=first, second=second)
     try:
         ids = encode(tokenizer, question, context_of(model), 0).to(model.device)
     except TooLong:
         return None
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[0, -1].float()
-    yes, no = (
-        torch.stack([logits[token] for token in _first_tokens(tokenizer, word)]).logsumexp(0) for word in ("yes", "no")
-    )
+    yes, no = (logits[_first_tokens(tokenizer, word)].logsumexp(0) for word in ("yes", "no"))
     return float(torch.sigmoid(no - yes))
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    return {tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}
+    return [*{tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}]

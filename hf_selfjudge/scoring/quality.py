@@ -1,7 +1,5 @@
-"""Measures of an answer that need no references.
-
-In: an answer. Out: numbers. Whether a number means anything is shown by how far it tells the target's answers from
-those of a coin and of the draft alone.
+"""In: an answer. Out: measures that need no references. Whether one means anything is shown by how far it tells the
+target's answers from those of a coin and of the draft alone.
 """
 
 from __future__ import annotations
@@ -16,16 +14,8 @@ from .meaning import GRAM
 
 
 def check_can_score(prompts: Sequence[Prompt], embeddings: str | None) -> None:
-    """
-    Fail before the work, not after it.
-
-    Args:
-        embeddings (`str`, *optional*): See [`similarity`].
-
-    Raises:
-        ValueError: If a library is missing that scores by references or [`similarity`] need.
-        SourceError: If no source has the model for `embeddings`.
-    """
+    """Fail before the work, not after it: with a `ValueError` if a library is missing that scores by references or
+    [`similarity`] (by the model `embeddings`) need, and a `SourceError` if no source has that model."""
     by_reference = [p for p in prompts if p.references and isinstance(CHECKS[p.check], TextCheck)]
     libraries = {REFERENCE_SCORES[p.category].library for p in by_reference if p.category in REFERENCE_SCORES}
     libraries |= {"sentence_transformers"} if embeddings else set()

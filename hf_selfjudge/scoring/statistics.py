@@ -1,8 +1,4 @@
-"""Figures with their uncertainty.
-
-In: values, and the prompt that each is from. Out: an [`Interval`] by the bootstrap, areas and rank correlations. Knows
-nothing of models.
-"""
+"""In: values, and the prompt that each is from. Out: an [`Interval`] by the bootstrap, areas, rank correlations."""
 
 from __future__ import annotations
 
@@ -44,23 +40,14 @@ def shown(interval: Interval | list[float] | None, spec: str = ".2f") -> str:
 def bootstrap(
     measure: Callable[..., float], columns: tuple[np.ndarray, ...], prompts: np.ndarray, resamples: int, seed: int
 ) -> Interval | None:
-    """
-    A measure of rows, with an interval over whole prompts: rows of one prompt are drawn together.
-
-    Args:
-        measure (`Callable`): Takes the columns; NaN where it is undefined.
-        columns (`tuple[np.ndarray, ...]` of shape `(rows,)` each): Its arguments.
-        prompts (`np.ndarray` of shape `(rows,)`): The prompt of each row.
-    """
+    """A measure of `columns`, NaN where it is undefined, with an interval over whole prompts: rows of one prompt are
+    drawn together. `columns` and `prompts` (the prompt of each row) have the shape `(rows,)`."""
     if not len(prompts) or np.isnan(measure(*columns)):
         return None
     _, place = np.unique(prompts, return_inverse=True)
     weights = draws(np.zeros(place.max() + 1, int), resamples, seed).astype(int)
-    samples = []
-    for weight in weights:
-        rows = np.repeat(np.arange(len(place)), weight[place])
-        samples.append(measure(*(column[rows] for column in columns)))
-    return Interval.of(np.array(samples))
+    drawn_rows = (np.repeat(np.arange(len(place)), weight[place]) for weight in weights)
+    return Interval.of(np.array([measure(*(column[rows] for column in columns)) for rows in drawn_rows]))
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:
