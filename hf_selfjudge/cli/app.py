@@ -31,8 +31,7 @@ COMMANDS = (
 for function in COMMANDS:
     name = function.__name__.removesuffix("_command").replace("_", "-")
     if function is train_command:  # a parser of its own reads its options
-        settings = {"ignore_unknown_options": True, "help_option_names": []}
-        app.command(name, context_settings=settings)(function)
+        app.command(name, context_settings={"ignore_unknown_options": True, "help_option_names": []})(function)
     else:
         app.command(name)(as_command(function))
 

@@ -60,11 +60,7 @@ def labels_command(
             console.print(report.in_context(columns, index, tokenizer), soft_wrap=True)
     if options.plot is not None:
         report.plot_scores(columns, options.plot)
+    correlations = {"scores": names, "matrix": np.where(np.isnan(matrix), None, matrix).tolist()}
     options.write(
-        {
-            "rates": rates,
-            "distributions": quantiles,
-            "correlations": {"scores": names, "matrix": np.where(np.isnan(matrix), None, matrix).tolist()},
-            "predictors": predictions,
-        }
+        {"rates": rates, "distributions": quantiles, "correlations": correlations, "predictors": predictions}
     )

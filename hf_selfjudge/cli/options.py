@@ -1,5 +1,4 @@
-"""
-How options become commands, and the options that several commands share.
+"""How options become commands, and the options that several commands share.
 
 Options are fields of dataclasses. Each is written once, with its help, in the metadata of its field. A command is a
 function that takes such dataclasses; [`as_command`] makes of it what typer needs.
@@ -44,10 +43,8 @@ def reuse(group: type, name: str, default: Any = MISSING) -> Any:
 
 
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
-    """
-    Make a function that takes dataclasses into one that takes their fields, for typer to make a command of. A field
-    that several of them have is one option, and all get its value. Other parameters stay as they are.
-    """
+    """Make a function that takes dataclasses into one that takes their fields, for typer to make a command of. A field
+    that several of them have is one option, and all get its value. Other parameters stay as they are."""
     hints, own_parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     groups = {name: hints[name] for name in own_parameters if is_dataclass(hints[name])}
     parameters = {}
@@ -94,10 +91,7 @@ class DtypeOptions:
     )
 
     def torch_dtype(self, default: str | None = None) -> torch.dtype | None:
-        """
-        Raises:
-            ValueError: If `dtype` is none of the three.
-        """
+        """The type by its name, or else by the name `default`; a `ValueError` if it is none of the three."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         return DTYPES.get(self.dtype or default)

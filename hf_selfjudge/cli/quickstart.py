@@ -78,21 +78,18 @@ def quickstart_command(options: QuickstartOptions) -> None:
     console.print(quickstart_table(results, f"{names}, {len(prompts)} prompts"))
     for line in speed_lines(results):
         say(line)
-    options.write(
-        {
-            "pair": options.pair
-            if options.pair in PAIRS
-            else ",".join(map(absolute_if_folder, parse_pair(options.pair))),
-            "prompts": len(prompts),
-            "left_out": left_out,
-            "max_new_tokens": options.max_new_tokens,
-            "draft_length": options.draft_length,
-            "threshold": (threshold or judge.info.threshold).json(),
-            "dtype": precision(pair.target),
-            "device": str(pair.target.device),
-            **results,
-        }
-    )
+    is_known = options.pair in PAIRS
+    record = {
+        "pair": options.pair if is_known else ",".join(map(absolute_if_folder, parse_pair(options.pair))),
+        "prompts": len(prompts),
+        "left_out": left_out,
+        "max_new_tokens": options.max_new_tokens,
+        "draft_length": options.draft_length,
+        "threshold": (threshold or judge.info.threshold).json(),
+        "dtype": precision(pair.target),
+        "device": str(pair.target.device),
+    }
+    options.write(record | results)
 
 
 def _train(pair: Pair, folder: Path) -> Judge:

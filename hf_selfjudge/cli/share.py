@@ -14,17 +14,14 @@ from .console import say
 from .options import BenchFolder, JudgeFolder, LabelsFolders, Repo, option
 
 
-@dataclass(frozen=True, kw_only=True)
-class RevisionOptions:
-    """A version in a repository."""
-
-    revision: str | None = option("Branch, tag or commit.", None)
+REVISION = "Branch, tag or commit."
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushOptions(RevisionOptions):
+class PushOptions:
     """How a repository is written to."""
 
+    revision: str | None = option(REVISION, None)
     private: bool = option("Make the repository private, if it does not exist yet.", False)
     create_pr: bool = option("Open a pull request instead.", False)
     tag: str | None = option("Tag to set on the commit.", None)
@@ -53,10 +50,12 @@ def push_space_command(
 
 
 def pull_command(
-    repo: Repo, folder: Annotated[Path, typer.Argument(help="New folder for the judge.")], options: RevisionOptions
+    repo: Repo,
+    folder: Annotated[Path, typer.Argument(help="New folder for the judge.")],
+    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
 ) -> None:
     """Fetch a judge from the Hub, with its card, plots and results."""
-    for name in pull_judge(repo, folder, revision=options.revision):
+    for name in pull_judge(repo, folder, revision=revision):
         say(f"{folder}/{name}")
 
 

@@ -22,7 +22,11 @@ def train_command(arguments: Annotated[list[str] | None, typer.Argument()] = Non
     if words[-1:] == ["--config"]:
         raise ValueError("`config`: no file is named. Write `--config FILE`.")
     if "--config" in words:
-        _check_yaml(words[words.index("--config") + 1])
+        path = words[words.index("--config") + 1]
+        try:  # the parser names neither the file nor the line
+            yaml.safe_load(read_text(path))
+        except yaml.YAMLError as error:
+            raise ValueError(f"`config`: {path} is not YAML ({error}).") from error
     train_judge(*script.make_parser(prog="hf-selfjudge train").parse_args_and_config(words))
 
 
@@ -37,14 +41,3 @@ def train_judge(script_args: script.ScriptArguments, training_args: JudgeConfig)
             f"prompts; held out, the mean label is {held_out['mean_label']:.3f}, among the half that the judge "
             f"accepts {accepted:.3f}."
         )
-
-
-def _check_yaml(path: str) -> None:
-    """
-    Raises:
-        ValueError: If the file is not YAML. The parser behind `--config` names neither the file nor the line.
-    """
-    try:
-        yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`config`: {path} is not YAML ({error}).") from error
