@@ -1,7 +1,7 @@
-"""In: a prompt and answers to it. Out: whether two answers come to the same result (what a label is), and how right an
-answer is.
+"""The kinds of checks: how answers to a prompt are compared with each other and with references.
 
-A kind of check is one class and its entry in [`CHECKS`]; its name and the column that it needs stand in
+In: a prompt and answers to it. Out: whether two answers come to the same result (what a label is), and how right an
+answer is. A kind of check is one class and its entry in [`CHECKS`]; its name and the column that it needs stand in
 `data/rows.py`, where prompts are read.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from ..data.prompts import Prompt
@@ -55,23 +54,32 @@ class TextCheck(Check):
         return REFERENCE_SCORES[prompt.category].score(answer.text, prompt.references)
 
 
-class NumberCheck(Check):
-    """The result is the number that an answer ends in ([`final_number`]). An answer that did not end has none. Two
-    results that are unknown are not the same."""
+class ResultCheck(Check):
+    """Answers that have a result, right or wrong. A subclass says which."""
+
+    def result(self, prompt: Prompt, answer: CheckedAnswer) -> Hashable | None:
+        """The result of an answer; `None` if it is unknown. Two results that are unknown are not the same."""
+        raise NotImplementedError
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
-        numbers = [self._number(answer) for answer in (first, second)]
-        return None if None in numbers else numbers[0] == numbers[1]
+        results = [self.result(prompt, answer) for answer in (first, second)]
+        return None if None in results else results[0] == results[1]
 
     def unchanged(self, prompt: Prompt, own: CheckedAnswer, answer: CheckedAnswer) -> bool | None:
-        number = self._number(own)
-        return None if number is None else self._number(answer) == number
+        result = self.result(prompt, own)
+        return None if result is None else self.result(prompt, answer) == result
 
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
-        right = {final_number(reference) for reference in prompt.references or ()} - {None}
-        return float(self._number(answer) in right) if prompt.references else None
+        if not prompt.references:
+            return None
+        right = {self.result(prompt, CheckedAnswer(reference, True)) for reference in prompt.references} - {None}
+        return float(self.result(prompt, answer) in right)
 
-    def _number(self, answer: CheckedAnswer) -> Fraction | None:
+
+class NumberCheck(ResultCheck):
+    """The result is the number that an answer ends in ([`final_number`]). An answer that did not end has none."""
+
+    def result(self, prompt: Prompt, answer: CheckedAnswer) -> Hashable | None:
         return final_number(answer.text) if answer.finished else None
 
 
