@@ -9,7 +9,7 @@ import torch
 import typer
 
 import hf_selfjudge
-from hf_selfjudge import Judge, training
+from hf_selfjudge import Judge, rules, training
 from hf_selfjudge.cli.app import app
 from tests.builders import build, perturbed, random_judge, tiny_tokenizer
 
@@ -44,7 +44,7 @@ def test_python_blocks_run(page, monkeypatch):
     monkeypatch.setattr(Judge, "from_pretrained", lambda *args, **kwargs: random_judge(target))
     tokenizer.pad_token = tokenizer.eos_token
     judge, texts, seeds = "my-judge", ["one", "and two"], [1, 2]
-    namespace = {"judge": judge, "texts": texts, "seeds": seeds, "rules": [hf_selfjudge.rules.Margin(1.0)] * 2}
+    namespace = {"judge": judge, "texts": texts, "seeds": seeds, "rules": [rules.Margin(1.0)] * 2}
     torch.manual_seed(0)
     for language, code in BLOCK.findall(page.read_text()):
         if language == "python":
