@@ -107,9 +107,6 @@ def in_shell(text: str) -> str:
     """As one word of a command for bash, in one line."""
     if text.isprintable():
         return shlex.quote(text)
-    escaped = text.replace("\\", r"\\").replace("'", r"\'")
-    return "$'" + "".join(c if c.isprintable() else _escaped(c) for c in escaped) + "'"
-
-
-def _escaped(character: str) -> str:
-    return {"\n": r"\n", "\t": r"\t"}.get(character, f"\\U{ord(character):08x}")
+    for character, escape in (("\\", r"\\"), ("'", r"\'"), ("\n", r"\n"), ("\t", r"\t")):
+        text = text.replace(character, escape)
+    return "$'" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text) + "'"

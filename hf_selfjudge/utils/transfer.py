@@ -10,23 +10,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    HfApi,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import errors as hub_errors
+
+
+# What it means that a file is missing; the first kind that an error belongs to counts.
+MISSING = {
+    hub_errors.LocalEntryNotFoundError: "{0} is neither a folder nor in the cache, and the Hub is out of reach.",
+    hub_errors.EntryNotFoundError: "{0} has no {1}.",
+    hub_errors.RevisionNotFoundError: "{0} has no revision {2!r}.",
+    hub_errors.RepositoryNotFoundError: "{0} is neither a folder nor a repo on the Hub that you may see. A private "
+    "one needs a token.",
+}
 
 
 class HubError(OSError):
@@ -70,7 +65,7 @@ def upload(
     try:
         exists = api.repo_exists(repo_id, repo_type=repo_type)
         tags = api.list_repo_refs(repo_id, repo_type=repo_type).tags if tag is not None and exists else []
-    except (HTTPError, OSError, ValueError) as error:
+    except (hub_errors.HTTPError, OSError, ValueError) as error:
         raise HubError(f"`repo_id`: {repo_id} could not be looked at ({first_line(error)}).") from error
     if tag in {ref.name for ref in tags}:
         raise ValueError(f"`tag`: {repo_id} has a tag {tag!r} already. Choose another one.")
@@ -89,7 +84,7 @@ def upload(
         )
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid, repo_type=repo_type)
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of an upload outside of git
+    except (hub_errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of an upload outside of git
         raise HubError(
             f"`repo_id`: {repo_id} could not be written ({first_line(error)}). Log in with `hf auth login`, or pass a "
             "token that may write there."
@@ -125,44 +120,33 @@ def download(
         path = Path(reference) / name
         if not path.is_file():
             raise FileNotFoundError(f"{reference} has no {name}.")
-        _check_size(str(reference), name, path.stat().st_size, limit)
+        _check_size(reference, name, path.stat().st_size, limit)
         return path
+    repo_id = str(reference)
     where = {"repo_type": repo_type, "revision": revision}
     try:
         if not local_files_only:
             try:
-                size = get_hf_file_metadata(hf_hub_url(str(reference), name, **where), token=token).size
-                _check_size(str(reference), name, size or 0, limit)
-            except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+                size = get_hf_file_metadata(hf_hub_url(repo_id, name, **where), token=token).size
+                _check_size(repo_id, name, size or 0, limit)
+            except tuple(MISSING):
                 raise
-            except (OfflineModeIsEnabled, HTTPError):
+            except (hub_errors.OfflineModeIsEnabled, hub_errors.HTTPError):
                 pass  # what was fetched before may do; the size is looked at again below
-        path = Path(
-            hf_hub_download(
-                str(reference), name, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **where
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{reference} is neither a folder nor in the cache, and the Hub is out of reach."
-        ) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{reference} has no {name}.") from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{reference} has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{reference} is neither a folder nor a repo on the Hub that you may see. A private one needs a token."
-        ) from error
-    except HFValidationError as error:
-        raise ValueError(f"{reference} is neither a folder nor a name on the Hub ({error}).") from error
-    except (HTTPError, OSError) as error:
-        raise HubError(f"{name} of {reference} could not be fetched ({first_line(error)}). Try again.") from error
-    _check_size(str(reference), name, path.stat().st_size, limit)
+        where |= {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = Path(hf_hub_download(repo_id, name, **where))
+    except tuple(MISSING) as error:
+        sentence = next(text for kind, text in MISSING.items() if isinstance(error, kind))
+        raise FileNotFoundError(sentence.format(repo_id, name, revision)) from error
+    except hub_errors.HFValidationError as error:
+        raise ValueError(f"{repo_id} is neither a folder nor a name on the Hub ({error}).") from error
+    except (hub_errors.HTTPError, OSError) as error:
+        raise HubError(f"{name} of {repo_id} could not be fetched ({first_line(error)}). Try again.") from error
+    _check_size(repo_id, name, path.stat().st_size, limit)
     return path
 
 
-def _check_size(reference: str, name: str, size: int, limit: int) -> None:
+def _check_size(reference: str | os.PathLike, name: str, size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(
             f"{name} of {reference} has {size:,} bytes; no such file has more than {limit:,}. It was not read."
