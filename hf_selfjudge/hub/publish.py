@@ -1,7 +1,4 @@
-"""Judges, labels, results and Spaces <-> repos on the Hub.
-
-In: folders that the other commands wrote. Out: repos, each in one commit; and a judge back from one.
-"""
+"""Judges, labels, results and Spaces <-> repos on the Hub."""
 
 from __future__ import annotations
 
@@ -43,8 +40,6 @@ def push_judge(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo
     Publish a judge: its weights, the card, plots and results, and the code for `generate(custom_generate=repo_id)`.
 
     Args:
-        folder (`str`): Of the judge.
-        repo_id (`str`): Where to.
         options: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
 
     Raises:
@@ -124,9 +119,7 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **options) -
             path = f"{glob.escape(name)}/{kind}-*.parquet"
             configs.append({"config_name": f"{name}{end}", "data_files": path})
     data = DatasetCardData(
-        license="other",
-        configs=configs,
-        tags=["hf_selfjudge", "judge-decoding", "arxiv:2510.02329"],
+        license="other", configs=configs, tags=["hf_selfjudge", "judge-decoding", "arxiv:2510.02329"]
     )
     card = DatasetCard.from_template(
         data,

@@ -15,16 +15,7 @@ from ..utils.names import public_name, public_text
 
 
 # What a card shows of each setting of a bench.
-COLUMNS = (
-    "setting",
-    "family",
-    "tokens_per_round",
-    "speed",
-    "retention",
-    "judged_share",
-    "accepted_share",
-    "unfinished",
-)
+SHOWN = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
 
 
 def add_results(
@@ -75,7 +66,7 @@ def _bench_results(bench: Path, weights: str) -> dict[str, Any]:
         **{key: quality[key] for key in ("heading", "prompts", "categories", "dataset")},
         "family": family,
         "settings": [
-            {key: row[key] for key in COLUMNS} | {"task": row["measures"].get("task")}
+            {key: row[key] for key in SHOWN} | {"task": row["measures"].get("task")}
             for row in quality["settings"]
             if row["family"] in shown
         ],

@@ -61,11 +61,7 @@ def render_card(info: JudgeInfo, name: str, results: dict[str, Any]) -> str:
         copy=described(info.target_fingerprint),
         label=info.training.get("fit", {}).get("options", {}).get("label", "changed"),
         results=results,
-        md=in_markdown,
-        code=in_code,
-        python=in_python,
-        shell=in_shell,
-        one_line=one_line,
+        **{"md": in_markdown, "code": in_code, "python": in_python, "shell": in_shell, "one_line": one_line},
         limit=_threshold_text,
         interval=lambda value: "–" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value),
         shares=lambda value: "–" if value is None else " / ".join(f"{share:.3f}" for share in value.values()),
@@ -102,7 +98,6 @@ def write_card(folder: str | os.PathLike, info: JudgeInfo, weights: str) -> Path
 
     Args:
         folder (`str`): The judge's folder; its last part is the judge's name.
-        info ([`JudgeInfo`]): The judge.
         weights (`str`): [`fingerprint`] of the judge.
     """
     path = Path(folder) / "README.md"

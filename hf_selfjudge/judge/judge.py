@@ -90,28 +90,27 @@ class Judge(torch.nn.Module):
                 differ.
         """
         config, info = target.config.get_text_config(), self.info
-        sizes = {
+        pairs = {
             "hidden size": (info.hidden_size, config.hidden_size),
             "vocabulary": (info.vocab_size, config.vocab_size),
-        }
-        weights = {
             "id": (info.target, public_name(target.config.name_or_path)),
             "fingerprint": (info.target_fingerprint, fingerprint(target)),
         }
-        wrong_sizes = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
-        wrong_weights = {name: pair for name, pair in weights.items() if pair[0] != pair[1]}
-        if "fingerprint" not in wrong_weights:
-            wrong_weights = {}  # the same weights under another name, a folder say
+        different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        if "fingerprint" not in different:
+            different.pop("id", None)  # the same weights under another name, a folder say
+        wrong_sizes = {name: pair for name, pair in different.items() if name in ("hidden size", "vocabulary")}
         # A folder's name is no id: another model may have it. Only a Hub id says that both are the same model.
-        same_id = wrong_weights and "id" not in wrong_weights and is_hub_id(info.target)
-        if wrong_sizes or (wrong_weights and not allow_other_weights and not same_id):
-            different = wrong_sizes if allow_other_weights or same_id else wrong_sizes | wrong_weights
+        other_weights = "fingerprint" in different
+        if allow_other_weights or ("id" not in different and is_hub_id(info.target)):
+            different = wrong_sizes
+        if different:
             differences = "; ".join(f"{name}: judge {a!r}, target {b!r}" for name, (a, b) in different.items())
             advice = f"Load {info.target}, or a judge made for this target."
             if not wrong_sizes:
                 advice += " Same model in another precision, or a light fine-tune? Pass `allow_other_weights=True`."
             raise ValueError(f"`judge` was made for another target. What differs: {differences}. {advice}")
-        if wrong_weights:
+        if other_weights:
             logger.warning_once(
                 f"The judge was made on other weights of {info.target} than those of `target`: on "
                 f"{described(info.target_fingerprint) or info.target_fingerprint}. Its quality on these was not "
@@ -138,8 +137,7 @@ class Judge(torch.nn.Module):
             write_json(new(CONFIG), self.info.to_json())
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, new(WEIGHTS))
             if self.adapter is not None:  # PEFT writes down the path that the target was loaded from
-                config = self.adapter.config | {"base_model_name_or_path": self.info.target}
-                write_json(new(ADAPTER_CONFIG), config)
+                write_json(new(ADAPTER_CONFIG), self.adapter.config | {"base_model_name_or_path": self.info.target})
                 save_file(self.adapter.tensors, new(ADAPTER_WEIGHTS))
 
     def push_to_hub(self, repo_id: str, **options) -> CommitInfo:
@@ -157,9 +155,8 @@ class Judge(torch.nn.Module):
             self.save_pretrained(folder)
             if "held_out" in self.info.training:
                 plot_reliability(self.info.training["held_out"]["reliability"], Path(folder) / "reliability.png")
-            return upload(
-                repo_id, repo_files(folder, self.info, fingerprint(self), repo_id), "Upload judge", **options
-            )
+            files = repo_files(folder, self.info, fingerprint(self), repo_id)
+            return upload(repo_id, files, "Upload judge", **options)
 
     @classmethod
     def from_pretrained(
@@ -216,13 +213,7 @@ class Judge(torch.nn.Module):
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
-    """
-    Read a safetensors file, after a check of its names, shapes and types.
-
-    Args:
-        path (`Path`): The file.
-        expected (`dict[str, tuple[int, ...]]`, *optional*): The names and shapes that it must have, in fp32.
-    """
+    """Read a safetensors file. `expected`: the names and shapes that it must have, all in fp32; checked first."""
     try:
         with safe_open(path, "pt") as file:
             names = [*file.keys()]  # noqa: SIM118 (not a mapping)
