@@ -3,9 +3,9 @@ Judge decoding for transformers: `generate(assistant_model=draft)` that also kee
 target's choice but not from its meaning.
 
 models, data       a target and its draft; prompts
-forward, judge     what a forward of the target says of a candidate; whether the candidate changes the meaning
+forward, judge     features of a draft token from one forward of the target; its probability of changing the meaning
 decoding           stock `generate`, with the judge or another rule inside
-scoring, mining    do two answers say the same; labels: what each substitution does to the target's own answer
+scoring, mining    comparing answers; labels, by substituting draft tokens into the target's own answer
 training           labels -> judge
 bench              speed beside quality
 hub, demo, cli     repositories, the page, the commands
@@ -17,7 +17,7 @@ from .judge.judge import Judge
 from .judge.threshold import Threshold
 from .mining.config import MiningConfig
 from .mining.job import mine
-from .mining.labels import load_labels
+from .mining.label_files import load_labels
 from .models.load import load_model
 from .models.pair import Pair, load_pair
 from .training.config import JudgeConfig

@@ -1,4 +1,4 @@
-"""The rules that decide which mismatches are kept: the judge, and those that need no training."""
+"""Public names of the rules; the code is in `decoding/rules.py`."""
 
 from .decoding.rules import Candidate, Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, Rule, TopK
 

@@ -32,7 +32,14 @@ from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.judge.info import JudgeInfo
 from hf_selfjudge.judge.lora import Adapter
 from hf_selfjudge.mining.config import MiningConfig
-from hf_selfjudge.mining.labels import ANSWER_FEATURES, FORMAT, join_answers, labels_features, shard_path, write_shard
+from hf_selfjudge.mining.label_files import (
+    ANSWER_FEATURES,
+    FORMAT,
+    join_answers,
+    labels_features,
+    shard_path,
+    write_shard,
+)
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.through_model import adapter_of
 

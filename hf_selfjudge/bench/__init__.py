@@ -1,2 +1,2 @@
-"""The bench: in prompts and methods of decoding, out speed beside quality, with
-intervals. Knows nothing of training."""
+"""Compares methods of decoding on the same prompts: speed beside quality, with intervals. It does not know how
+a judge was trained."""

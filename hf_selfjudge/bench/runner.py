@@ -1,8 +1,8 @@
 """Many methods decode the same prompts.
 
 In: a pair, prompts, methods. Out: an [`AnswerRecord`] for each answer, written to a folder as it ends. Mode quality
-decodes many prompts and methods side by side, which gives the exact text and its rounds in a fraction of the time;
-mode timing decodes one answer at a time, in turns.
+decodes many prompts and methods side by side, which gives the same text and rounds much faster; mode timing decodes
+one answer at a time, alternating between methods.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def decode(
         `list[AnswerRecord]`: In the order of repeats, prompts and methods.
 
     Raises:
-        ValueError: If `folder` holds answers of other models, limits, prompts or judges; if a coin shall be like a
-            judge in `timing` that `quality` has not measured in this folder; if a prompt cannot be encoded.
+        ValueError: If `folder` holds answers of other models, limits, prompts or judges; if, in mode timing, a coin is
+            to accept as often as a judge that mode quality has not measured in this folder; or if
+            a prompt cannot be encoded.
         TooLong: If no prompt fits.
     """
     if folder is not None:

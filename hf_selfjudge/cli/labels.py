@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ..mining import report
 from ..mining.config import MiningConfig
-from ..mining.labels import load_labels, mining_of
+from ..mining.label_files import load_labels, mining_of
 from ..models.load import resolve_model
 from ..utils.files import check_writable
 from .console import console, say

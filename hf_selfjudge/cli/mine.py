@@ -13,7 +13,7 @@ from ..decoding.rules import JudgeRule
 from ..judge.judge import Judge
 from ..mining.config import MiningConfig
 from ..mining.job import counts_of, judged_writer, mine, this_process
-from ..mining.labels import read_mining
+from ..mining.label_files import read_mining
 from ..mining.layers import add_layer_states
 from ..models.load import fingerprint, load_model
 from ..utils.files import check_writable
@@ -24,7 +24,7 @@ from .options import DtypeOptions, JudgeOptions, OutputOptions, PairOptions, Pro
 
 @dataclass(frozen=True, kw_only=True)
 class MineOptions(JudgeOptions, OutputOptions, PromptOptions, PairOptions):
-    """What labels are mined on, besides how ([`MiningConfig`])."""
+    """Options of the command. Those that decide the labels are in [`MiningConfig`]."""
 
     answer_column: str | None = option("Column of answers to use instead of the target's own.", None)
 

@@ -1,1 +1,1 @@
-"""Prompts: in files and datasets of any shape, out [`Prompt`]s and their tokens. Knows nothing of models."""
+"""Reads prompts: from files and datasets of any shape to [`Prompt`]s and their tokens. It loads no model."""

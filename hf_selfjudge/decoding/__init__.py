@@ -1,2 +1,2 @@
-"""Decoding: in a target, a rule and a draft, out text and what was decided about each token. Knows nothing of where a
-judge comes from."""
+"""Decodes: takes a target, a rule and a draft, and returns text and who decided each token. It does not know
+where a judge comes from."""

@@ -34,7 +34,8 @@ logger = logging.get_logger(__name__)
 
 class JudgedModel:
     """
-    A target with a rule that decides which mismatches to keep; `generate` and everything else as on the target itself.
+    A target with a rule that decides which mismatches to keep; otherwise it behaves like the target: all other
+    attributes and methods are the target's.
 
     Tokens that the rule, the tokenizer or the generation config names as special are never accepted against the
     target's choice, nor overruled.
@@ -43,16 +44,16 @@ class JudgedModel:
         target ([`~transformers.PreTrainedModel`]): The model whose quality counts. It is not changed.
         rule ([`Rule`]): What decides: a judge ([`JudgeRule`]) or one of the training-free rules.
         draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round, unless transformers'
-            `assistant_confidence_threshold` ends it before; `"auto"` ends each draft where one more token would cost
-            more than it is worth ([`AutoLength`]). By default the options of transformers itself decide:
+            `assistant_confidence_threshold` ends it before; `"auto"` ends each draft where another token is not
+            expected to pay off ([`AutoLength`]). By default the options of transformers itself decide:
             `draft.generation_config`, `prompt_lookup_num_tokens`, …
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The target's, for its special tokens. Not
             needed with a judge, which knows them, nor if the tokenizer of `target.config.name_or_path` is on this
             machine.
 
     Attributes:
-        stats ([`Stats`]): Of the last call of `generate` that had a draft: the last of this thread, or if it made
-            none, of any thread (streaming calls run in a thread of their own).
+        stats ([`Stats`]): Of the last call with a draft that this thread made or, if it made none, any thread
+            (streaming calls run in a thread of their own).
         total ([`Stats`]): Of all calls.
 
     Raises:
@@ -179,13 +180,13 @@ class JudgedModel:
         `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
         Unlike stock it also takes several prompts with a draft, as `input_ids` and `attention_mask` padded on the
-        left. Each row is decoded as if it were alone, so that its answer is the one it would get alone. (Where
-        `draft_length="auto"` meets sampling, or a rule that accepts anything, the answer depends on measured times.)
+        left. Each row is decoded as if it were alone, so that its answer is the one it would get alone. (With
+        `draft_length="auto"`, measured times affect the answer if it is sampled or if the rule accepts mismatches.)
         `stats.rows` has the statistics of each row. `streamer` is then a list, one for each row. Stopping criteria and
         processors are asked about one row at a time, without its padding; each row has copies of the processors.
 
-        Unlike stock, criteria are asked about each token that is kept, and the text ends with the first token at which
-        they end it; a processor that remembers what it was asked sees each token of the text once.
+        Unlike stock, stopping criteria are evaluated after each kept token, and processors that keep a state see each
+        token of the text once.
 
         Args:
             rules (`Sequence[Rule]`, *optional*): One for each row, instead of the model's own.

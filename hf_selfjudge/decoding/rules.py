@@ -1,8 +1,9 @@
 """The rules: what decides whether a candidate that differs from the target's choice is kept.
 
 In: a [`Candidate`], with what the verification says about it. Out: whether it is accepted. The judge is one rule among
-several; the others need no training and are its baselines in the same engine. A rule keeps no state of a call, so that
-threads may share it. It knows nothing of generation: special and masked tokens are never put to it.
+several; the others need no training and serve as baselines. A rule keeps no state of a call, so that
+threads may share it. Special and masked tokens are never put to it. To add a rule, write a subclass of [`Rule`] with
+`accept`; to compare it in the bench, add it to `FAMILIES` in `bench/methods.py`.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class Rule:
     What decides acceptance. Immutable, apart from a threshold that its owner may change between calls.
 
     Attributes:
-        special_tokens (`Sequence[int]`, *optional*): Tokens that are never accepted against the target's choice, nor
-            is another accepted where the target chose one of them. `None` if the rule does not know them.
+        special_tokens (`Sequence[int]`, *optional*): Tokens that the rule never touches: none of them is accepted in
+            place of the target's choice, and where the target chose one of them, no other token replaces it. `None` if
+            the rule does not know them.
         needs_draft_logits (`bool`): Whether it works only with drafts that have logits. Prompt lookup has none, nor
             has a draft model with another tokenizer under greedy decoding.
     """

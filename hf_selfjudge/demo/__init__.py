@@ -1,1 +1,1 @@
-"""The page: in a judged pair, out a web page that shows who decided each token."""
+"""Shows a judged pair on a web page: each token with who decided it."""

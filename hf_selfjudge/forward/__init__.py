@@ -1,2 +1,2 @@
-"""Forwards of a model: in tokens, out logits and hidden states; of many calls in lock-step, of many branches in one
-cache. Knows nothing of drafts and judges."""
+"""Runs forwards of a model and reads them: hidden states of any forward, many calls in lock-step, many branches of
+one text in a shared cache. It knows neither drafts nor judges."""

@@ -49,12 +49,12 @@ def run_in_lockstep(
     Run calls side by side.
 
     Args:
-        models (`Sequence[PreTrainedModel]`): The models whose forwards are computed together. Those of an earlier
-            model go first: a draft before its target.
+        models (`Sequence[PreTrainedModel]`): The models whose forwards are computed together. Where several wait, the
+            one listed first is run first: list a draft before its target.
         calls (`Sequence[Callable]`): Each is called once, with a stand-in for each of `models`, and passes it one
             sequence at a time, with a cache.
-        seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers (CPU and CUDA), which are
-            then those it would draw alone behind `torch.manual_seed(seed)`.
+        seeds (`Sequence[int]`, *optional*): For each call the seed of its random numbers (CPU and CUDA): it draws the
+            same as if run alone after `torch.manual_seed(seed)`.
         at_once (`int`, *optional*): How many run at a time; the next one starts when one has ended.
         tally ([`Tally`], *optional*): Counts the forwards of the last of `models`.
 

@@ -1,2 +1,1 @@
-"""The Hub: in folders that the other commands wrote, out repositories, each in one commit; and judges
-back from them."""
+"""Uploads what the other commands wrote to Hub repositories, each in one commit, and downloads judges."""

@@ -1,4 +1,7 @@
-"""Judges, labels, results and Spaces <-> repos on the Hub."""
+"""Judges, labels, results and Spaces to repos on the Hub, and a judge back from one.
+
+Which files the repo of a judge has is decided by `repo_files` in `judge/card.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from ..judge.card import repo_files
 from ..judge.judge import Judge
 from ..judge.shipped import HUB_CARDS
-from ..mining.labels import answers_beside, load_labels, read_mining, shards_of
+from ..mining.label_files import answers_beside, load_labels, read_mining, shards_of
 from ..models.load import fingerprint
 from ..utils.files import json_text, read_text, shipped
 from ..utils.names import is_hub_id, public_mining

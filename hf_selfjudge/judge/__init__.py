@@ -1,2 +1,2 @@
-"""The judge: in the target's logits and hidden states at a candidate, out the probability that it changes the meaning.
-Knows nothing of generation."""
+"""Estimates, from the target's logits and hidden states at a candidate, the probability that the candidate changes
+the meaning. It does not know how text is generated."""

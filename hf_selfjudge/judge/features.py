@@ -1,7 +1,8 @@
-"""What one verification forward tells about a candidate, for free.
+"""The scalar features of a candidate, from one verification forward.
 
 In: the target's logits where the candidate stands and after it. Out: a few scalars for each candidate. Mining and
-generating call the same function, so a judge sees in use what it saw in training.
+decoding call the same function, so that a judge sees in use what it saw in training. The hidden states, which it sees
+too, are read by `forward/tap.py`, or at another layer by `layers.py`.
 """
 
 from __future__ import annotations

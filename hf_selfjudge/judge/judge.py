@@ -1,7 +1,8 @@
 """The judge: features of a substitution -> the probability that it changes the meaning.
 
 In: the scalars of [`candidate_scalars`] and the target's hidden states before and after the candidate. Out: one
-number for each candidate. Knows nothing of generation. Saved as `config.json` and `model.safetensors`, nothing else.
+number for each candidate. Knows nothing of generation. Saved as `config.json` and `model.safetensors`, with an adapter
+beside them as PEFT saves it.
 """
 
 from __future__ import annotations

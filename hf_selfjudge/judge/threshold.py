@@ -23,9 +23,10 @@ class Threshold:
     Args:
         limit (`float`): A probability. 0 never accepts (lossless decoding), 1 always does.
         per_token (`bool`, defaults to `False`): Multiply the limit by the tokens that accepting gains in the round:
-            the candidate, and those behind it that match. The same expected number of changes then buys more tokens.
-        name (`str`, *optional*): Of the operating point that this is. Thresholds of the same value are equal whatever
-            they are called.
+            the candidate, and those behind it that match. This gains more tokens for the same expected number of
+            changes in meaning.
+        name (`str`, *optional*): Name of the operating point, if it is one. It is ignored when thresholds are
+            compared.
 
     Raises:
         ValueError: If `limit` is not in [0, 1].
@@ -72,7 +73,7 @@ class Threshold:
         return cls(limit, number != value)
 
     def json(self) -> float | str:
-        """What `config.json` holds: a number, or text for one that is meant for each token gained."""
+        """What `config.json` holds: a number, or text such as `"0.03/token"` if the limit is for each token gained."""
         return f"{self.limit}{PER_TOKEN}" if self.per_token else self.limit
 
     def __str__(self) -> str:
@@ -80,7 +81,7 @@ class Threshold:
 
     def log_odds(self, matches_after: torch.LongTensor) -> torch.Tensor:
         """
-        The limit as log-odds, for candidates that so many matching ones follow.
+        The limit as log-odds, given how many matching candidates follow each candidate.
 
         Args:
             matches_after (`torch.LongTensor` of shape `(candidates,)`): Tokens.

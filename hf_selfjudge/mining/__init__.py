@@ -1,2 +1,2 @@
-"""Mining: in prompts and a pair, out labels: what each substitution does to the target's own answer. Knows nothing of
-training."""
+"""Makes labels from prompts and a pair: what each substitution does to the target's own answer. It does not know how
+a judge is trained."""

@@ -1,4 +1,5 @@
-"""Options of mining, each with its help and its range, from which the command line is made."""
+"""Options of mining, each with its help and its range. A new field here becomes an option of `hf-selfjudge mine`, and
+part of `mining.json`: labels of other settings are not mixed."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ from ..utils.files import check_or_write_settings, read_json
 from ..utils.names import absolute_if_folder
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
-from .labelling import answers_at_once, label_answer
-from .labels import FORMAT, load_labels, shard_path, shards_of, too_large, write_shard
+from .label_files import FORMAT, load_labels, shard_path, shards_of, too_large, write_shard
+from .labels import answers_at_once, label_answer
 
 
 # Options that decide how much is computed at a time, not what: a run may be resumed with others.
@@ -57,19 +57,20 @@ def mine(
     writer_name: str | None = None,
 ) -> datasets.Dataset:
     """
-    Mine labels: find where the draft disagrees with the target's answers, and label what its tokens would do to them.
+    Mine labels: find where the draft disagrees with the target's answers, and label how substituting the draft's
+    tokens would change them.
     Each batch of prompts is written to `folder` as soon as it is done; started again with the same settings, mining
     goes on after the last one. Under `accelerate launch` the processes share the batches; `folder` must be one that
     all of them see.
 
     Args:
         pair ([`Pair`]): Its `draft` is `None` with `config.lookup`.
-        config ([`MiningConfig`]): `answer_batch`, `forward_tokens` and `answers_at_once`, which decide the need of
-            memory, may be changed when mining goes on; the labels stay the same, to rounding.
+        config ([`MiningConfig`]): `answer_batch`, `forward_tokens` and `answers_at_once`, set the use of memory and
+            may change when mining goes on; labels then differ by rounding only.
         folder (`str`): Where the labels go, with `mining.json`, which says how they were mined.
         prompts_name (`str`, *optional*): What the prompts are called in `mining.json` and on a judge's card.
-        writer (`Writer`, *optional*): Writes the answers in the target's place: for labels along text that was decoded
-            with a judge ([`judged_writer`]). The `answer` of a prompt takes precedence over both.
+        writer (`Writer`, *optional*): Writes the answers instead of the target, to mine along text that was decoded
+            with a judge ([`judged_writer`]). A prompt's own `answer` takes precedence.
         writer_name (`str`, *optional*): What it is called in `mining.json`.
 
     Returns:

@@ -29,7 +29,7 @@ from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..utils.files import atomic_write, check_or_write_settings
-from .labels import answers_beside, load_labels, read_mining, shards_of, too_large
+from .label_files import answers_beside, load_labels, read_mining, shards_of, too_large
 
 
 class StateReader(torch.nn.Module):

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..scoring.statistics import among_accepted, auc, bootstrap, rank_correlation, shown
 from ..utils.files import atomic_write
 from ..utils.text import INCOMPLETE, in_plot, in_terminal, pieces
-from .labels import CHEAP_SCORES, both_answers
+from .label_files import CHEAP_SCORES, both_answers
 
 
 TITLES = {"replaced": "token replaced", "kind": "kind of substitution"}

@@ -1,4 +1,4 @@
-"""Loading models: in a name, out a target, a draft and their tokenizer. Knows nothing of judges."""
+"""Loads models: from a name to a target, its draft and their tokenizer. It knows no judges."""
 
 from .load import load_model
 from .pair import Pair, load_pair

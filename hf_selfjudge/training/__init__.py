@@ -1,1 +1,1 @@
-"""Training: in labels, out a judge that was measured on held-out prompts. Knows nothing of how labels were mined."""
+"""Trains a judge on labels, and measures it on held-out prompts."""

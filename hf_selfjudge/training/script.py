@@ -33,7 +33,7 @@ from ..judge.card import plot_reliability, write_card
 from ..judge.judge import Judge
 from ..judge.lora import shared_copy
 from ..judge.threshold import Threshold
-from ..mining.labels import load_labels, mining_of, mining_records
+from ..mining.label_files import load_labels, mining_of, mining_records
 from ..models.load import fingerprint, load_model
 from ..utils.names import public_mining
 from .config import NONE, SCORES, JudgeConfig, check, without_text

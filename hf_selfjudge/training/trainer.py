@@ -1,8 +1,8 @@
 """Labels -> judge, in the shape of TRL's trainers.
 
-In: labels, and a judge or its target. Out: the trained judge, with its card. On the features that mining wrote down
-this takes seconds and no model; through the model, the target is run again and an adapter in its last layers can be
-trained with the judge.
+In: labels, and a judge or its target. Out: the trained judge, with its card. With mined features, training takes
+seconds and needs no model. Through the model, the target is run again, and an adapter in its last layers can be
+trained too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from ..judge.card import write_card
 from ..judge.judge import Judge
-from ..mining.labels import mining_of
+from ..mining.label_files import mining_of
 from ..mining.layers import IGNORED, DataCollatorForJudge, answers_of
 from ..models.load import fingerprint, load_model
 from ..utils.names import public_name
@@ -38,7 +38,7 @@ from .through_model import TargetWithJudge, adapter_of, add_adapter
 
 class JudgeTrainer(Trainer):
     """
-    Trainer for judges: a [`~transformers.Trainer`] that refuses options which it would not obey
+    Trainer for judges: a [`~transformers.Trainer`] that refuses options that it does not support
     ([`check_options`]).
 
     Example:

@@ -1,2 +1,2 @@
-"""Files, names and text: in paths and strings, out files that are whole or absent, names that are safe to publish,
-and text escaped for where it is shown. Knows nothing of models."""
+"""Writes files whole or not at all, moves them to and from the Hub, names models so that the name can be published,
+and escapes text for Markdown, shells and terminals. It loads no model."""

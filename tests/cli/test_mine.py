@@ -9,7 +9,7 @@ import pytest
 
 from hf_selfjudge import load_labels
 from hf_selfjudge.cli import mine
-from hf_selfjudge.mining.labels import mining_of
+from hf_selfjudge.mining.label_files import mining_of
 from tests.builders import tiny_tokenizer
 from tests.cli.conftest import MINE
 

@@ -30,7 +30,7 @@ from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels
 from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.card import read_results
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import folders_of, mining_of, mining_records
+from hf_selfjudge.mining.label_files import folders_of, mining_of, mining_records
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.training.script import ScriptArguments, main
 from hf_selfjudge.utils.names import public_mining

@@ -24,7 +24,7 @@ from hf_selfjudge.data.prompts import Prompt, TooLong, encode
 from hf_selfjudge.mining import job as mining
 from hf_selfjudge.mining.answers import read_answers, target_answers
 from hf_selfjudge.mining.job import counts_of, judged_writer
-from hf_selfjudge.mining.labels import FORMAT, mining_of, mining_records
+from hf_selfjudge.mining.label_files import FORMAT, mining_of, mining_records
 from hf_selfjudge.mining.report import LabelColumns, score_predictions
 from hf_selfjudge.mining.substitutions import find_looked_up
 from hf_selfjudge.models.pair import Pair

@@ -7,10 +7,10 @@ import torch
 from hf_selfjudge import MiningConfig
 from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.judge.features import SCALARS, candidate_scalars
-from hf_selfjudge.mining import labelling
+from hf_selfjudge.mining import labels as labels_module
 from hf_selfjudge.mining.answers import Answer, read_answers, target_answers
-from hf_selfjudge.mining.labelling import label_answer, label_row
-from hf_selfjudge.mining.labels import both_answers
+from hf_selfjudge.mining.label_files import both_answers
+from hf_selfjudge.mining.labels import label_answer, label_row
 from hf_selfjudge.mining.rewrites import Continuation
 from hf_selfjudge.mining.substitutions import Substitution
 from hf_selfjudge.models.pair import Pair
@@ -80,7 +80,7 @@ def test_packed_and_unpacked_agree(llama, tokenizer, monkeypatch):
     target, draft = llama
     (answer,) = target_answers(target, PROMPTS[:1], ids_of(1), 24)
     packed = rows_of(target, draft, tokenizer, answer)
-    monkeypatch.setattr(labelling, "packs", lambda model: False)
+    monkeypatch.setattr(labels_module, "packs", lambda model: False)
     alone = rows_of(target, draft, tokenizer, answer)
     for a, b in zip(packed, alone, strict=True):
         assert a.keys() == b.keys()

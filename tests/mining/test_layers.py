@@ -14,8 +14,8 @@ from peft import LoraConfig
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels, mine
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import STATES
-from hf_selfjudge.mining import job, labelling
-from hf_selfjudge.mining.labels import mining_of
+from hf_selfjudge.mining import job, labels
+from hf_selfjudge.mining.label_files import mining_of
 from hf_selfjudge.mining.layers import add_layer_states
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import Pair
@@ -77,7 +77,7 @@ def test_a_layer_of_a_model_that_does_not_pack(tokenizer, tmp_path, monkeypatch)
     """Each substitution in a cache of its own gives the same states."""
     target = build("llama")
     packed = mined(target, tmp_path / "packed", tokenizer, layer=LAYER)
-    for module in (job, labelling):
+    for module in (job, labels):
         monkeypatch.setattr(module, "packs", lambda model: False)
     alone = mined(target, tmp_path / "alone", tokenizer, layer=LAYER)
     for name in STATES:

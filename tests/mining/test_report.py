@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from hf_selfjudge.mining.labels import CHEAP_SCORES
+from hf_selfjudge.mining.label_files import CHEAP_SCORES
 from hf_selfjudge.mining.report import (
     LabelColumns,
     change_rates,

@@ -19,7 +19,7 @@ from hf_selfjudge.hub.results import add_results
 from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.mining.labels import mining_of, mining_records
+from hf_selfjudge.mining.label_files import mining_of, mining_records
 from hf_selfjudge.mining.layers import DataCollatorForJudge, answers_of
 from hf_selfjudge.models.cpu import HalfLinear
 from hf_selfjudge.models.load import fingerprint
