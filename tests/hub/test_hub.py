@@ -460,7 +460,7 @@ def test_names_that_mean_harm_leave_the_card_whole(hub, tmp_path):
     words = done.stdout.decode().split("\0")
     assert words[words.index("--prompts") + 1] == name
     assert words[words.index("--system") + 1] == system
-    assert "--output_dir 'judge $(touch harm)'" in texts[0]
+    assert "--output 'judge $(touch harm)'" in texts[0]
 
 
 # -- what goes wrong on the way --------------------------------------------------------------------------------------

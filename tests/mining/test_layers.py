@@ -14,7 +14,8 @@ from peft import LoraConfig
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels, mine
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import STATES
-from hf_selfjudge.mining import job, labels
+from hf_selfjudge.mining import job
+from hf_selfjudge.mining import labels as labels_module
 from hf_selfjudge.mining.label_files import mining_of
 from hf_selfjudge.mining.layers import add_layer_states
 from hf_selfjudge.models.load import fingerprint
@@ -77,7 +78,7 @@ def test_a_layer_of_a_model_that_does_not_pack(tokenizer, tmp_path, monkeypatch)
     """Each substitution in a cache of its own gives the same states."""
     target = build("llama")
     packed = mined(target, tmp_path / "packed", tokenizer, layer=LAYER)
-    for module in (job, labels):
+    for module in (job, labels_module):
         monkeypatch.setattr(module, "packs", lambda model: False)
     alone = mined(target, tmp_path / "alone", tokenizer, layer=LAYER)
     for name in STATES:
