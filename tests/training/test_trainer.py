@@ -333,7 +333,7 @@ def test_the_card_says_that_mining_was_stopped(fitted, tmp_path):
 def test_the_card_says_which_layer(fitted, tmp_path):
     _, judge, _ = fitted
     card_of(judge, tmp_path)
-    assert "reread" not in (tmp_path / "README.md").read_text()
+    assert "add-layer" not in (tmp_path / "README.md").read_text()
     other, training = copy.deepcopy(judge), copy.deepcopy(judge.info.training)
     training["mining"][0] |= {"layer": 5, "reread_dtype": "bfloat16"}
     other.info = replace(judge.info, layer=5, training=training)
@@ -342,7 +342,7 @@ def test_the_card_says_which_layer(fitted, tmp_path):
     assert "the target's hidden states above its first 5 layers: hidden_before, hidden_after |" in text
     mined, read, trained = (line for line in text.splitlines() if line.startswith("hf-selfjudge "))
     assert mined.endswith(" --output mined/1")
-    assert read == "hf-selfjudge reread mined/1 --layer 5 --dtype bfloat16 --output labels/1"
+    assert read == "hf-selfjudge add-layer mined/1 --layer 5 --dtype bfloat16 --output labels/1"
     assert trained.startswith("hf-selfjudge train --labels labels/1 ")
 
 
