@@ -795,7 +795,7 @@ def test_card(fitted, tmp_path):
     assert "Measured in decoding" not in text
     assert "--prompts prompts.jsonl --limit 40 --max-new-tokens 8 --per-answer 6 --answer-batch 4" in text
     options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0"
-    assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output_dir my-judge" in text
+    assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
     text = card_of(judge, tmp_path / "my-judge").read_text()
