@@ -1,7 +1,4 @@
-"""One answer of a bench: how it is decoded, and what is measured on the way.
-
-In: a method, a prompt, models. Out: an [`AnswerRecord`].
-"""
+"""In: a method, a prompt, models. Out: an [`AnswerRecord`] of one answer, and what was measured on the way."""
 
 from __future__ import annotations
 
@@ -81,15 +78,8 @@ def accepted_share(records: Iterable[AnswerRecord]) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """
-    An answer to decode.
-
-    Args:
-        ids (`torch.LongTensor` of shape `(1, prompt_length)`): The prompt's tokens.
-        repeat (`int`): How many times it was decoded before.
-        rule ([`Rule`], *optional*): The method's.
-        share (`float`, *optional*): Of a coin that is like a judge.
-    """
+    """An answer to decode: `ids`, of shape `(1, prompt_length)`, are the prompt's tokens, `rule` is the method's. See
+    [`AnswerRecord`]."""
 
     method: Method
     prompt: Prompt
@@ -104,7 +94,6 @@ class Job:
 
     @functools.cached_property
     def made_with(self) -> str:
-        """See [`AnswerRecord`]."""
         judge = None
         if isinstance(self.rule, JudgeRule):
             judge = [fingerprint(self.rule.judge), self.rule.special_tokens, str(self.rule.threshold)]
@@ -112,15 +101,9 @@ class Job:
 
 
 class Recorder:
-    """
-    Stands between a call of `generate` and its model, and records what the forwards yield.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): A copy whose forward may be replaced.
-        prompt_length (`int`): Tokens of the prompt.
-        prompt (`Keys`, *optional*): The model's cache of the prompt but for its last token: it is not computed again.
-        scored (`bool`): Whether to record log-probabilities.
-    """
+    """Stands between a call of `generate` and its model, a copy whose forward is replaced, and records what the
+    forwards yield: `scored`, log-probabilities too. `prompt` is the model's cache of the prompt but for its last
+    token, which is then not computed again."""
 
     def __init__(self, model: PreTrainedModel, prompt_length: int, prompt: Keys | None = None, scored: bool = False):
         self.prompt_length, self.scored = prompt_length, scored
@@ -183,12 +166,11 @@ def decode_answer(
     prompt_keys: Sequence[Keys | None] | None = None,
 ) -> AnswerRecord:
     """
-    Decode one answer, greedily but for what the method decides about mismatches.
+    Decode one answer, greedily but for what the method decides about mismatches. See [`BenchConfig`].
 
     Args:
         models (`Sequence[PreTrainedModel]`): The draft, unless drafts come from prompt lookup, and the target: copies
             whose forwards may be replaced.
-        draft_length (`int` or `"auto"`): See [`BenchConfig`].
         prompt_keys (`Sequence[Keys]`, *optional*): In mode quality, for each of `models` its cache of the prompt. The
             answer is then scored instead of timed.
     """
@@ -199,10 +181,11 @@ def decode_answer(
         for model, keys in zip(models, prompt_keys or [None] * len(models), strict=True)
     ]
     options, drafts = greedy(target, max_new_tokens), {}
-    if family not in ("greedy", "draft") and lookup:
-        options.prompt_lookup_num_tokens = STOCK_LENGTH if draft_length == "auto" else draft_length
-    elif family not in ("greedy", "draft"):
-        drafts = {"assistant_model": models[0]}
+    if family not in ("greedy", "draft"):
+        if lookup:
+            options.prompt_lookup_num_tokens = STOCK_LENGTH if draft_length == "auto" else draft_length
+        else:
+            drafts = {"assistant_model": models[0]}
     if family == "ensemble":
         (options.assistant_ensemble_weight,) = job.method.arguments
     model = models[0] if family == "draft" else target
@@ -213,28 +196,15 @@ def decode_answer(
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **drafts)
     seconds = time.perf_counter() - start
     answer, finished = until_eos(output[0, ids.shape[1] :], eos_tokens(target))
-    tokens, recorder, stats = answer.tolist(), recorders[-1], Stats()
-    lengths = recorder.lengths(len(tokens))
-    if job.rule is not None:
-        stats = replace(
-            model.stats, **dict.fromkeys(("draft_seconds", "verify_seconds", "rule_seconds"), 0.0) if quality else {}
-        )
-    if quality and family == "draft":  # the target has not seen the answer yet
-        text = output[:, :-1]
-        positions = torch.arange(text.shape[1], device=text.device)[None]
-        mask = torch.ones_like(text)
-        target(input_ids=text, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
-    return AnswerRecord(
-        method=job.method.name,
-        prompt=job.prompt.id,
-        repeat=job.repeat,
-        share=job.share,
-        tokens=tokens,
-        finished=finished,
-        seconds=None if quality else seconds,
-        logprob=recorder.logprob(tokens) if quality else None,
-        lengths=lengths,
-        draft_forwards=0 if lookup else len(recorders[0].starts),
-        stats=stats,
-        made_with=job.made_with,
-    )
+    tokens, recorder, logprob = answer.tolist(), recorders[-1], None
+    lengths, draft_forwards = recorder.lengths(len(tokens)), 0 if lookup else len(recorders[0].starts)
+    stats = Stats() if job.rule is None else replace(model.stats)
+    if quality:
+        seconds, stats.draft_seconds, stats.verify_seconds, stats.rule_seconds = None, 0.0, 0.0, 0.0
+        if family == "draft":  # the target has not seen the answer yet
+            text = output[:, :-1]
+            positions, mask = torch.arange(text.shape[1], device=text.device)[None], torch.ones_like(text)
+            target(input_ids=text, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
+        logprob = recorder.logprob(tokens)
+    measured = (tokens, finished, seconds, logprob, lengths, draft_forwards, stats)  # in the order of the record
+    return AnswerRecord(*job.key, job.share, *measured, job.made_with)

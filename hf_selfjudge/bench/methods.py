@@ -1,7 +1,5 @@
-"""Methods of decoding that a bench compares: rules with their thresholds, and decoding without a rule.
-
-In: text such as `margin=0.3,0.7`. Out: [`Method`]s. No model is needed to read them, so that a mistake is found before
-any is loaded.
+"""In: text such as `margin=0.3,0.7`. Out: [`Method`]s of decoding that a bench compares: rules with their thresholds,
+and decoding without a rule. No model is needed to read them, so that a mistake is found before any is loaded.
 """
 
 from __future__ import annotations
@@ -18,20 +16,12 @@ from .tradeoff import BASE
 
 @dataclass(frozen=True)
 class Family:
-    """
-    What methods that differ in their arguments have in common.
-
-    Args:
-        name (`str`): In the text that names a method.
-        rule (`type[Rule]`, *optional*): The rule that decides about mismatches; `None` for decoding without one.
-        defaults (`str`): Arguments to compare by default, as text. Empty: the family takes none.
-        needs_draft (`bool`): Whether it needs a draft model: drafts of prompt lookup have no probabilities.
-    """
+    """What methods that differ in their arguments have in common."""
 
     name: str
-    rule: type[Rule] | None = None
-    defaults: str = ""
-    needs_draft: bool = False
+    rule: type[Rule] | None = None  # decides about mismatches; `None` for decoding without a rule
+    defaults: str = ""  # arguments to compare by default; empty if the family takes none
+    needs_draft: bool = False  # a draft model: drafts of prompt lookup have no probabilities
 
 
 FAMILIES = {
@@ -87,8 +77,8 @@ class Method:
         """Unique among the methods of a bench."""
         if self.like is not None:
             return f"{self.family} like {self.like.name}"
-        arguments = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in self.arguments]
-        return self.curve + "=" * bool(arguments) + ":".join(arguments) + (f", {self.draft}" if self.draft else "")
+        values = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in self.arguments]
+        return self.curve + "=" * bool(values) + ":".join(values) + (f", {self.draft}" if self.draft else "")
 
     @property
     def judge_curve(self) -> str | None:
@@ -96,18 +86,12 @@ class Method:
         return self.like.curve if self.like is not None else None if self.judge is None else self.curve
 
     def rule(self, judges: Mapping[str, Judge], share: float | None = None) -> Rule | None:
-        """
-        The rule to decode with; `None` without one.
-
-        Args:
-            judges (`Mapping[str, Judge]`): By folder or Hub id.
-            share (`float`, *optional*): Of a coin like a judge: how many mismatches that judge accepts, in [0, 1].
-        """
+        """The rule to decode with; `None` without one. `judges` are by folder or Hub id; `share` is for a coin like a
+        judge: how many mismatches that judge accepts, in [0, 1]."""
         if self.judge is not None:
             return JudgeRule(judges[self.judge], *self.arguments, allow_other_weights=True)
         rule = FAMILIES[self.family].rule
-        arguments = self.arguments if self.like is None else (share,)
-        return None if rule is None else rule(*arguments)
+        return None if rule is None else rule(*(self.arguments if self.like is None else (share,)))
 
 
 def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, lookup: bool = False) -> list[Method]:
@@ -132,16 +116,15 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
         families = [f for f in FAMILIES.values() if not (lookup and f.needs_draft) and (shipped or f.name != "judge")]
         texts = [f.name + ("=" + f.defaults if f.defaults else "") for f in families] + ["coin"] * bool(shipped)
     methods = {BASE: Method(BASE)}
-    for text in texts:
-        for method in _parse(text, shipped, lookup) if text != "coin" else ():
-            before = methods.setdefault(method.name, method)
-            if before.judge != method.judge:
-                raise ValueError(
-                    f"`rule`: the judges {before.judge} and {method.judge} have the same name {method.curve!r}. "
-                    "Rename one of the folders."
-                )
-            if before != method:
-                raise ValueError(f"`rule`: two thresholds are both {method.name}. Leave one out.")
+    for method in (method for text in texts if text != "coin" for method in _parse(text, shipped, lookup)):
+        before = methods.setdefault(method.name, method)
+        if before.judge != method.judge:
+            raise ValueError(
+                f"`rule`: the judges {before.judge} and {method.judge} have the same name {method.curve!r}. "
+                "Rename one of the folders."
+            )
+        if before != method:
+            raise ValueError(f"`rule`: two thresholds are both {method.name}. Leave one out.")
     if "coin" in texts:
         coins = [Method("coin", like=method) for method in methods.values() if method.judge is not None]
         if not coins:
@@ -159,11 +142,11 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     family, judged = FAMILIES.get(name), name == "judge"
     wrong = bool(has_values) != bool(values) or (named and not judged)
     if family is None or wrong or (bool(values) != bool(family.defaults) and not (judged and not values)):
-        plain = [f.name for f in FAMILIES.values() if not f.defaults]
-        others = [f.name for f in FAMILIES.values() if f.defaults]
+        plain = ", ".join(f.name for f in FAMILIES.values() if not f.defaults)
+        others = ", ".join(f.name for f in FAMILIES.values() if f.defaults)
         raise ValueError(
-            f"`rule` must be {', '.join(plain)}, or one of {', '.join(others)} with its thresholds (margin=0.3,0.7; "
-            f"judge:FOLDER=0.2,0.4), got {text!r}."
+            f"`rule` must be {plain}, or one of {others} with its thresholds (margin=0.3,0.7; judge:FOLDER=0.2,0.4), "
+            f"got {text!r}."
         )
     if judged and not folder and shipped is None:
         raise ValueError(
@@ -178,9 +161,8 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
                 arguments = (part if part.isidentifier() else Threshold.parse(part),) if part or values else ()
                 yield Method(name, arguments, folder or shipped, bool(folder))
                 continue
-            arguments = tuple(
-                int(value) if value.strip().isdecimal() else float(value) for value in part.split(":") if values
-            )
+            numbers = part.split(":") if values else ()
+            arguments = tuple(int(number) if number.strip().isdecimal() else float(number) for number in numbers)
             if name == "ensemble" and (len(arguments) != 1 or not 0 < arguments[0] < 1):
                 raise ValueError(f"the target's weight must lie between 0 and 1, got {part}.")
             method = Method(name, arguments)

@@ -1,5 +1,4 @@
 """A first look at a judge: greedy, stock assisted and judged decoding of a few prompts, one answer at a time in turns.
-
 In: a pair, prompts, a judge. Out: answers, and their figures as numbers and for the terminal.
 """
 
@@ -58,8 +57,7 @@ def run_quickstart(
 
     Args:
         threshold (`float`, `str` or [`Threshold`], *optional*): Instead of the judge's own.
-        draft_length (`int` or `"auto"`): See [`BenchConfig`].
-        max_new_tokens (`int`): Limit of an answer, tokens.
+        draft_length, max_new_tokens: See [`BenchConfig`].
         int8_draft ([`~transformers.PreTrainedModel`], *optional*): A draft with int8 weights, for judged decoding too.
         on_prompt (`Callable`, *optional*): Called with the answers to each prompt.
 
@@ -73,7 +71,8 @@ def run_quickstart(
     judged = Method("judge", () if threshold is None else (threshold,), judge="judge")
     names = {Method("greedy"): "greedy", Method("stock"): "assisted", judged: "judged"}
     drafts = {} if int8_draft is None else {"int8": int8_draft}
-    names |= {replace(judged, draft=draft): f"judged, {draft} draft" for draft in drafts}
+    if drafts:
+        names[replace(judged, draft="int8")] = "judged, int8 draft"
     by_method = {method.name: name for method, name in names.items()}
     by_id = {prompt.id: prompt for prompt in prompts}
     of_prompt: dict[str, AnswerRecord] = {}  # decoded in another order for each prompt
@@ -104,14 +103,9 @@ def answer_logprob(pair: Pair, prompt: Prompt, tokens: Sequence[int]) -> float:
 
 
 def figures(records: Sequence[AnswerRecord]) -> dict:
-    """
-    The figures of [`run_quickstart`].
-
-    Returns:
-        `dict`: `runs`, one `dict` for each decoding; where its seconds went is known of judged decoding only. And
-        `speed_against_assisted`: for each decoding how many times as long assisted decoding took, as an [`Interval`]
-        over prompts.
-    """
+    """The figures of [`run_quickstart`]: `runs`, one `dict` for each decoding (where its seconds went is known of
+    judged decoding only), and `speed_against_assisted`: for each decoding how many times as long assisted decoding
+    took, as an [`Interval`] over prompts."""
     by_name = {record.method: [] for record in records}
     for record in records:
         by_name[record.method].append(record)
@@ -121,10 +115,8 @@ def figures(records: Sequence[AnswerRecord]) -> dict:
     runs = []
     for name, answers in by_name.items():
         tokens, total = sum(len(record.tokens) for record in answers), seconds[name].sum()
-        agreement = [
-            reconvergence(greedy.tokens, record.tokens)
-            for greedy, record in zip(by_name["greedy"], answers, strict=True)
-        ]
+        beside = zip(by_name["greedy"], answers, strict=True)
+        agreement = [reconvergence(greedy.tokens, record.tokens) for greedy, record in beside]
         run = {
             "decoding": name,
             "tokens_per_second": tokens / total,

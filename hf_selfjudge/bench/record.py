@@ -20,17 +20,9 @@ from .tables import quality_tables, timing_tables
 
 
 def write_results(folder: Path, mode: str, results: dict, prompts_name: str, left_out: Sequence[str] = ()) -> str:
-    """
-    Write `MODE-results.json` and `MODE-results.md` beside the answers.
-
-    Args:
-        results (`dict`): Of [`summarise_quality`] or [`summarise_timing`].
-        prompts_name (`str`): What to call the prompts.
-        left_out (`Sequence[str]`): Ids of prompts that were too long.
-
-    Returns:
-        `str`: The tables in Markdown, under a sentence that says what was measured.
-    """
+    """Write `results` of [`summarise_quality`] or [`summarise_timing`] to `MODE-results.json` and `MODE-results.md`
+    beside the answers. `left_out` are the ids of prompts that were too long. Returns the tables in Markdown, under a
+    sentence that says what was measured."""
     prompts_name += f" ({len(left_out)} more were too long)" if left_out else ""
     results |= {"heading": heading(folder / f"{mode}.json", prompts_name, results["prompts"]), "left_out": [*left_out]}
     tables = quality_tables(results) if mode == "quality" else timing_tables(results)
@@ -41,14 +33,8 @@ def write_results(folder: Path, mode: str, results: dict, prompts_name: str, lef
 
 
 def heading(path: Path, prompts_name: str, count: int) -> str:
-    """
-    What was measured, in a sentence.
-
-    Args:
-        path (`Path`): How [`decode`] made the answers: `quality.json` or `timing.json`.
-        prompts_name (`str`): What to call the prompts.
-        count (`int`): How many there were.
-    """
+    """What was measured, in a sentence: `path` is the `quality.json` or `timing.json` of [`decode`], `count` is how
+    many prompts there were."""
     run = read_json(path)
     draft = LOOKUP if run["draft"] is None else f"{public_name(run['draft'])} ({run['draft_dtype']})"
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -62,10 +48,8 @@ def heading(path: Path, prompts_name: str, count: int) -> str:
 def write_spec_bench(
     records: Sequence[AnswerRecord], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """
-    Write the answers of mode timing in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), a file for
-    each method; repeats are `choices` of one line. Only the first turn of a question is answered.
-    """
+    """Write the answers of mode timing in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), a file
+    for each method; repeats are `choices` of one line. Only the first turn of a question is answered."""
     folder.mkdir(parents=True, exist_ok=True)
     timestamp = time.time()
     for method in dict.fromkeys(record.method for record in records):

@@ -1,8 +1,7 @@
-"""Many methods decode the same prompts.
+"""In: a pair, prompts, methods. Out: an [`AnswerRecord`] for each answer, written to a folder as it ends.
 
-In: a pair, prompts, methods. Out: an [`AnswerRecord`] for each answer, written to a folder as it ends. Mode quality
-decodes many prompts and methods side by side, which gives the same text and rounds much faster; mode timing decodes
-one answer at a time, alternating between methods.
+Mode quality decodes many prompts and methods side by side, which gives the same text and rounds much faster; mode
+timing decodes one answer at a time, alternating between methods.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from .methods import Method
 MODES = ("quality", "timing")
 FREE = ("at_once", "repeats")  # options that may differ when a bench goes on
 WARM_UP = 8  # tokens
+Keep = Callable[[AnswerRecord], None]  # what is done with a new answer
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def decode(
     config: BenchConfig,
     folder: Path | None = None,
     drafts: Mapping[str, PreTrainedModel] | None = None,
-    on_answer: Callable[[AnswerRecord], None] | None = None,
+    on_answer: Keep | None = None,
 ) -> list[AnswerRecord]:
     """
     Answer every prompt with every method. Prompts that are too long are left out ([`fitting`] says which).
@@ -98,17 +98,17 @@ def decode(
 
     Raises:
         ValueError: If `folder` holds answers of other models, limits, prompts or judges; if, in mode timing, a coin is
-            to accept as often as a judge that mode quality has not measured in this folder; or if
-            a prompt cannot be encoded.
+            to accept as often as a judge that mode quality has not measured in this folder; or if a prompt cannot be
+            encoded.
         TooLong: If no prompt fits.
     """
     if folder is not None:
         _claim(folder, pair, config)
-    context = readable_context(pair, methods)
-    prompts, tokens, _ = fitting(pair.tokenizer, prompts, context, config.max_new_tokens)
+    prompts, tokens, _ = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     texts = [(prompt, ids.to(pair.target.device)) for prompt, ids in zip(prompts, tokens, strict=True)]
     # One rule for each method, so that a judge is checked against its target once, on the target itself.
     rules = {method: method.rule(judges) for method in methods if method.like is None}
+    coins = [method for method in methods if method.like is not None]
     for method, rule in rules.items():
         if method.judge is not None:
             rule.check_target(pair.target)
@@ -132,9 +132,9 @@ def decode(
             measured = () if folder is None else _records(JsonlLog(folder / "quality.jsonl"))
             stages = [methods]
         else:  # coins like judges come behind these
-            measured, stages = done.values(), [[*rules], [method for method in methods if method.like is not None]]
+            measured, stages = done.values(), [[*rules], coins]
         for stage in stages:
-            shares = _coin_shares([method for method in stage if method.like is not None], written, measured)
+            shares = {coin: _coin_share(coin, written, measured) for coin in coins if coin in stage}
             rules |= {coin: coin.rule(judges, share) for coin, share in shares.items()}
             jobs = [
                 Job(method, prompt, row, repeat, rules[method], shares.get(method))
@@ -160,24 +160,21 @@ def readable_context(pair: Pair, methods: Sequence[Method]) -> int | None:
     return min((context for context in (pair.context, *alone) if context is not None), default=None)
 
 
-def _coin_shares(
-    coins: Sequence[Method], written: Iterable[AnswerRecord], measured: Iterable[AnswerRecord]
-) -> dict[Method, float]:
-    """The share that each coin accepts: that of the answers already `written`, or that of its judge in `measured`."""
-    known = {record.method: record.share for record in written}
-    shares = {}
-    for coin in coins:
-        answers = [record for record in measured if record.method == coin.like.name]
-        if coin.name not in known and not answers:
-            raise ValueError(
-                f"`rule` {coin.name!r}: how often {coin.like.name} accepts is not known here yet. Run the bench in "
-                "`mode` quality first, with the same `output`."
-            )
-        shares[coin] = known[coin.name] if coin.name in known else round(accepted_share(answers), 4)
-    return shares
+def _coin_share(coin: Method, written: Iterable[AnswerRecord], measured: Iterable[AnswerRecord]) -> float:
+    """The share that a coin accepts: that of its answers already `written`, or that of its judge in `measured`."""
+    known = [record.share for record in written if record.method == coin.name]
+    if known:
+        return known[-1]
+    answers = [record for record in measured if record.method == coin.like.name]
+    if not answers:
+        raise ValueError(
+            f"`rule` {coin.name!r}: how often {coin.like.name} accepts is not known here yet. Run the bench in "
+            "`mode` quality first, with the same `output`."
+        )
+    return round(accepted_share(answers), 4)
 
 
-def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Callable[[AnswerRecord], None]) -> None:
+def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Keep) -> None:
     """Many answers at a time. A prompt is read once, when its first answer begins, and forgotten with its last."""
     # The draft alone takes a forward for each token, and forwards of the draft go first: others must not wait for it.
     jobs = sorted(jobs, key=lambda job: job.method.family != "draft")
@@ -198,13 +195,7 @@ def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Callab
     run_in_lockstep(pair.models, [functools.partial(call, job) for job in jobs], at_once=config.at_once)
 
 
-def _in_turns(
-    jobs: list[Job],
-    pair: Pair,
-    config: BenchConfig,
-    drafts: Mapping[str, PreTrainedModel],
-    keep: Callable[[AnswerRecord], None],
-) -> None:
+def _in_turns(jobs: list[Job], pair: Pair, config: BenchConfig, drafts: Mapping, keep: Keep) -> None:
     """One answer at a time, after a short one of each method, so that no method pays for first touches of the weights.
     Which method comes first changes from prompt to prompt: a shared machine is never equally fast for long."""
 
@@ -241,7 +232,7 @@ def _records(log: JsonlLog | None) -> list[AnswerRecord]:
         raise ValueError(f"`output`: {log.path} was written by another version. Choose another folder.") from error
 
 
-def _found(written: Sequence[AnswerRecord], jobs: Sequence[Job], log: JsonlLog | None) -> dict[tuple, AnswerRecord]:
+def _found(written: list[AnswerRecord], jobs: list[Job], log: JsonlLog | None) -> dict[tuple, AnswerRecord]:
     """Answers that have been written already."""
     made_with = {job.key: job.made_with for job in jobs}
     found = {record.key: record for record in written if record.key in made_with}
@@ -262,17 +253,12 @@ def _claim(folder: Path, pair: Pair, config: BenchConfig) -> None:
         options[name] = None if model is None else absolute_if_folder(model.config.name_or_path)
         options[f"{name}_fingerprint"] = None if model is None else fingerprint(model)
         options[f"{name}_dtype"] = None if model is None else precision(model)
-    environment = {
-        "versions": {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")},
-        "machine": _machine(),
-    }
+    versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    environment = {"versions": versions, "machine": machine}
     # Seconds of another machine are not to be mixed with these; its text is the same, to rounding.
     compared, noted = (options | environment, {}) if config.mode == "timing" else (options, environment)
     check_or_write_settings(folder / f"{config.mode}.json", compared, noted)
-
-
-def _machine() -> str:
-    """The class of machine that figures were measured on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,7 +1,4 @@
-"""What a bench measured, summarised.
-
-In: a [`Grid`] or [`AnswerRecord`]s, and their methods. Out: dictionaries that JSON can hold.
-"""
+"""In: a [`Grid`] or [`AnswerRecord`]s of a bench, and their methods. Out: a summary that JSON can hold."""
 
 from __future__ import annotations
 
@@ -32,35 +29,28 @@ def summarise_quality(
     grid: Grid, records: Sequence[AnswerRecord], methods: Sequence[Method], judges: Mapping[str, Judge]
 ) -> dict:
     """
-    Summarise a bench in mode quality.
-
-    Returns:
-        `dict`: `settings` (a row for each method), `categories`, `separation` of the measures, and `comparisons` of
-        each judge with every other rule at equal retention. If prompts ask for numbers, `comparisons_unchanged` are
-        the same at equal shares of unchanged ones, among prompts whose lossless answer has one; a row's `numbers` are
-        its share and its speed among these. `judges` are the fingerprints of the judges by their curves.
+    Summarise a bench in mode quality: `settings` (a row for each method), `categories`, `separation` of the measures,
+    and `comparisons` of each judge with every other rule at equal retention. If prompts ask for numbers,
+    `comparisons_unchanged` are the same at equal shares of unchanged ones, among prompts whose lossless answer has
+    one; a row's `numbers` are its share and its speed among these. `judges` are the fingerprints of the judges by
+    their curves.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
     numbers = grid.known("unchanged") if "unchanged" in grid.scores else None
-    same, speed_there = (None, None) if numbers is None else (numbers.mean("unchanged"), numbers.speed())
+    of_numbers = {} if numbers is None else {"unchanged": numbers.mean("unchanged"), "speed": numbers.speed()}
     means = {measure: grid.mean_where_known(measure) for measure in grid.scores}
     categories = sorted(set(grid.categories))
-    in_category = {name: (grid.speed(name), grid.retention(preference, name)) for name in categories}
+    in_category = {
+        name: {"speed": grid.speed(name), "retention": grid.retention(preference, name)} for name in categories
+    }
     rows = [
         {
             **_row(method, [record for record in records if record.method == method.name], judges),
-            "tokens_per_round": Interval.of(rate[:, i]),
-            "speed": Interval.of(speed[:, i]),
-            "retention": Interval.of(retention[:, i]),
-            "measures": {measure: Interval.of(mean[:, i]) for measure, mean in means.items()},
-            "numbers": None
-            if numbers is None
-            else {"unchanged": Interval.of(same[:, i]), "speed": Interval.of(speed_there[:, i])},
-            "by_category": {
-                name: {"speed": Interval.of(fast[:, i]), "retention": Interval.of(kept[:, i])}
-                for name, (fast, kept) in in_category.items()
-            },
+            **_intervals({"tokens_per_round": rate, "speed": speed, "retention": retention}, i),
+            "measures": _intervals(means, i),
+            "numbers": _intervals(of_numbers, i) or None,
+            "by_category": {name: _intervals(samples, i) for name, samples in in_category.items()},
         }
         for i, method in enumerate(methods)
     ]
@@ -79,11 +69,16 @@ def summarise_quality(
         "settings": rows,
         "separation": separation(grid, [method.name for method in controls]),
         "comparisons": [compare_rules(grid, retention, RETENTION_LEVELS, *two) for two in compared],
-        "comparisons_unchanged": []
-        if numbers is None
-        else [compare_rules(numbers, same, UNCHANGED_LEVELS, *two) for two in compared],
+        "comparisons_unchanged": [
+            compare_rules(numbers, of_numbers["unchanged"], UNCHANGED_LEVELS, *two) for two in compared if of_numbers
+        ],
         "judges": {curve: fingerprint(judges[curves[curve].judge]) for curve in own},
     }
+
+
+def _intervals(samples: Mapping[str, np.ndarray], index: int) -> dict[str, Interval | None]:
+    """Of one method, from samples of all, each of shape `(1 + resamples, M)`."""
+    return {name: Interval.of(values[:, index]) for name, values in samples.items()}
 
 
 def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, Judge]) -> dict:
@@ -108,7 +103,8 @@ def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, J
 
 def operating_points(quality: dict, family: str) -> dict[str, dict]:
     """
-    For each of `OPERATING_POINTS` the fastest of a judge's measured thresholds that keeps so much, if one does.
+    For each of `OPERATING_POINTS` the fastest of a judge's measured thresholds that keeps so much, if one does. As in
+    [`compare_rules`], a faster threshold is taken to keep no more than a slower one.
 
     Args:
         quality (`dict`): Of [`summarise_quality`].
@@ -116,8 +112,7 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
 
     Returns:
         `dict[str, dict]`: For each name `threshold`, `for_retention`, and what was measured there: `retention`,
-        `speed`, `tokens_per_round` (each an [`Interval`]) and `accepted_share`. As in [`compare_rules`], a faster
-        threshold is taken to keep no more than a slower one.
+        `speed`, `tokens_per_round` (each an [`Interval`]) and `accepted_share`.
     """
     rows = [row for row in quality["settings"] if row["family"] == family and row["retention"]]
     if not rows:
@@ -126,8 +121,7 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
     retention, speed = (np.array([[row[key][0] for row in (base, *rows)]]) for key in ("retention", "speed"))
     kept, points = falling(retention, speed)[0, 1:], {}
     for name, level in OPERATING_POINTS.items():
-        able = [row for row, share in zip(rows, kept, strict=True) if share > level - 1e-9]  # to rounding
-        if able:
+        if able := [row for row, share in zip(rows, kept, strict=True) if share > level - 1e-9]:  # to rounding
             best = max(able, key=lambda row: row["speed"][0])
             measured = {key: best[key] for key in ("retention", "speed", "tokens_per_round", "accepted_share")}
             points[name] = {"threshold": best["threshold"], "for_retention": level, **measured}
@@ -147,7 +141,7 @@ def summarise_timing(records: Sequence[AnswerRecord], prompts: Sequence[Prompt],
         tokens[i, j] += len(record.tokens) / repeats
     names = [method.name for method in methods]
     grid = Grid(names, names, np.array([prompt.category for prompt in prompts]), tokens, seconds)
-    rate = grid.ratio(tokens, seconds)
+    rate, categories = grid.ratio(tokens, seconds), sorted(set(grid.categories))
     rows = [
         {
             "setting": name,
@@ -160,11 +154,9 @@ def summarise_timing(records: Sequence[AnswerRecord], prompts: Sequence[Prompt],
     for other in ("greedy", "stock", BASE):
         if other in names:
             reference = np.broadcast_to(seconds[names.index(other)], shape)
-            for category in (None, *sorted(set(grid.categories))):
-                ratio = grid.ratio(reference, seconds, category)
-                for i, row in enumerate(rows):
-                    if category is None:
-                        row |= {f"speed_over_{other}": Interval.of(ratio[:, i]), f"speed_over_{other}_by_category": {}}
-                    else:
-                        row[f"speed_over_{other}_by_category"][category] = Interval.of(ratio[:, i])
+            ratio = grid.ratio(reference, seconds)
+            in_category = {name: grid.ratio(reference, seconds, name) for name in categories}
+            for i, row in enumerate(rows):
+                row[f"speed_over_{other}"] = Interval.of(ratio[:, i])
+                row[f"speed_over_{other}_by_category"] = _intervals(in_category, i)
     return {"prompts": len(prompts), "repeats": repeats, "settings": rows}

@@ -1,7 +1,4 @@
-"""The figures of a bench as tables in Markdown.
-
-In: what `summary.py` makes. Out: text, ready for a card.
-"""
+"""In: what `summary.py` makes. Out: tables in Markdown, ready for a card."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ def quality_tables(quality: dict) -> str:
     """The tables of [`summarise_quality`]."""
     rows, categories = quality["settings"], quality["categories"]
     kept_by = (f"{name} by {c['retention_by'] or 'nothing'} ({c['prompts']})" for name, c in categories.items())
+    gaps = [key for key in quality["separation"][0] if key not in ("measure", "prompts")]
     parts = [
         _table(
             ("decoding", "tokens/round", "× lossless", "retention", "judged", "accepted", "unfinished"),
@@ -43,22 +41,18 @@ def quality_tables(quality: dict) -> str:
         ),
         *_comparisons("retention", quality["comparisons"], RETENTION_LEVELS),
         *_comparisons("unchanged numbers", quality["comparisons_unchanged"], UNCHANGED_LEVELS),
-    ]  # fmt: skip
-    keys = [key for key in quality["separation"][0] if key not in ("measure", "prompts")]
-    parts.append(
         _table(
-            ("measure", "prompts", *(f"lossless − {key}" for key in keys)),
+            ("measure", "prompts", *(f"lossless − {key}" for key in gaps)),
             [
                 (
-                    row["measure"] + "*" * (row["measure"] in RELATIVE),
-                    str(row["prompts"]),
-                    *(f"{row[key]:.2f}" if isinstance(row[key], float) else shown(row[key], ".3f") for key in keys),
+                    row["measure"] + "*" * (row["measure"] in RELATIVE), str(row["prompts"]),
+                    *(f"{row[key]:.2f}" if isinstance(row[key], float) else shown(row[key], ".3f") for key in gaps),
                 )
                 for row in quality["separation"]
             ],
-        )
-    )
-    parts.append("\\* compared with the lossless answer itself, so that any other text falls behind it.")
+        ),
+        "\\* compared with the lossless answer itself, so that any other text falls behind it.",
+    ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,16 +60,15 @@ def timing_tables(timing: dict) -> str:
     """The table of [`summarise_timing`]."""
     rows = timing["settings"]
     over = [key for key in ("greedy", "stock", BASE) if f"speed_over_{key}" in rows[0]]
-    return _table(
-        ("decoding", "tokens/s", "s/answer", "tokens/answer", *(f"seconds of {key} ÷ its own" for key in over)),
-        [
-            (
-                row["setting"], shown(row["tokens_per_second"]), f"{row['seconds_per_answer']:.1f}",
-                f"{row['tokens_per_answer']:.0f}", *(shown(row[f"speed_over_{key}"]) for key in over),
-            )
-            for row in rows
-        ],
-    ) + "\n"  # fmt: skip
+    head = ("decoding", "tokens/s", "s/answer", "tokens/answer", *(f"seconds of {key} ÷ its own" for key in over))
+    cells = [
+        (
+            row["setting"], shown(row["tokens_per_second"]), f"{row['seconds_per_answer']:.1f}",
+            f"{row['tokens_per_answer']:.0f}", *(shown(row[f"speed_over_{key}"]) for key in over),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return _table(head, cells) + "\n"
 
 
 def _comparisons(measure: str, comparisons: Sequence[dict], levels: Sequence[float]) -> list[str]:

@@ -1,7 +1,5 @@
-"""Speed against quality: what each rule gains, what it costs, and how sure that is.
-
-In: a [`Grid`], the figures of every method on every prompt. Out: comparisons, each with a 95 % bootstrap interval over
-prompts, drawn within categories. Knows nothing of models.
+"""In: a [`Grid`], the figures of every method on every prompt. Out: what each rule gains in speed and costs in
+quality, each with a 95 % bootstrap interval over prompts, drawn within categories. Knows nothing of models.
 
 **Retention** of a method is how much of the lossless answers' quality it keeps: in each category the mean score of its
 answers divided by that of the lossless answers, and over all the mean of the categories.
@@ -37,8 +35,7 @@ class Grid:
         tokens (`np.ndarray` of shape `(M, P)`): Of the answers.
         rounds (`np.ndarray` of shape `(M, P)`): Forwards of the target; NaN where it had none.
         scores (`dict[str, np.ndarray]` of shape `(M, P)`): Of each measure; NaN where it does not apply.
-        resamples (`int`): Of the bootstrap.
-        seed (`int`): Of the bootstrap.
+        resamples, seed (`int`): Of the bootstrap.
     """
 
     methods: list[str]
@@ -93,14 +90,8 @@ class Grid:
         return None
 
     def retention(self, preference: Sequence[str], category: str | None = None) -> np.ndarray:
-        """
-        Share of the lossless answers' quality that is kept, `(1 + resamples, M)`.
-
-        Args:
-            preference (`Sequence[str]`): Measures; each category is judged by one ([`measure_of`]). Categories with
-                none are left out.
-            category (`str`, *optional*): One instead of the mean of all.
-        """
+        """Share of the lossless answers' quality that is kept, `(1 + resamples, M)`, in a category or the mean of all.
+        Each is judged by one measure of `preference` ([`measure_of`]); categories with none are left out."""
         total, count = np.zeros((2, len(self.weights), len(self.methods)))
         for name in [category] if category is not None else sorted(set(self.categories)):
             measure = self.measure_of(name, preference)
@@ -116,13 +107,9 @@ class Grid:
     def known(self, measure: str) -> Grid:
         """The grid of the prompts that have a measure for every method."""
         here = np.isfinite(self.scores[measure]).all(0)
-        return replace(
-            self,
-            categories=self.categories[here],
-            tokens=self.tokens[:, here],
-            rounds=self.rounds[:, here],
-            scores={name: values[:, here] for name, values in self.scores.items()},
-        )
+        scores = {name: values[:, here] for name, values in self.scores.items()}
+        categories, tokens, rounds = self.categories[here], self.tokens[:, here], self.rounds[:, here]
+        return replace(self, categories=categories, tokens=tokens, rounds=rounds, scores=scores)
 
     def on_curve(self, curve: str) -> list[int]:
         """The methods on a curve, and first lossless decoding, where every curve begins."""
@@ -130,17 +117,10 @@ class Grid:
 
 
 def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
-    """
-    The highest speed at which a rule keeps a share of the quality. Between two thresholds it can use the one for some
-    prompts and the other for the rest. Rounds a token then add up: the speed is the harmonic mean of the two.
-
-    Args:
-        level (`float`): Share to keep.
-        retention, speed (`np.ndarray` of shape `(n, k)`): Of the rule's methods, one of which keeps it.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`.
-    """
+    """The highest speed, of shape `(n,)`, at which a rule keeps the share `level` of the quality, from `retention` and
+    `speed` of its methods, of shape `(n, k)`, one of which keeps it. Between two thresholds the rule can use the one
+    for some prompts and the other for the rest. Rounds a token then add up: the speed is the harmonic mean of the
+    two."""
     keeps, cost = retention >= level, 1 / speed
     best = np.where(keeps, cost, np.inf).min(1)
     for i in range(retention.shape[1]):
@@ -154,12 +134,10 @@ def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarr
 
 
 def falling(retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
-    """
-    Retention of a rule's methods, of shape `(n, k)`, lossless decoding first, under the assumption that a faster one
-    keeps no more than a slower one, and none more than lossless decoding: the nearest such values (isotonic
+    """Retention of a rule's methods, of shape `(n, k)`, lossless decoding first, under the assumption that a faster
+    one keeps no more than a slower one, and none more than lossless decoding: the nearest such values (isotonic
     regression). Without this, the best of many noisy methods would pass for a good rule, the more so the more
-    thresholds it has.
-    """
+    thresholds it has."""
     order = np.argsort(speed[:, 1:], axis=1)
     values = np.take_along_axis(retention[:, 1:], order, 1)
     count = values.shape[1]
@@ -173,9 +151,7 @@ def falling(retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
     return result
 
 
-def area_between(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], lowest: float
-) -> np.ndarray:
+def area_between(first: Sequence[np.ndarray], second: Sequence[np.ndarray], lowest: float) -> np.ndarray:
     """Mean difference of [`speed_at`] of two rules, each `(retention, speed)`, over levels from `lowest` to 1."""
     levels = np.linspace(lowest, 1, 21)
     return np.mean([speed_at(level, *first) - speed_at(level, *second) for level in levels], axis=0)
@@ -183,13 +159,12 @@ def area_between(
 
 def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: str, second: str) -> dict:
     """
-    Compare two rules where they keep the same.
+    Compare two rules, named by their curves, where they keep the same.
 
     Args:
         kept (`np.ndarray` of shape `(1 + resamples, M)`): Share of the lossless answers' quality that each method
             keeps: [`Grid.retention`], or the mean of a measure that is 1 for the lossless answers.
         levels (`Sequence[float]`): Shares to compare at.
-        first, second (`str`): Their curves.
 
     Returns:
         `dict`: `speed_ratio` for each of `levels`, tokens a round where both keep so much, first over second, and
@@ -209,11 +184,9 @@ def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: 
 
 
 def separation(grid: Grid, others: Sequence[str]) -> list[dict]:
-    """
-    How far each measure separates the lossless answers from those of other methods (a coin, the draft): the mean
+    """How far each measure separates the lossless answers from those of other methods (a coin, the draft): the mean
     difference, lossless first, as an [`Interval`], and the same in standard deviations of the lossless answers'
-    scores. A measure whose interval contains 0 does not separate them.
-    """
+    scores. A measure whose interval contains 0 does not separate them."""
     rows = []
     for name, scores in grid.scores.items():
         known = np.isfinite(scores).all(0)
