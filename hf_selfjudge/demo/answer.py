@@ -1,6 +1,5 @@
-"""An answer that is streamed, with who decided each token, and how it is shown.
-
-In: a pair, a rule, a prompt. Out: the answer after each round, and its parts as text, tables and pictures.
+"""In: a pair, a rule, a prompt. Out: the answer after each round, with who decided each token, and its parts as text,
+tables and pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -109,44 +108,26 @@ class _Rounds(BaseStreamer):
         pass
 
 
-class _Stop(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
 def stream_answer(
     pair: Pair, rule: Rule, ids: torch.LongTensor, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[StreamedAnswer]:
-    """
-    Decode an answer in a thread of its own, and yield it after each round. Closing the iterator stops it.
-
-    Args:
-        ids (`torch.LongTensor` of shape `(1, prompt_length)`): The prompt.
-        temperature (`float`): 0 is greedy.
-        seed (`int`): Of sampling.
-    """
+    """Decode an answer to `ids`, of shape `(1, prompt_length)`, in a thread of its own, and yield it after each round.
+    Closing the iterator stops it. Temperature 0 is greedy; `seed` is of sampling."""
     recording, streamer, stop, answer = RecordingRule(rule), _Rounds(), threading.Event(), StreamedAnswer()
     judged = JudgedModel(pair.target, recording, tokenizer=pair.tokenizer)
-    options = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+
+    def stopped(input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
     def decode() -> None:
         try:
             if temperature > 0:
                 torch.manual_seed(seed)
-            judged.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                assistant_model=pair.draft,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                stopping_criteria=[_Stop(stop)],
-                **options,
-            )
+            options.update(assistant_model=pair.draft, streamer=streamer, stopping_criteria=[stopped])
+            judged.generate(ids, attention_mask=torch.ones_like(ids), **options)
             streamer.queue.put(None)
         except BaseException as error:  # noqa: BLE001 (raised in the thread that waits for it)
             streamer.queue.put(error)

@@ -1,7 +1,5 @@
-"""The page: see a judge at work.
-
-In: a pair and a judge. Out: a Gradio page that streams judged text, each token coloured by who decided it; that puts
-lossless and judged decoding side by side; and that shows what was measured of the judge.
+"""In: a pair and a judge. Out: a Gradio page that streams judged text, each token coloured by who decided it; that
+puts lossless and judged decoding side by side; and that shows what was measured of the judge.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import gradio as gr
-import torch
 
 from ..data.prompts import TooLong, encode
 from ..decoding.rules import JudgeRule, KLGate, Lossless, Margin, Rule
@@ -52,12 +49,8 @@ EXAMPLES = (
 
 
 def folder_of(judge: str) -> Path:
-    """
-    The folder of a judge, with what was measured of it. A judge on the Hub is fetched into a temporary folder.
-
-    Raises:
-        FileNotFoundError, ValueError, HubError: See [`pull_judge`].
-    """
+    """The folder of a judge, with what was measured of it. A judge on the Hub is fetched into a temporary folder; see
+    [`pull_judge`] for errors."""
     if Path(judge).is_dir():
         return Path(judge)
     temporary = tempfile.TemporaryDirectory()
@@ -96,12 +89,7 @@ said instead, and what the judge makes of it.
 
 
 def rule_of(name: str, threshold: float, judge: Judge) -> Rule:
-    """
-    The rule that a visitor chose.
-
-    Raises:
-        ValueError: If the rule is unknown or cannot have this threshold.
-    """
+    """The rule that a visitor chose. A `ValueError` if it is unknown or cannot have this threshold."""
     if name not in RULES:
         raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {name!r}.")
     if name in ("judge", "judge per token"):
@@ -110,13 +98,8 @@ def rule_of(name: str, threshold: float, judge: Judge) -> Rule:
 
 
 def code_for(names: tuple[str, str, str], rule: str, threshold: float, temperature: float, max_new_tokens: int) -> str:
-    """
-    Python code that decodes as the page does.
-
-    Args:
-        names (`tuple[str, str, str]`): What to load target, draft and judge by.
-        rule (`str`): One of `RULES`.
-    """
+    """Python code that decodes as the page does. `names` are what to load target, draft and judge by; `rule` is one of
+    `RULES`."""
     target, draft, judge = map(in_python, names)
     sampling = f", do_sample=True, temperature={temperature:g}" if temperature else ", do_sample=False"
     number = f"{threshold:g}"  # while a visitor changes the rule, perhaps not one that it can have
@@ -155,10 +138,8 @@ class _Handlers:
         self.starts = {"judge": (1, 0.3), "judge per token": (1, 0.03)} | {self.own_rule: (1, limit)}
         self.starts |= {"lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
 
-    def prepared(
-        self, prompt: str, rule: str, threshold: float, temperature: float, length: int
-    ) -> tuple[Rule, torch.LongTensor]:
-        """What to decode with, or an error in words."""
+    def prepared(self, prompt: str, rule: str, threshold: float, temperature: float, length: int):
+        """The rule and the prompt's tokens, or an error in words."""
         if not prompt.strip():
             raise gr.Error("Write a prompt first, or choose one of the examples.", duration=8)
         if len(prompt) > LONGEST_PROMPT:
@@ -168,10 +149,9 @@ class _Handlers:
         try:
             ids = encode(self.pair.tokenizer, prompt, self.pair.context, int(length)).to(self.pair.target.device)
             return rule_of(rule, threshold, self.judge), ids
-        except TooLong as error:
-            raise gr.Error(html.escape(f"The prompt is longer than the model can read. {error}", False)) from error
-        except ValueError as error:
-            raise gr.Error(html.escape(str(error), False)) from error  # what it says is shown as HTML
+        except ValueError as error:  # what it says is shown as HTML
+            too_long = "The prompt is longer than the model can read. " * isinstance(error, TooLong)
+            raise gr.Error(html.escape(f"{too_long}{error}", False)) from error
 
     def generate(self, prompt: str, rule: str, threshold: float, temperature: float, length: int):
         """Judged text as it comes: coloured parts, figures, and the judged tokens."""
@@ -220,13 +200,7 @@ class _Handlers:
 
 
 def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr.Blocks:
-    """
-    Build the page.
-
-    Args:
-        name (`str`): What the judge is loaded by.
-        folder (`Path`, *optional*): The judge's, for what was measured of it.
-    """
+    """Build the page. `name` is what the judge is loaded by, `folder` the judge's, for what was measured of it."""
     handlers, points = _Handlers(pair, judge, name), [*judge.info.thresholds]
     own = handlers.own_rule
     with gr.Blocks(title="Judge decoding") as page:
@@ -273,9 +247,8 @@ def _generate_tab() -> tuple[gr.Button, gr.Button, list]:
     with gr.Row():
         go = gr.Button("Generate", variant="primary", elem_id="generate")
         stop = gr.Button("Stop", elem_id="stop")
-    text = gr.HighlightedText(
-        label="Answer", color_map=COLOURS, combine_adjacent=True, show_legend=True, elem_id="answer"
-    )
+    colours = {"color_map": COLOURS, "combine_adjacent": True, "show_legend": True}
+    text = gr.HighlightedText(label="Answer", elem_id="answer", **colours)
     line = gr.Markdown(elem_id="figures")
     headers = ["place", "judged token", "the target's choice", "estimated cost"]
     table = gr.Dataframe(headers=headers, label="Judged tokens", interactive=False, elem_id="judged")
@@ -304,9 +277,7 @@ def _curve(judge: Judge, folder: Path | None) -> None:
         gr.Markdown(f"### {in_markdown(name)}\n\n{in_markdown(bench['heading'])}")
         if (picture_file := folder / f"curve-{name}.png").is_file():
             gr.Image(str(picture_file), show_label=False, interactive=False)
-        rows = [
-            [row["setting"], *(shown(row[key]) for key in ("tokens_per_round", "speed", "retention"))]
-            for row in bench["settings"]
-        ]
+        figures = ("tokens_per_round", "speed", "retention")
+        rows = [[row["setting"], *(shown(row[key]) for key in figures)] for row in bench["settings"]]
         headers = ["decoding", "tokens a round", "× lossless", "retention"]
         gr.Dataframe(rows, headers=headers, interactive=False)
