@@ -263,7 +263,7 @@ def test_the_script_trains_an_adapter(tmp_path, monkeypatch):
     loaded = Judge.from_pretrained(tmp_path / "judge")
     assert loaded.info == judge.info
     assert {layer for layer, _ in loaded.adapter.products()} == {1, 2}
-    assert all(b.any() for _, b in loaded.adapter.products().values())
+    assert all(sides["B"].any() for sides in loaded.adapter.products().values())
     assert "--lora_layers 2 --lora_learning_rate 0.01 --lora_modules q_proj v_proj --lora_r 2" in (
         tmp_path / "judge/README.md"
     ).read_text().replace("--lora_batch 4 --lora_epochs 2.0 ", "")
