@@ -363,7 +363,7 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     add_results(folder, fingerprint(judge), figures, [bench])
     card_of(judge, folder)
     shared = [path for path in folder.rglob("*") if path.name in ("README.md", "config.json", "results.json")]
-    assert len(shared) == 5  # of a checkpoint, too
+    assert len(shared) == 4  # of a checkpoint, too
     assert not tells_of_this_machine({path.name: path.read_bytes() for path in shared}, tmp_path)
     push_judge(folder, REPO)
     judge.push_to_hub("me/other")
