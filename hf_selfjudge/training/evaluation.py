@@ -21,11 +21,10 @@ def agreement(odds: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """The `accuracy` and `accept_rate` of log-odds at a threshold of 0.5, and, if anything is accepted, the
     `false_accept_rate`: the mean label of the accepted. `odds` and `labels` have the shape `(rows,)`."""
     accepted = odds < 0
-    rates = {
-        "accuracy": float(((labels < 0.5) == accepted).float().mean()),
-        "accept_rate": float(accepted.float().mean()),
-    }
-    return rates | ({"false_accept_rate": float(labels[accepted].mean())} if accepted.any() else {})
+    rates = {"accuracy": ((labels < 0.5) == accepted).float().mean(), "accept_rate": accepted.float().mean()}
+    if accepted.any():
+        rates["false_accept_rate"] = labels[accepted].mean()
+    return {name: float(value) for name, value in rates.items()}
 
 
 def judge_metrics(prediction: EvalPrediction) -> dict[str, float]:

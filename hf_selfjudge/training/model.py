@@ -31,15 +31,12 @@ def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
     """A judge that is not trained yet, for labels that were mined as `mining` says ([`mining_of`])."""
     mining = public_mining(mining)
     names = ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft", "special_tokens", "layer")
-    return Judge(
-        JudgeInfo(
-            **{name: mining[name] for name in names},
-            threshold=UNCHOSEN,
-            components=min(args.components, mining["hidden_size"]),
-            scalars=args.scalars,
-            states=args.states,
-        )
-    )
+    chosen = {
+        "scalars": args.scalars,
+        "states": args.states,
+        "components": min(args.components, mining["hidden_size"]),
+    }
+    return Judge(JudgeInfo(**{name: mining[name] for name in names}, **chosen, threshold=UNCHOSEN))
 
 
 @torch.no_grad()

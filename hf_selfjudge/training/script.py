@@ -36,6 +36,8 @@ from .trainer import JudgeTrainer
 
 logger = logging.get_logger(__name__)
 
+Fit = Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer]  # trains a judge on rows of labels
+
 # How the names of the options begin that have no influence on the weights: the card does not list them.
 NOT_ON_THE_CARD = (
     *("output_dir", "logging", "log_", "save", "eval_", "report_to", "run_name", "disable_tqdm", "project"),
@@ -120,9 +122,7 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
             judge.head.weight.mul_(slope)
             judge.head.bias.mul_(slope).add_(intercept)
     else:
-        logger.warning(
-            "On held-out prompts the judge is no better than chance, so it is not calibrated. Mine more labels."
-        )
+        logger.warning("On held-out prompts the judge is no better than chance: not calibrated. Mine more labels.")
         slope, intercept = 1.0, 0.0
     mismatches = odds[np.array(labels["kind"][:]) == "mismatch"]
     limit = np.quantile(mismatches if len(mismatches) else odds, script_args.accept_share)
@@ -158,12 +158,7 @@ def _check_no_evaluation(args: JudgeConfig) -> None:
         )
 
 
-def _held_out(
-    labels: datasets.Dataset,
-    fit: Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer],
-    args: JudgeConfig,
-    folds: int,
-) -> tuple[np.ndarray, np.ndarray]:
+def _held_out(labels: datasets.Dataset, fit: Fit, args: JudgeConfig, folds: int) -> tuple[np.ndarray, np.ndarray]:
     """Cross-validate by prompt: for each row the log-odds of a judge that was trained on the other folds, and the
     row's fold."""
     prompts = np.array(labels["prompt_id"][:])
@@ -181,11 +176,8 @@ def _held_out(
     return odds, fold
 
 
-def _judge_fitter(
-    script_args: ScriptArguments, mining: dict
-) -> Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer]:
-    """A function that trains a judge on rows of labels: the head on mined features, then the adapter if one is
-    wanted."""
+def _judge_fitter(script_args: ScriptArguments, mining: dict) -> Fit:
+    """The head is trained on mined features; then the adapter, if `lora_layers` is not 0."""
     if not script_args.lora_layers:
         return lambda labels, args: _train(JudgeTrainer(args=args, train_dataset=labels))
     if mining["layer"] is not None:

@@ -250,8 +250,7 @@ class JudgeTrainer(Trainer):
             self.judge.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the judge's card into `args.output_dir`. Arguments have no effect: the content comes from the
-        judge."""
+        """Write the judge's card into `args.output_dir`. The arguments of [`~transformers.Trainer`] have no effect."""
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self.judge.info, fingerprint(self.judge))
 
