@@ -15,14 +15,10 @@ from tests.cli.conftest import MINE
 
 
 def test_labels_in_tables_and_in_context(succeed, mined, tmp_path):
-    out = succeed(
-        *("labels", mined / "labels", "--examples", 2, "--plot", tmp_path / "p.png", "--json", tmp_path / "t.json")
-    )
+    out = succeed("labels", mined / "labels", "--examples", 2, "--json", tmp_path / "t.json")
     assert "48 substitutions (48 rewritten) of 12 prompts" in out
-    titles = ("by category", "by token replaced", "rank correlation of scores", "without a rewrite", "harmless")
-    for words in (*titles, "target "):
+    for words in ("by category", "by token replaced", "without a rewrite", "harmless", "target "):
         assert words in out
-    assert (tmp_path / "p.png").stat().st_size > 10_000
     tables = json.loads((tmp_path / "t.json").read_text())
     assert sum(row["substitutions"] for row in tables["rates"]["kind"]) == 48
     assert {row["score"] for row in tables["predictors"]} >= {"margin", "likelihood", "confidence"}

@@ -51,7 +51,6 @@ def test_unwritable_paths_fail_before_the_work(fail, prompts_file, tmp_path):
     for arguments in (
         ("mine", "--prompts", prompts_file, "--output", below),
         ("train", "--labels", tmp_path, "--output_dir", below),
-        ("labels", tmp_path, "--plot", below / "p.png"),
         ("labels", tmp_path, "--json", below / "t.json"),
         ("quickstart", "--prompts", prompts_file, "--json", below / "f.json"),
         ("quickstart", "--prompts", prompts_file, "--train", "--output", below),

@@ -25,7 +25,7 @@ from hf_selfjudge.mining import job as mining
 from hf_selfjudge.mining.answers import read_answers, target_answers
 from hf_selfjudge.mining.job import counts_of, judged_writer
 from hf_selfjudge.mining.label_files import FORMAT, mining_of, mining_records
-from hf_selfjudge.mining.report import LabelColumns, score_predictions
+from hf_selfjudge.mining.report import score_predictions, short_columns
 from hf_selfjudge.mining.substitutions import find_looked_up
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Lossless, Rule
@@ -100,8 +100,8 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
     assert {*rows["draft_logprob"], *rows["kl_target_draft"]} == {None}
     assert None not in rows["changed"]
     assert json.loads((tmp_path / "mining.json").read_text())["draft"] == "prompt lookup"
-    found = LabelColumns.of(rows, tokenizer)
-    assert next(r for r in score_predictions(found, resamples=5) if "draft" in r["score"])["auc"] is None
+    found = score_predictions(short_columns(rows, tokenizer), resamples=5)
+    assert next(r for r in found if "draft" in r["score"])["auc"] is None
     with pytest.raises(ValueError, match="drafts come from a model or, with `lookup`, from prompt lookup"):
         mine(Pair(target, None, tokenizer), PROMPTS, MINING, tmp_path / "x")
 

@@ -4,22 +4,16 @@ import io
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from rich.console import Console
 
 from hf_selfjudge.mining.label_files import CHEAP_SCORES
 from hf_selfjudge.mining.report import (
-    LabelColumns,
+    as_table,
     change_rates,
     examples,
     in_context,
-    plot_scores,
-    predictions_table,
-    quantiles_table,
-    rates_table,
-    score_correlations,
     score_predictions,
-    score_quantiles,
+    short_columns,
     token_kind,
 )
 from tests.builders import labels_dataset
@@ -44,9 +38,9 @@ def row(number, prompt, *, flipped=None, lost=None, score=0.0, token=2, category
     }  # fmt: skip
 
 
-def labels_of(rows, tokenizer):
+def labels_of(rows):
     rows = [row | {"answer": number} for number, row in enumerate(rows)]
-    return LabelColumns.of(labels_dataset(rows, rows, 4), tokenizer)
+    return labels_dataset(rows, rows, 4)
 
 
 @pytest.fixture
@@ -56,21 +50,26 @@ def mixed(tokenizer):
     rows += [
         row(100 + i, f"t{i // 4}", lost=(i % 4) / 4, score=10.0 + i % 4, category="text", token=9) for i in range(80)
     ]
-    return labels_of([*rows, row(999, "t1", category="text", kind="alternative")], tokenizer)
+    return labels_of([*rows, row(999, "t1", category="text", kind="alternative")])
 
 
-def test_rates(mixed):
-    maths, text = change_rates(mixed, "category", RESAMPLES)
+@pytest.fixture
+def columns(mixed, tokenizer):
+    return short_columns(mixed, tokenizer)
+
+
+def test_rates(columns):
+    maths, text = change_rates(columns, "category", RESAMPLES)
     assert (maths["category"], maths["substitutions"], maths["rewritten"], maths["checked"]) == ("maths", 80, 80, 80)
     assert maths["changed"] == (0.25, 0.25, 0.25)
     assert maths["lost"][0] == pytest.approx(0.375)
     assert (text["substitutions"], text["rewritten"], text["checked"], text["changed"]) == (81, 80, 0, None)
-    assert [r["kind"] for r in change_rates(mixed, "kind", RESAMPLES)] == ["alternative", "mismatch"]
+    assert [r["kind"] for r in change_rates(columns, "kind", RESAMPLES)] == ["alternative", "mismatch"]
 
 
-def test_predictors(mixed):
+def test_predictors(columns):
     """Higher is worse; what is accepted is counted among the rows where the answer is known."""
-    for found in score_predictions(mixed, RESAMPLES):
+    for found in score_predictions(columns, RESAMPLES):
         if found["score"] in CHEAP_SCORES:
             assert found["auc"][0] == 1.0
             assert found["changed_among_accepted"] == 0.0
@@ -80,42 +79,33 @@ def test_predictors(mixed):
 
 def test_one_change_and_none(tokenizer):
     rows = [row(i, f"m{i}", flipped=i == 0, lost=float(i == 0), score=float(i)) for i in range(12)]
-    found = score_predictions(labels_of(rows, tokenizer), RESAMPLES)
+    found = score_predictions(short_columns(labels_of(rows), tokenizer), RESAMPLES)
     assert found[0]["auc"][0] == 0.0  # the one that changed has the lowest score
-    assert score_predictions(labels_of([row(0, "m")], tokenizer), RESAMPLES) == []
+    assert score_predictions(short_columns(labels_of([row(0, "m")]), tokenizer), RESAMPLES) == []
 
 
-def test_correlations_and_score_quantiles(mixed):
-    names, matrix = score_correlations(mixed)
-    assert matrix[names.index("margin"), names.index("confidence")] == pytest.approx(1)
-    assert matrix[names.index("margin"), names.index("flipped")] > 0.7
-    maths, text = score_quantiles(mixed, "category")
-    assert maths["margin"] == pytest.approx([0, 1.5, 3])
-    assert text["margin"][0] > 5
-
-
-def test_examples_in_context(mixed, tokenizer):
+def test_examples_in_context(mixed, columns, tokenizer):
     for harmful in (False, True):
-        chosen = examples(mixed, harmful, 6, 0)
-        assert len(chosen) == len({mixed.columns["prompt_id"][index] for index in chosen}) == 6
-        assert all((mixed.columns["changed"][index] > 0.5) == harmful for index in chosen)
-    index = examples(mixed, True, 1, 0)[0]
-    text = in_context(mixed, index, tokenizer).plain
+        chosen = columns.loc[examples(columns, harmful, 6, 0)]
+        assert len(chosen) == chosen["prompt_id"].nunique() == 6
+        assert ((chosen["changed"] > 0.5) == harmful).all()
+    index = examples(columns, True, 1, 0)[0]
+    text = in_context(mixed[index], tokenizer).plain
     assert "the answer changed" in text
     first, second = text.splitlines()[-2:]
     assert first.split()[1] == tokenizer.decode([2]) + tokenizer.decode([5])
     assert second.split()[1] == tokenizer.decode([3]) + tokenizer.decode([6])
 
 
-def test_tables(mixed):
+def test_tables(columns):
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(rates_table(change_rates(mixed, "category", RESAMPLES), "category"))
-    console.print(quantiles_table(score_quantiles(mixed, "replaced"), "replaced"))
-    console.print(predictions_table(score_predictions(mixed, RESAMPLES)))
+    console.print(as_table(change_rates(columns, "category", RESAMPLES), "by category"))
+    console.print(as_table(change_rates(columns, "replaced", RESAMPLES), "by token replaced"))
+    console.print(as_table(score_predictions(columns, RESAMPLES), "scores"))
     text = console.export_text()
     assert "0.250 [0.250, 0.250]" in text
-    assert "token replaced" in text
-    assert "0.000" in text
+    for word in ("token replaced", "AUC, changed answer", "0.000", "–"):
+        assert word in text
 
 
 def test_pieces_in_context(byte_decoder):
@@ -126,10 +116,10 @@ def test_pieces_in_context(byte_decoder):
     made = row(0, "p", flipped=True, lost=1.0, token=ids[place]) | {
         "answer_ids": ids, "rewritten_suffix": other[place + 1 :], "position": place, "substitute": other[place],
     }  # fmt: skip
-    labels = labels_of([made], byte_decoder)
-    text = in_context(labels, 0, byte_decoder).plain
+    labels = labels_of([made])
+    text = in_context(labels[0], byte_decoder).plain
     assert text.splitlines()[1:] == ["  … the sky  ", "  target 😀 is blue …", "  other  😁 was …"]
-    assert labels.columns["replaced"].tolist() == ["part of a character"]
+    assert short_columns(labels, byte_decoder)["replaced"].tolist() == ["part of a character"]
 
 
 def test_long_answers_in_context(tokenizer):
@@ -138,38 +128,24 @@ def test_long_answers_in_context(tokenizer):
         "answer_ids": answer, "rewritten_suffix": answer[32:], "position": 31, "token": answer[31],
         "substitute": answer[31],
     }  # fmt: skip
-    lines = in_context(labels_of([made], tokenizer), 0, tokenizer).plain.splitlines()
+    lines = in_context(labels_of([made])[0], tokenizer).plain.splitlines()
     assert lines[1] == "  … " + "x" * 23 + "a "
     assert lines[2] == "  target bc" + "y" * 23 + " …"
 
 
-def test_categories_are_text(tokenizer, tmp_path):
-    """They are shown as they are, and not taken for markup, emoji, formulas or what a legend leaves out."""
-    names = ["[/INST] follow", "[math]", ":smile:", r"$\frac$ and $", "_private", "\x1b[31mred"]
-    rows = [row(i, f"p{i}-[b]", lost=0.5, score=float(i % 7), category=name) for name in names for i in range(30)]
-    made = labels_of(rows, tokenizer)
+def test_categories_are_text(tokenizer):
+    """They are shown as they are, and not taken for markup or emoji."""
+    names = ["[/INST] follow", "[math]", ":smile:", "\x1b[31mred"]
+    made = labels_of([row(i, f"p{i}-[b]", lost=0.5, category=name) for name in names for i in range(30)])
     for console in (Console(width=300, file=io.StringIO()), Console(width=300, file=io.StringIO(), markup=False)):
-        console.print(rates_table(change_rates(made, "category", RESAMPLES), "category"))
-        console.print(quantiles_table(score_quantiles(made, "category"), "category"))
-        console.print(in_context(made, 0, tokenizer))
+        rates = change_rates(short_columns(made, tokenizer), "category", RESAMPLES)
+        console.print(as_table(rates, "by category"))
+        console.print(in_context(made[0], tokenizer))
         text = console.file.getvalue()
         assert "[/INST] follow, p0-[b]" in text
-        for name in names[:-1]:
-            assert text.count(name) >= 2
-        assert text.count("␛[31mred") == 2
+        assert all(name in text for name in names[:-1])
+        assert text.count("␛[31mred") == 1
         assert "\x1b" not in text
-    drawn = []
-
-    def watched(self, *arguments, **options):
-        legend = draw(self, *arguments, **options)
-        drawn.append([label.get_text() for label in legend.get_texts()])
-        return legend
-
-    with pytest.MonkeyPatch.context() as patch:
-        draw = Axes.legend
-        patch.setattr(Axes, "legend", watched)
-        plot_scores(made, tmp_path / "p.png")
-    assert len(drawn[0]) == len(names)
 
 
 @pytest.mark.parametrize(
