@@ -1,14 +1,14 @@
-"""Hidden states of substitutions, read from the target again: midway in it, or with an adapter in it.
+"""Hidden states of substitutions, read from the target again: from one of its layers, or with an adapter in it.
 
-In: labels, and the target that they are of. Out: batches in which substitutes stand behind their answers, the hidden
-states of these, and the same labels with the states of another layer. One forward for an answer; nothing is rewritten.
+In: labels and their target. Out: batches in which the substitutes follow their answers, the hidden states of the
+substitutes, and labels with the states of another layer. One forward for each answer; nothing is rewritten.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.nn.functional import pad
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..forward.branches import additive_masks, attention_windows, packs
@@ -32,15 +32,17 @@ from ..utils.files import atomic_write, check_or_write_settings
 from .label_files import answers_beside, load_labels, read_mining, shards_of, too_large
 
 
+IGNORED = -100.0  # label of padding
+
+
 class StateReader(torch.nn.Module):
     """
-    Reads the hidden states before and after substitutes that stand behind their answers, as
-    [`DataCollatorForJudge`] lays them out.
+    Reads the hidden states before and after substitutes, in batches of [`DataCollatorForJudge`].
 
     Args:
         target ([`~transformers.PreTrainedModel`]): A decoder.
-        layer (`int`, *optional*): Read above this many of its layers, without a gradient. By default the last hidden
-            states, behind the last normalisation.
+        layer (`int`, *optional*): The layer whose input is read, without a gradient. By default the last hidden
+            states are read, after the last normalisation.
 
     Raises:
         ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), or it has no such
@@ -53,8 +55,8 @@ class StateReader(torch.nn.Module):
         self.layer_states = None if layer is None else LayerStates(target, layer)
         if not packs(target):
             raise ValueError(
-                f"`target`: the attention of {type(target).__name__} takes no mask in which substitutes stand side by "
-                "side, so that its states cannot be read again. Train a judge on features as they were mined."
+                f"`target`: the attention of {type(target).__name__} takes no mask for several substitutes at once, "
+                "so its states cannot be read again. Train a judge on features as they were mined."
             )
         self.windows = attention_windows(target.config.get_text_config())
 
@@ -69,7 +71,7 @@ class StateReader(torch.nn.Module):
         Args:
             input_ids, position_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`)
             sees (`torch.BoolTensor` of shape `(batch, length + substitutes, length + substitutes)`)
-            places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
+            places (`torch.LongTensor` of shape `(batch, substitutes)`): Positions of the replaced tokens.
 
         Returns:
             `torch.Tensor` of shape `(batch, substitutes, len(STATES), hidden_size)`.
@@ -78,36 +80,31 @@ class StateReader(torch.nn.Module):
         text = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": masks, "use_cache": False}
         if self.layer_states is None:
             hidden = self.target.get_decoder()(**text).last_hidden_state
-        else:  # as in decoding, so that both see the same
-            forwards = []
-            entering = self.layer_states.entering
-            with ForwardTap(self.target, lambda _, __, entered: forwards.append(entered), entering):
+        else:  # read as in decoding, so that both give the same
+            inputs = []
+            with ForwardTap(self.target, lambda *forward: inputs.append(forward[2]), self.layer_states.entering):
                 self.target(**text, logits_to_keep=1)
-            hidden = self.layer_states(forwards[0], 0)
+            hidden = self.layer_states(inputs[0], 0)
         before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         return torch.stack([before, hidden[:, -places.shape[1] :]], 2)
 
 
 def add_layer_states(
-    target: PreTrainedModel,
-    folder: str | os.PathLike,
-    layer: int,
-    output: str | os.PathLike,
-    batch: int = 4,
+    target: PreTrainedModel, folder: str | os.PathLike, layer: int, output: str | os.PathLike, batch: int = 4
 ) -> datasets.Dataset:
     """
-    Write labels again with the hidden states of another layer. Shards that are in `output` already are kept, so that
-    a run that was cut off goes on.
+    Write labels again with the hidden states of another layer. A run that was stopped continues: shards that are in
+    `output` are kept.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The one that the labels were mined with.
         folder (`str`): Labels, as [`mine`] wrote them.
-        layer (`int`): Read the states above this many of the target's layers, in `[1, layers − 1]`.
+        layer (`int`): The layer whose input is read, in `[1, layers − 1]`.
         output (`str`): Another folder.
         batch (`int`): Answers in a forward.
 
     Returns:
-        `datasets.Dataset`: what [`load_labels`] gives of `output`.
+        `datasets.Dataset`: what [`load_labels`] returns for `output`.
 
     Raises:
         FileNotFoundError: If `folder` has no labels.
@@ -125,16 +122,15 @@ def add_layer_states(
     reader, labels, end = StateReader(target, layer), load_labels(folder), 0
     output.mkdir(parents=True, exist_ok=True)
     check_or_write_settings(output / "mining.json", record | {"layer": layer, "reread_dtype": precision(target)}, {})
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        shards = shards_of(folder)
-        for number, shard in enumerate(shards, start=1):
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        bar = progress.add_task(f"Read layer {layer} for substitutions", total=len(labels))
+        for shard in shards_of(folder):
             table = pyarrow.parquet.read_table(shard)
             begin, end = end, end + len(table)
             if (output / shard.name).is_file():
+                progress.advance(bar, len(table))
                 continue
-            bar = progress.add_task(f"Read layer {layer} (shard {number} of {len(shards)})", total=None)
-            states = _states(reader, labels.select(range(begin, end)), batch, functools.partial(progress.update, bar))
+            states = _states(reader, labels.select(range(begin, end)), batch, lambda n: progress.advance(bar, n))
             if not np.isfinite(states).all():
                 raise too_large(layer)
             for side, name in enumerate(STATES):
@@ -148,31 +144,27 @@ def add_layer_states(
 
 
 @torch.no_grad()
-def _states(reader: StateReader, labels: datasets.Dataset, batch: int, update: Callable[..., None]) -> np.ndarray:
-    """What the reader reads for each row; of shape `(rows, len(STATES), hidden_size)`. `update` is called with how
-    many answers are `completed`, and their `total`."""
+def _states(reader: StateReader, labels: datasets.Dataset, batch: int, advance: Callable[[int], None]) -> np.ndarray:
+    """The states for each row, of shape `(rows, len(STATES), hidden_size)`. `advance` gets the number of rows done."""
     states = np.zeros((len(labels), len(STATES), labels.features[STATES[0]].length), np.float16)
-    answers = list(answers_of(labels, np.zeros(len(labels))))
-    answers.sort(key=lambda answer: len(answer["input_ids"]))  # answers of like length together: little is padded
+    # Answers of similar length share a batch, so there is little padding.
+    answers = sorted(answers_of(labels, np.zeros(len(labels))), key=lambda answer: len(answer["input_ids"]))
     for begin in range(0, len(answers), batch):
         some = answers[begin : begin + batch]
         inputs = DataCollatorForJudge(0)(some)
-        inputs = {name: inputs[name].to(reader.target.device) for name in INPUTS}
-        for answer, of_answer in zip(some, reader(**inputs).half().cpu().numpy(), strict=True):
-            states[answer["rows"]] = of_answer[: len(answer["rows"])]  # behind these is padding
-        update(completed=begin + len(some), total=len(answers))
+        names = ("input_ids", "position_ids", "sees", "places")
+        read = reader(**{name: inputs[name].to(reader.target.device) for name in names})
+        for answer, found in zip(some, read.half().cpu().numpy(), strict=True):
+            states[answer["rows"]] = found[: len(answer["rows"])]  # what follows is padding
+            advance(len(answer["rows"]))
     return states
-
-
-INPUTS = ("input_ids", "position_ids", "sees", "places")  # of a [`StateReader`]
-IGNORED = -100.0  # label of padding
 
 
 @dataclass
 class DataCollatorForJudge:
     """
-    Data collator for training through the model: each row is a prompt with its answer, and behind it the substitutes,
-    each at the place of the token that it replaces. A substitute sees what is before that place, and itself.
+    Data collator for training through the model. Each row is a prompt with its answer, followed by the substitutes.
+    A substitute has the position of the token that it replaces; it sees what is before that position, and itself.
 
     Args:
         pad_token_id (`int`): Token to pad with.
@@ -192,21 +184,12 @@ class DataCollatorForJudge:
     >>> batch["position_ids"]
     tensor([[0, 1, 2, 1, 2],
             [0, 1, 2, 1, 0]])
-    >>> batch["sees"].int()
-    tensor([[[1, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0],
-             [1, 1, 1, 0, 0],
-             [1, 0, 0, 1, 0],
-             [1, 1, 0, 0, 1]],
-    <BLANKLINE>
-            [[1, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0],
-             [1, 1, 1, 0, 0],
-             [1, 0, 0, 1, 0],
-             [0, 0, 0, 0, 1]]], dtype=torch.int32)
-    >>> batch["places"]
-    tensor([[1, 2],
-            [1, 0]])
+    >>> batch["sees"][0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 1]], dtype=torch.int32)
     >>> batch["labels"]
     tensor([[   1.0000,    0.0000],
             [   0.5000, -100.0000]])
@@ -216,52 +199,45 @@ class DataCollatorForJudge:
     pad_token_id: int
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
-        most = max(len(example["places"]) for example in examples)
-
-        def padded(name: str, length: int, value: float = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        def padded(name: str, value: float = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
             rows = [torch.tensor(example[name], dtype=dtype) for example in examples]
-            short = [length - len(row) for row in rows]
-            return torch.stack(
-                [pad(r, (0, 0) * (r.dim() - 1) + (0, n), value=value) for r, n in zip(rows, short, strict=True)]
-            )
+            return pad_sequence(rows, batch_first=True, padding_value=value)
 
-        places = padded("places", most)
-        text = torch.arange(longest).expand(len(examples), -1)
-        sees = torch.zeros(len(examples), longest + most, longest + most, dtype=torch.bool)
-        sees[:, :longest, :longest] = text[:, None] <= text[..., None]
-        sees[:, longest:, :longest] = text[:, None] < places[..., None]
-        sees[:, longest:, longest:] = torch.eye(most, dtype=torch.bool)
-        tokens = [padded("input_ids", longest, self.pad_token_id), padded("substitutes", most, self.pad_token_id)]
+        tokens, places = padded("input_ids", self.pad_token_id), padded("places")
+        (count, length), most = tokens.shape, places.shape[1]
+        text = torch.arange(length).expand(count, -1)
+        sees = torch.zeros(count, length + most, length + most, dtype=torch.bool)
+        sees[:, :length, :length] = text[:, None] <= text[..., None]
+        sees[:, length:, :length] = text[:, None] < places[..., None]
+        sees[:, length:, length:] = torch.eye(most, dtype=torch.bool)
         return {
-            "input_ids": torch.cat(tokens, 1),
+            "input_ids": torch.cat([tokens, padded("substitutes", self.pad_token_id)], 1),
             "position_ids": torch.cat([text, places], 1),
             "sees": sees,
             "places": places,
-            "scalars": padded("scalars", most, dtype=torch.float),
-            "labels": padded("labels", most, IGNORED, torch.float),
+            "scalars": padded("scalars", dtype=torch.float),
+            "labels": padded("labels", IGNORED, torch.float),
         }
 
 
 def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
     """
-    Rows of labels, answer by answer: what [`DataCollatorForJudge`] takes, and as `rows` their numbers in `labels`.
+    Labels answer by answer: what [`DataCollatorForJudge`] takes, and as `rows` their row numbers in `labels`.
 
     Args:
         known (`np.ndarray` of shape `(rows,)`): The label of each row; rows with NaN are left out.
     """
-    rows = labels.select_columns(("prompt_ids", "answer_ids", "position", "substitute", "scalars"))
-    answers: dict[tuple, dict] = {}
+    rows = labels.select_columns(["prompt_ids", "answer_ids", "position", "substitute", "scalars"])
+    answers: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for index in np.flatnonzero(~np.isnan(known)).tolist():
         row = rows[index]
-        ids = (*row["prompt_ids"], *row["answer_ids"])
-        answer = answers.setdefault(ids, {"rows": [], "places": [], "substitutes": [], "scalars": [], "labels": []})
+        answer = answers[*row["prompt_ids"], *row["answer_ids"]]
         answer["rows"].append(index)
         answer["places"].append(len(row["prompt_ids"]) + row["position"])
         answer["substitutes"].append(row["substitute"])
         answer["scalars"].append(row["scalars"])
         answer["labels"].append(float(known[index]))
-    # Nothing looks at what is behind the last substitution.
+    # Nothing sees what follows the last replaced token.
     return datasets.Dataset.from_list([
         {"input_ids": ids[: max(answer["places"])], **answer} for ids, answer in answers.items()
     ])  # fmt: skip
