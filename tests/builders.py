@@ -37,7 +37,6 @@ from hf_selfjudge.mining.label_files import (
     FORMAT,
     join_answers,
     labels_features,
-    shard_path,
     write_shard,
 )
 from hf_selfjudge.models.load import fingerprint
@@ -295,7 +294,7 @@ def write_labels(folder: Path, prompts: int = 40, target: str = "tiny/llama", se
                 }
             )
     folder.mkdir()
-    write_shard(shard_path(folder, 0, 1), LABELS_HIDDEN, answers, rows, {})
+    write_shard(folder / "labels-00000-of-00001.parquet", LABELS_HIDDEN, answers, rows, {})
     (folder / "mining.json").write_text(
         json.dumps(MINING_RECORD | {"target": target, "prompts": prompts, "seed": seed})
     )
@@ -323,7 +322,7 @@ def write_answer_labels(folder: Path, target: torch.nn.Module) -> Path:
                 }
             )
     folder.mkdir()
-    write_shard(shard_path(folder, 0, 1), HIDDEN, answers, rows, {})
+    write_shard(folder / "labels-00000-of-00001.parquet", HIDDEN, answers, rows, {})
     record = MINING_RECORD | {"hidden_size": HIDDEN, "target_fingerprint": fingerprint(target), "prompts": 12}
     (folder / "mining.json").write_text(json.dumps(record))
     return folder

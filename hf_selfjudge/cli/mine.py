@@ -12,7 +12,7 @@ from ..decoding.judged_model import JudgedModel
 from ..decoding.rules import JudgeRule
 from ..judge.judge import Judge
 from ..mining.config import MiningConfig
-from ..mining.job import counts_of, judged_writer, mine, this_process
+from ..mining.job import counts_of, mine, this_process
 from ..mining.label_files import read_mining
 from ..mining.layers import add_layer_states
 from ..models.load import fingerprint, load_model
@@ -47,15 +47,14 @@ def mine_command(options: MineOptions, config: MiningConfig) -> None:
         raise ValueError("`threshold` is that of a judge. Name the judge with `--judge`.")
     check_writable(options.output)
     prompts = options.read(options.answer_column)
-    rule = writer = name = None
+    rule = name = None
     if options.judge is not None:
         judge = Judge.from_pretrained(options.judge)
         rule = JudgeRule(judge, options.threshold)
         name = f"{absolute_if_folder(options.judge)}, weights {fingerprint(judge)}, threshold {rule.threshold}"
     pair = options.load(with_draft=not config.lookup)
-    if rule is not None:
-        writer = judged_writer(JudgedModel(pair.target, rule), pair.draft, config.lookup)
-    mine(pair, prompts, config, options.output, Path(options.prompts).name, writer, name)
+    judged = None if rule is None else JudgedModel(pair.target, rule)
+    mine(pair, prompts, config, options.output, Path(options.prompts).name, judged, name)
     if not process.is_main_process:
         return
     counts = counts_of(options.output)

@@ -1,12 +1,11 @@
-"""Prompt -> answer, with everything of the target's forwards over it that mining needs.
-
-In: prompts and a target. Out: for each prompt an [`Answer`]: the target's own greedy text, or a given one.
-"""
+"""In: prompts and a target. Out: for each prompt an [`Answer`], either the target's own greedy text or a given one,
+with what mining needs of the target's forwards over it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -24,16 +23,12 @@ class Answer:
     An answer, and what the target computed along it.
 
     Args:
-        prompt ([`Prompt`]): What is answered.
         ids (`torch.LongTensor` of shape `(prompt_length + answer_length,)`): Prompt and answer.
-        prompt_length (`int`): Tokens of the prompt.
         finished (`bool`): Whether it ends with an EOS token.
         own (`bool`): Whether it is the target's greedy answer.
         cache (`Keys`): The target's keys and values of all tokens but the last.
-        logprobs (`torch.FloatTensor` of shape `(answer_length,)`): Log-probability of each of the answer's tokens
-            under the target, nats.
-        best (`torch.FloatTensor` of shape `(answer_length,)`): Log-probability of the target's choice at each
-            position, nats.
+        logprobs, best (`torch.FloatTensor` of shape `(answer_length,)`): Log-probabilities under the target, nats: of
+            the answer's tokens, and of the target's choices.
         choices (`torch.LongTensor` of shape `(answer_length, 1 + runners_up)`): The target's likeliest tokens at each
             position, the likeliest first.
     """
@@ -53,6 +48,19 @@ class Answer:
         """The answer without the prompt, of shape `(answer_length,)`; ends with an EOS token if `finished`."""
         return self.ids[self.prompt_length :]
 
+    def row(self, number: int) -> dict:
+        """A row of [`ANSWER_FEATURES`]."""
+        return {
+            "answer": number,
+            "prompt_id": self.prompt.id,
+            "category": self.prompt.category,
+            "check": self.prompt.check,
+            "prompt_ids": self.ids[: self.prompt_length].tolist(),
+            "answer_ids": self.tokens.tolist(),
+            "own": self.own,
+            "finished": self.finished,
+        }
+
 
 @torch.no_grad()
 def target_answers(
@@ -65,19 +73,17 @@ def target_answers(
     tally: Tally | None = None,
 ) -> list[Answer]:
     """
-    The target's own greedy answers, several decoded at a time.
+    The target's own greedy answers.
 
     Args:
         ids (`Sequence[torch.LongTensor]`): Tokens of each prompt, of shape `(1, prompt_length)`.
-        max_new_tokens (`int`): Limit of an answer, tokens.
         runners_up (`int`): How many next choices of the target to keep at each position.
         at_once (`int`, *optional*): How many answers to decode at a time. By default all.
-        tally ([`Tally`], *optional*): Counts the forwards.
     """
 
     def write(model: PreTrainedModel, prompt: Prompt, prompt_ids: torch.LongTensor) -> Answer:
         steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        cache = DynamicCache()  # keeps every key, also where attention sees a window only
+        cache = DynamicCache()  # keeps all keys, even if attention sees only a window
         with ForwardTap(model, lambda hidden, logits: steps.append(_likeliest(logits[0, -1:], runners_up))):
             output = decoding_greedily(model, max_new_tokens).generate(
                 prompt_ids, attention_mask=torch.ones_like(prompt_ids), past_key_values=cache
@@ -88,7 +94,8 @@ def target_answers(
         whole = torch.cat([prompt_ids[0], tokens])
         return Answer(prompt, whole, length, finished, True, _keys(cache), best, best, choices)
 
-    return run_in_lockstep([target], _calls(write, prompts, ids), at_once=at_once, tally=tally)
+    calls = [partial(write, prompt=prompt, prompt_ids=row) for prompt, row in zip(prompts, ids, strict=True)]
+    return run_in_lockstep([target], calls, at_once=at_once, tally=tally)
 
 
 @torch.no_grad()
@@ -100,36 +107,22 @@ def read_answers(
     runners_up: int = 0,
     tally: Tally | None = None,
 ) -> list[Answer]:
-    """
-    Given answers, which need not be the target's own: one forward over each.
-
-    Args:
-        ids (`Sequence[torch.LongTensor]`): Tokens of each prompt, of shape `(1, prompt_length)`.
-        texts (`Sequence[torch.LongTensor]`): Tokens of each answer, of shape `(answer_length,)`.
-        runners_up, tally: As for [`target_answers`].
-    """
+    """Given answers, with tokens `texts` of shape `(answer_length,)`, which need not be the target's own: one forward
+    over each. The other arguments are those of [`target_answers`]."""
 
     def read(model: PreTrainedModel, prompt: Prompt, prompt_ids: torch.LongTensor, text: torch.LongTensor) -> Answer:
         tokens, finished = until_eos(text, eos_tokens(target))
-        whole, forwards, cache = torch.cat([prompt_ids[0], tokens]), [], DynamicCache()
-        with ForwardTap(model, lambda hidden, logits: forwards.append(logits[0, -len(tokens) :])):
-            model(
-                input_ids=whole[None, :-1],
-                attention_mask=torch.ones_like(whole[None, :-1]),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=len(tokens),
-            )
-        (logits,) = forwards
+        whole, cache = torch.cat([prompt_ids[0], tokens]), DynamicCache()
+        read = {"input_ids": whole[None, :-1], "attention_mask": torch.ones_like(whole[None, :-1])}
+        output = model(**read, past_key_values=cache, use_cache=True, logits_to_keep=len(tokens))
+        logits = output.logits[0, -len(tokens) :]
         best, choices = _likeliest(logits, runners_up)
         logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
         return Answer(prompt, whole, prompt_ids.shape[1], finished, False, _keys(cache), logprobs, best, choices)
 
-    return run_in_lockstep([target], _calls(read, prompts, ids, texts), at_once=1, tally=tally)
-
-
-def _calls(function: Callable, *columns: Sequence) -> list[Callable]:
-    return [lambda model, row=row: function(model, *row) for row in zip(*columns, strict=True)]
+    rows = zip(prompts, ids, texts, strict=True)
+    calls = [partial(read, prompt=prompt, prompt_ids=row, text=text) for prompt, row, text in rows]
+    return run_in_lockstep([target], calls, at_once=1, tally=tally)
 
 
 def _keys(cache: DynamicCache) -> Keys:

@@ -3,6 +3,7 @@ part of `mining.json`: labels of other settings are not mixed."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import Field, dataclass, field, fields
 
 
@@ -13,39 +14,24 @@ def _option(default: object, help: str, **limits: float) -> Field:
 @dataclass(frozen=True)
 class MiningConfig:
     """
-    How labels are mined. The help of each option is in its field's metadata, with its least and its largest value as
-    `min` and `max`.
+    How labels are mined. Each field's metadata has its help, and its range as `min` and `max`.
 
     Raises:
         ValueError: If an option is out of its range.
     """
 
     max_new_tokens: int = _option(256, "Limit of an answer, tokens.", min=1)
-    top: int = _option(1, "Choices of the draft to substitute at each position of the answer (without lookup).", min=1)
+    top: int = _option(1, "Choices of the draft to substitute at each position (without lookup).", min=1)
     floor: float = _option(
-        0.1, "Least probability of a choice of the draft, its first one excepted (without lookup).", min=0, max=1
+        0.1, "Least probability of a choice of the draft, except its first one (without lookup).", min=0, max=1
     )
-    runners_up: int = _option(
-        0, "Next choices of the target itself to substitute at each position (without lookup).", min=0
-    )
-    lookup: int = _option(
-        0,
-        "Draft by prompt lookup, this many tokens a round, instead of by a draft model. 0: by the draft model.",
-        min=0,
-    )
-    per_answer: int = _option(
-        48,
-        "Substitutions to score in each answer: mismatches first, then others; sampled evenly if there are more.",
-        min=1,
-    )
+    runners_up: int = _option(0, "The target's next choices to substitute at each position (without lookup).", min=0)
+    lookup: int = _option(0, "Draft this many tokens a round by prompt lookup; 0: draft by the draft model.", min=0)
+    per_answer: int = _option(48, "Substitutions to score in each answer: mismatches first, then a sample.", min=1)
     rewrites: int = _option(8, "How many of these to rewrite, chosen in the same way.", min=0)
-    window: int = _option(
-        20, "Tokens of the answer behind a substitution that `likelihood` and `confidence` look at.", min=0
-    )
+    window: int = _option(20, "Tokens after a substitution that `likelihood` and `confidence` look at.", min=0)
     layer: int | None = _option(
-        None,
-        "Write the hidden states above this many of the target's layers; by default `mine` writes the last.",
-        min=1,
+        None, "Write the hidden states that enter this layer; by default `mine` writes the last.", min=1
     )
     ask: bool = _option(False, "Ask the target whether two answers say the same.")
     allow_code: bool = _option(
@@ -59,10 +45,7 @@ class MiningConfig:
 
     def __post_init__(self):
         for option in fields(self):
-            value, least, most = getattr(self, option.name), option.metadata.get("min"), option.metadata.get("max")
-            if value is None:
-                continue
-            if least is not None and value < least:
-                raise ValueError(f"`{option.name}` must be {least} or more, got {value}.")
-            if most is not None and value > most:
-                raise ValueError(f"`{option.name}` must be {most} or less, got {value}.")
+            value, limits = getattr(self, option.name), option.metadata
+            least, most = limits.get("min", -math.inf), limits.get("max", math.inf)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"`{option.name}` must be between {least} and {most}, got {value}.")

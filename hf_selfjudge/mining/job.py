@@ -1,16 +1,15 @@
-"""The job that turns prompts into labels: shard by shard, over several processes, resumed after a kill.
-
-In: prompts, a pair and a folder. Out: a dataset of labels in that folder, with how they were mined beside it.
-"""
+"""In: prompts, a pair and a folder. Out: labels in that folder, written shard by shard by one or several processes. A
+run that was stopped continues after the last complete shard."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..data.prompts import Prompt, Prompts, fingerprint_of, fitting
@@ -35,16 +35,13 @@ from ..utils.files import check_or_write_settings, read_json
 from ..utils.names import absolute_if_folder
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
-from .label_files import FORMAT, load_labels, shard_path, shards_of, too_large, write_shard
+from .label_files import FORMAT, load_labels, shards_of, too_large, write_shard
 from .labels import answers_at_once, label_answer
 
 
-# Options that decide how much is computed at a time, not what: a run may be resumed with others.
+# Options that decide how much is computed at a time, not what: they may change when a run continues.
 PACE = ("answer_batch", "forward_tokens", "answers_at_once")
 ANSWERING = 0.3  # share of the work, for the progress bar
-
-# Writes answers: prompts of shape `(1, prompt_length)` and a limit in tokens -> answers of shape `(answer_length,)`.
-Writer = Callable[[Sequence[torch.LongTensor], int], list[torch.LongTensor]]
 
 
 def mine(
@@ -53,28 +50,25 @@ def mine(
     config: MiningConfig,
     folder: str | os.PathLike,
     prompts_name: str = "prompts",
-    writer: Writer | None = None,
-    writer_name: str | None = None,
+    judged: JudgedModel | None = None,
+    judge_name: str | None = None,
 ) -> datasets.Dataset:
     """
     Mine labels: find where the draft disagrees with the target's answers, and label how substituting the draft's
-    tokens would change them.
-    Each batch of prompts is written to `folder` as soon as it is done; started again with the same settings, mining
-    goes on after the last one. Under `accelerate launch` the processes share the batches; `folder` must be one that
-    all of them see.
+    tokens would change them. Each shard of prompts is written as soon as it is done; started again with the same
+    settings, mining continues after the last one. Under `accelerate launch` the processes share the shards.
 
     Args:
         pair ([`Pair`]): Its `draft` is `None` with `config.lookup`.
-        config ([`MiningConfig`]): `answer_batch`, `forward_tokens` and `answers_at_once`, set the use of memory and
-            may change when mining goes on; labels then differ by rounding only.
-        folder (`str`): Where the labels go, with `mining.json`, which says how they were mined.
-        prompts_name (`str`, *optional*): What the prompts are called in `mining.json` and on a judge's card.
-        writer (`Writer`, *optional*): Writes the answers instead of the target, to mine along text that was decoded
-            with a judge ([`judged_writer`]). A prompt's own `answer` takes precedence.
-        writer_name (`str`, *optional*): What it is called in `mining.json`.
+        config ([`MiningConfig`]): `answer_batch`, `forward_tokens` and `answers_at_once` limit memory and may change
+            when mining continues; labels then differ by rounding only.
+        folder (`str`): For the labels and `mining.json`, which says how they were mined. All processes must see it.
+        prompts_name (`str`, *optional*): The prompts' name in `mining.json` and on a judge's card.
+        judged ([`JudgedModel`], *optional*): Decodes the answers, instead of the target alone.
+        judge_name (`str`, *optional*): The judge's name in `mining.json`.
 
     Returns:
-        `datasets.Dataset`: what [`load_labels`] gives of the folder.
+        `datasets.Dataset`: what [`load_labels`] returns for the folder.
 
     Raises:
         ValueError: If `folder` holds labels of other settings, the target is recurrent or has no such layer, there is
@@ -87,30 +81,30 @@ def mine(
     folder.mkdir(parents=True, exist_ok=True)
     packed, count = packs(pair.target), -(-len(prompts) // config.shard)
     with state.main_process_first():
-        settings = _settings(pair, prompts, config, prompts_name, writer_name)
+        settings = _settings(pair, prompts, config, prompts_name, judge_name)
         versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
         check_or_write_settings(folder / "mining.json", settings, {"versions": versions}, PACE)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total} prompts"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not state.is_main_process) as progress:
-        bar = progress.add_task(f"Mine labels ({'packed' if packed else 'not packed'})", total=len(prompts))
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not state.is_main_process) as progress:
+        bar = progress.add_task(f"Label prompts ({'packed' if packed else 'not packed'})", total=len(prompts))
         for number in range(count):
             begin, end = number * config.shard, min((number + 1) * config.shard, len(prompts))
-            shard = shard_path(folder, number, count)
+            shard = folder / f"labels-{number:05d}-of-{count:05d}.parquet"
             if number % state.num_processes != state.process_index or shard.is_file():
                 progress.advance(bar, end - begin)
                 continue
-            _mine_shard(pair, prompts[begin:end], config, writer, shard, begin, lambda n: progress.advance(bar, n))
+            _mine_shard(pair, prompts[begin:end], config, judged, shard, begin, partial(progress.advance, bar))
     state.wait_for_everyone()
     return load_labels(folder)
 
 
 def this_process() -> PartialState:
-    """Which of several processes this is; on GPUs it takes its own. To be called before models are loaded."""
+    """Which of several processes this is. Call it before models are loaded: it chooses the process's own GPU."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
 def _check(pair: Pair, prompts: Sequence[Prompt], config: MiningConfig) -> None:
-    """Refuse, before hours of work, what would fail at some shard."""
+    """Refuse, before hours of work, what would fail in some shard."""
     if (pair.draft is None) != bool(config.lookup):
         raise ValueError(
             "`draft`: drafts come from a model or, with `lookup`, from prompt lookup. Give one of the two."
@@ -126,7 +120,7 @@ def _check(pair: Pair, prompts: Sequence[Prompt], config: MiningConfig) -> None:
 
 
 def _settings(
-    pair: Pair, prompts: Sequence[Prompt], config: MiningConfig, prompts_name: str, writer_name: str | None
+    pair: Pair, prompts: Sequence[Prompt], config: MiningConfig, prompts_name: str, judge_name: str | None
 ) -> dict:
     """What decides the labels."""
     text_config = pair.target.config.get_text_config()
@@ -146,7 +140,7 @@ def _settings(
         "prompts_sha256": fingerprint_of(prompts),
         "prompts_options": prompts.options if isinstance(prompts, Prompts) else {},
         "chat_template_sha256": hashlib.sha256(str(pair.tokenizer.chat_template).encode()).hexdigest(),
-        "written_by": writer_name,
+        "written_by": judge_name,
         **asdict(config),
     }
 
@@ -155,17 +149,14 @@ def _mine_shard(
     pair: Pair,
     prompts: list[Prompt],
     config: MiningConfig,
-    writer: Writer | None,
+    judged: JudgedModel | None,
     shard: Path,
     first: int,
     advance: Callable[[float], None],
 ) -> None:
-    """Mine and write one shard, whose answers are numbered from `first` on. `advance` is called with the number of
-    prompts that the work done is worth."""
+    """Mine and write one shard, with answers numbered from `first`. `advance` gets the work done, in prompts."""
     since, tally = time.monotonic(), Tally()
-    limits = pair.context, config.max_new_tokens
-    kept, ids, left_out = fitting(pair.tokenizer, prompts, *limits, may_be_empty=True)
-    answers = _answers(pair, kept, [row.to(pair.target.device) for row in ids], config, writer, tally)
+    answers, left_out = _answers(pair, prompts, config, judged, tally)
     advance(len(prompts) - (1 - ANSWERING) * len(answers))
 
     def label(model: PreTrainedModel, answer: Answer) -> list[dict]:
@@ -174,103 +165,72 @@ def _mine_shard(
         advance(1 - ANSWERING)
         return rows
 
-    calls = [lambda model, answer=answer: label(model, answer) for answer in answers]
-    at_once = answers_at_once(config, packs(pair.target))
-    parts = run_in_lockstep([pair.target], calls, at_once=at_once, tally=tally)
+    calls = [partial(label, answer=answer) for answer in answers]
+    parts = run_in_lockstep([pair.target], calls, at_once=answers_at_once(config, packs(pair.target)), tally=tally)
     labels = [row | {"answer": number} for number, rows in enumerate(parts, start=first) for row in rows]
     if config.layer is not None and not all(np.isfinite(row[name]).all() for row in labels for name in STATES):
         raise too_large(config.layer)
     counts = {
-        "prompts": len(kept),
+        "prompts": len(prompts) - len(left_out),
         "too_long": len(left_out),
         "left_out": left_out,
         "answer_tokens": sum(len(answer.tokens) for answer in answers),
         "substitutions": len(labels),
         "rewrites": sum("rewritten_suffix" in row for row in labels),
-        "target_tokens": tally.tokens,  # without those of a writer
+        "target_tokens": tally.tokens,  # without those of a judged model
         "target_forwards": tally.forwards,
         "seconds": round(time.monotonic() - since, 1),
     }
-    hidden_size = pair.target.config.get_text_config().hidden_size
-    write_shard(shard, hidden_size, [_row(*item) for item in enumerate(answers, start=first)], labels, counts)
-
-
-def _row(number: int, answer: Answer) -> dict:
-    return {
-        "answer": number,
-        "prompt_id": answer.prompt.id,
-        "category": answer.prompt.category,
-        "check": answer.prompt.check,
-        "prompt_ids": answer.ids[: answer.prompt_length].tolist(),
-        "answer_ids": answer.tokens.tolist(),
-        "own": answer.own,
-        "finished": answer.finished,
-    }
+    answer_rows = [answer.row(number) for number, answer in enumerate(answers, start=first)]
+    write_shard(shard, pair.target.config.get_text_config().hidden_size, answer_rows, labels, counts)
 
 
 def _answers(
-    pair: Pair,
-    prompts: list[Prompt],
-    ids: list[torch.LongTensor],
-    config: MiningConfig,
-    writer: Writer | None,
-    tally: Tally,
-) -> list[Answer]:
-    """For each prompt the answer that came with it, or else the writer's, or else the target's own."""
+    pair: Pair, prompts: list[Prompt], config: MiningConfig, judged: JudgedModel | None, tally: Tally
+) -> tuple[list[Answer], list[str]]:
+    """For each prompt the answer that came with it, or else one decoded by `judged`, or else the target's own; and the
+    ids of prompts that are too long."""
+    prompts, ids, left_out = fitting(pair.tokenizer, prompts, pair.context, config.max_new_tokens, may_be_empty=True)
+    ids = [row.to(pair.target.device) for row in ids]
+
+    def of(numbers: Iterable[int]) -> tuple[list[Prompt], list[torch.LongTensor]]:
+        return [prompts[i] for i in numbers], [ids[i] for i in numbers]
+
     texts, end = {}, torch.tensor(pair.end_tokens[:1], dtype=torch.long)
     for i, prompt in enumerate(prompts):
         if prompt.answer is not None:
             tokens = pair.tokenizer(prompt.answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
             texts[i] = torch.cat([tokens, end])
-    unanswered = [i for i in range(len(prompts)) if i not in texts]
-    if writer is not None:
-        for start in range(0, len(unanswered), config.answer_batch):
-            batch = unanswered[start : start + config.answer_batch]
-            texts |= zip(batch, writer([ids[i] for i in batch], config.max_new_tokens), strict=True)
-        unanswered = []
-    own = target_answers(
-        pair.target,
-        [prompts[i] for i in unanswered],
-        [ids[i] for i in unanswered],
-        config.max_new_tokens,
-        config.runners_up,
-        config.answer_batch,
-        tally,
-    )
+    own = [i for i in range(len(prompts)) if i not in texts]
+    if judged is not None:
+        for start in range(0, len(own), config.answer_batch):
+            batch = own[start : start + config.answer_batch]
+            texts |= zip(batch, judged_texts(judged, pair.draft, of(batch)[1], config), strict=True)
+        own = []
+    options = config.max_new_tokens, config.runners_up, config.answer_batch
+    answers = dict(zip(own, target_answers(pair.target, *of(own), *options, tally), strict=True))
     cut = [text[: config.max_new_tokens].to(pair.target.device) for text in texts.values()]
-    of_texts = ([prompts[i] for i in texts], [ids[i] for i in texts], cut)
-    read = read_answers(pair.target, *of_texts, config.runners_up, tally)
-    answers = dict(zip([*unanswered, *texts], [*own, *read], strict=True))
-    return [answers[i] for i in range(len(prompts)) if len(answers[i].tokens)]
+    answers |= zip(texts, read_answers(pair.target, *of(texts), cut, config.runners_up, tally), strict=True)
+    return [answers[i] for i in range(len(prompts)) if len(answers[i].tokens)], left_out
+
+
+def judged_texts(
+    judged: JudgedModel, draft: PreTrainedModel | None, ids: list[torch.LongTensor], config: MiningConfig
+) -> list[torch.LongTensor]:
+    """Answers of shape `(answer_length,)` to prompts of shape `(1, prompt_length)`, decoded greedily with a judge."""
+    target = decoding_greedily(judged.target, config.max_new_tokens)
+    target.generation_config.prompt_lookup_num_tokens = config.lookup or None
+    # Any token can pad: the mask hides it.
+    padded, mask = (
+        pad_sequence([row[0] for row in rows], batch_first=True, padding_side="left")
+        for rows in (ids, [torch.ones_like(row) for row in ids])
+    )
+    texts = judged.on(target).generate(padded, attention_mask=mask, assistant_model=draft)[:, padded.shape[1] :]
+    return [until_eos(text, eos_tokens(judged.target))[0] for text in texts]
 
 
 def counts_of(folder: str | os.PathLike) -> dict:
-    """What was counted while mining, summed over the shards, and the ids of all prompts that were `left_out`."""
+    """What was counted while mining, summed over the shards, and the ids of all prompts `left_out`."""
     shards = [read_json(shard.with_suffix(".json")) for shard in shards_of(folder)]
     left_out = [prompt_id for shard in shards for prompt_id in shard.pop("left_out")]
     return {key: sum(shard[key] for shard in shards) for key in shards[0]} | {"left_out": left_out} if shards else {}
-
-
-def judged_writer(judged: JudgedModel, draft: PreTrainedModel | None, lookup: int) -> Writer:
-    """
-    A writer of answers that are decoded greedily with a judge.
-
-    Args:
-        draft ([`~transformers.PreTrainedModel`], *optional*): `None` for prompt lookup.
-        lookup (`int`): Tokens that prompt lookup proposes in a round.
-    """
-    drafts = {} if draft is None else {"assistant_model": draft}
-
-    def write(prompts: Sequence[torch.LongTensor], max_new_tokens: int) -> list[torch.LongTensor]:
-        width, target = max(row.shape[1] for row in prompts), decoding_greedily(judged.target, max_new_tokens)
-        target.generation_config.prompt_lookup_num_tokens = lookup or None
-        # Prompts are padded on the left, with any token: the mask hides it.
-        shifts = [(width - row.shape[1], 0) for row in prompts]
-        ids, mask = (
-            torch.cat([torch.nn.functional.pad(row, shift) for row, shift in zip(rows, shifts, strict=True)])
-            for rows in (prompts, [torch.ones_like(row) for row in prompts])
-        )
-        rows = judged.on(target).generate(ids, attention_mask=mask, **drafts)
-        return [until_eos(row[width:], eos_tokens(judged.target))[0] for row in rows]
-
-    return write

@@ -1,8 +1,5 @@
-"""How labels are stored and loaded. They are computed in `labels.py`.
-
-In: rows of answers and of their substitutions. Out: shards in a folder, in which each answer is stored once, and from
-them a `datasets.Dataset` with one row for each substitution. The dataset carries how it was mined.
-"""
+"""In: rows of answers and of their substitutions. Out: shards in a folder, in which each answer is stored once, and
+from them a `datasets.Dataset` with one row for each substitution. The dataset carries how it was mined."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 from huggingface_hub import snapshot_download
@@ -26,7 +22,7 @@ from ..utils.transfer import first_line
 
 
 FORMAT = 2  # of a folder of labels
-# Scores of a substitution that need no rewrite, nats; see `feature_row`.
+# Scores of a substitution that need no rewrite, nats; see `feature_row` in `labels.py`.
 CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_draft_target")
 _STRING, _INT, _BOOL, _FLOAT = map(datasets.Value, ("string", "int32", "bool", "float32"))
 _TOKENS = datasets.List(_INT)
@@ -44,8 +40,7 @@ COMMON = ("target", "target_fingerprint", "draft", "layer")
 
 
 def labels_features(hidden_size: int) -> datasets.Features:
-    """Columns of the files of labels, for a target with this `hidden_size`."""
-    state = datasets.List(datasets.Value("float16"), length=hidden_size)
+    """Columns of the files of labels, for a target with this `hidden_size`; see `feature_row` and `label_row`."""
     return datasets.Features(
         {
             "answer": _INT,
@@ -55,14 +50,9 @@ def labels_features(hidden_size: int) -> datasets.Features:
             **dict.fromkeys(("rewrite_finished", "flipped"), _BOOL),
             **dict.fromkeys(("changed", "reconvergence", "says_no", "draft_logprob", *CHEAP_SCORES), _FLOAT),
             "scalars": datasets.List(_FLOAT, length=len(SCALARS)),
-            **dict.fromkeys(STATES, state),
+            **dict.fromkeys(STATES, datasets.List(datasets.Value("float16"), length=hidden_size)),
         }
     )
-
-
-def shard_path(folder: Path, number: int, count: int, kind: str = "labels") -> Path:
-    """The file of `"labels"` or `"answers"` of one of `count` shards."""
-    return folder / f"{kind}-{number:05d}-of-{count:05d}.parquet"
 
 
 def answers_beside(shard: Path) -> Path:
@@ -76,25 +66,14 @@ def shards_of(folder: str | os.PathLike) -> list[Path]:
 
 
 def write_shard(shard: Path, hidden_size: int, answers: list[dict], labels: list[dict], counts: dict) -> None:
-    """
-    Write the answers, the counts and the labels of a shard, each file whole or not at all. The labels come last: the
-    shard is complete when they are there.
-
-    Args:
-        shard (`Path`): The file of labels.
-        answers (`list[dict]`): Rows of [`ANSWER_FEATURES`].
-        labels (`list[dict]`): Rows of [`labels_features`]; what a row lacks is null.
-        counts (`dict`): Written as JSON beside it.
-    """
-    _write_table(answers_beside(shard), answers, ANSWER_FEATURES)
+    """Write the counts, the answers (rows of [`ANSWER_FEATURES`]) and the labels (rows of [`labels_features`]; what a
+    row lacks is null) of a shard, each file whole or not at all. The labels come last: with them it is complete."""
     write_json(shard.with_suffix(".json"), counts)
-    _write_table(shard, labels, labels_features(hidden_size))
-
-
-def _write_table(path: Path, rows: list[dict], features: datasets.Features) -> None:
-    columns = {name: [row.get(name) for row in rows] for name in features}
-    with atomic_write(path) as incomplete:
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(incomplete)
+    files = {answers_beside(shard): (answers, ANSWER_FEATURES), shard: (labels, labels_features(hidden_size))}
+    for path, (rows, features) in files.items():
+        columns = {name: [row.get(name) for row in rows] for name in features}
+        with atomic_write(path) as incomplete:
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(incomplete)
 
 
 def too_large(layer: int) -> ValueError:
@@ -103,13 +82,8 @@ def too_large(layer: int) -> ValueError:
 
 
 def read_mining(folder: str | os.PathLike) -> dict:
-    """
-    How the labels in a folder were mined: content of its `mining.json`.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the labels have the format of an earlier version.
-    """
+    """How the labels in a folder were mined: content of its `mining.json`. A `FileNotFoundError` if there is none, a
+    `ValueError` if the labels have the format of another version."""
     path = Path(folder) / "mining.json"
     if not path.is_file():
         raise FileNotFoundError(f"`labels`: {folder} has no mining.json. Make labels with `hf-selfjudge mine`.")
@@ -124,24 +98,21 @@ def load_labels(labels: str | os.PathLike | Sequence[str | os.PathLike], token: 
     Load labels that [`mine`] wrote.
 
     Args:
-        labels (`str` or `Sequence[str]`): Folders, or datasets on the Hub that [`push_labels`] made of them; all of
-            one target and draft.
-        token (`str`, *optional*): For the Hub.
+        labels (`str` or `Sequence[str]`): Folders, or datasets that [`push_labels`] made; all of one target and draft.
 
     Returns:
         `datasets.Dataset` with one row for each substitution: the columns of [`labels_features`], those of its answer
-        ([`ANSWER_FEATURES`]), and as `source` the folder that it is from. It carries how it was mined, see
-        [`mining_of`].
+        ([`ANSWER_FEATURES`]), and its folder as `source`. It carries how it was mined, see [`mining_of`].
 
     Raises:
         FileNotFoundError: If one of `labels` is neither a folder of labels nor such a dataset.
-        ValueError: If a folder holds no substitution or has the format of an earlier version, or the folders are of
+        ValueError: If a folder holds no substitution or has the format of another version, or the folders are of
             different models or layers.
     """
     references = [labels] if isinstance(labels, str | os.PathLike) else labels
     parts = [_load_folder(source, folder) for source, folder in folders_of(references, token).items()]
     dataset = datasets.concatenate_datasets(parts)
-    mining_of(dataset)  # refuses what is of different models or layers
+    mining_of(dataset)  # refuses different models or layers
     return dataset
 
 
@@ -154,7 +125,7 @@ def _load_folder(source: str, folder: Path) -> datasets.Dataset:
         raise ValueError(
             f"`labels`: {folder} holds no substitution: the draft never differed, or all prompts were too long."
         )
-    # What `datasets` makes of them to read them from disk lies beside them, and goes with them.
+    # The cache of `datasets` lies in the folder and is deleted with it.
     files = [glob.escape(str(shard)) for shard in filled]
     labels = datasets.Dataset.from_parquet(files, cache_dir=folder / "cache")
     answers = pyarrow.concat_tables(pyarrow.parquet.read_table(answers_beside(shard)) for shard in filled)
@@ -163,14 +134,8 @@ def _load_folder(source: str, folder: Path) -> datasets.Dataset:
 
 
 def join_answers(labels: datasets.Dataset, answers: pyarrow.Table, record: dict) -> datasets.Dataset:
-    """
-    Put beside each substitution the answer that it refers to.
-
-    Args:
-        labels (`datasets.Dataset`): Columns of [`labels_features`].
-        answers (`pyarrow.Table`): Columns of [`ANSWER_FEATURES`].
-        record (`dict`): The record that [`mining_records`] returns; it must have a `source`.
-    """
+    """Add to each row of `labels` ([`labels_features`]) the columns of its answer ([`ANSWER_FEATURES`]). `record`,
+    which has the folder as `source`, becomes a record of [`mining_records`]."""
     rows = pyarrow.compute.index_in(labels.data.column("answer"), value_set=answers["answer"].combine_chunks())
     joined = answers.drop_columns("answer").take(rows).replace_schema_metadata()
     joined = joined.append_column("source", pyarrow.repeat(record["source"], len(labels)))
@@ -180,13 +145,8 @@ def join_answers(labels: datasets.Dataset, answers: pyarrow.Table, record: dict)
 
 
 def mining_records(dataset: datasets.Dataset) -> list[dict]:
-    """
-    How labels were mined, for each folder that they are from: the content of `mining.json`; as `source` the folder;
-    and as `shards`, how many there are, and would have been if nothing had stopped it.
-
-    Raises:
-        ValueError: If the dataset does not carry it.
-    """
+    """How labels were mined, for each folder that they are from: the content of `mining.json`, the folder as `source`,
+    and as `shards` how many were written, and of how many. A `ValueError` if the dataset does not carry it."""
     try:  # `concatenate_datasets` puts an empty line between descriptions
         return [json_object(record, "description") for record in dataset.info.description.split("\n\n")]
     except ValueError as error:
@@ -194,56 +154,35 @@ def mining_records(dataset: datasets.Dataset) -> list[dict]:
 
 
 def mining_of(dataset: datasets.Dataset) -> dict:
-    """
-    How labels were mined, as far as it is the same for all folders that they are from. `target`,
-    `target_fingerprint`, `draft`, `layer` (of the target's layers, how many are below the hidden states; `None`: all),
-    `hidden_size`, `vocab_size` and `special_tokens` are always there.
-
-    Raises:
-        ValueError: If the dataset does not carry it, or is of different models or layers.
-    """
-    first, *others = mining_records(dataset)
-    for other, name in ((other, name) for other in others for name in COMMON):
-        values = [public_mining(record).get(name) for record in (first, other)]
-        if values[0] != values[1]:
+    """How labels were mined, as far as it is the same for all folders that they are from. `target`,
+    `target_fingerprint`, `draft`, `layer` (whose input the hidden states are; `None`: the last states), `hidden_size`,
+    `vocab_size` and `special_tokens` are always there. A `ValueError` if the dataset does not carry it, or is of
+    different models or layers."""
+    records = mining_records(dataset)
+    for name in COMMON:
+        values = [*dict.fromkeys(public_mining(record).get(name) for record in records)]
+        if len(values) > 1:
             raise ValueError(
                 f"`labels` are of different models or layers ({name}: {values[0]!r} and {values[1]!r}). Use those of "
                 "one pair, with hidden states of one layer."
             )
     always = (*COMMON, "hidden_size", "vocab_size", "special_tokens")
-    return {
-        name: value
-        for name, value in first.items()
-        if name in always or all(other.get(name) == value for other in others)
-    }
+    same = {name for name in records[0] if all(record.get(name) == records[0][name] for record in records)}
+    return {name: value for name, value in records[0].items() if name in {*always, *same}}
 
 
 def both_answers(row: dict) -> tuple[list[int], list[int]]:
-    """The tokens of two whole answers: the original one and, with the substitute in it, the rewritten one.
-
-    Args:
-        row (`dict`): Of labels, with a rewrite.
-    """
-    position, before = row["position"], row["answer_ids"][: row["position"]]
-    suffix = row["original_suffix"]
+    """The tokens of the original answer and of the rewritten one, which has the substitute; for a row with both."""
+    answer, position, suffix = row["answer_ids"], row["position"], row["original_suffix"]
     if suffix is None:
-        suffix = row["answer_ids"][position + 1 :]
+        suffix = answer[position + 1 :]
+    before = answer[:position]
     return [*before, row["token"], *suffix], [*before, row["substitute"], *row["rewritten_suffix"]]
 
 
 def folders_of(references: Sequence[str | os.PathLike], token: str | None = None) -> dict[str, Path]:
-    """
-    Find folders of labels by what they are called.
-
-    Args:
-        references (`Sequence[str]`): Folders, or datasets on the Hub, which are downloaded.
-
-    Returns:
-        `dict[str, Path]`: the folder under its own name, or several under `USER/REPO/FOLDER`.
-
-    Raises:
-        FileNotFoundError: If a reference is neither a folder nor such a dataset.
-    """
+    """Local folders of labels under their own names, and those of datasets on the Hub, which are downloaded, under
+    `USER/REPO/FOLDER`. A `FileNotFoundError` if a reference is neither."""
     folders = {}
     for reference in map(str, references):
         if Path(reference).exists() or reference.count("/") != 1:

@@ -23,7 +23,7 @@ from hf_selfjudge import JudgedModel, MiningConfig, load_labels, mine, read_prom
 from hf_selfjudge.data.prompts import Prompt, TooLong, encode
 from hf_selfjudge.mining import job as mining
 from hf_selfjudge.mining.answers import read_answers, target_answers
-from hf_selfjudge.mining.job import counts_of, judged_writer
+from hf_selfjudge.mining.job import counts_of, judged_texts
 from hf_selfjudge.mining.label_files import FORMAT, mining_of, mining_records
 from hf_selfjudge.mining.report import score_predictions, short_columns
 from hf_selfjudge.mining.substitutions import find_looked_up
@@ -62,6 +62,11 @@ def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
     }
 
 
+class Always(Rule):
+    def accept(self, candidate):
+        return True
+
+
 def test_prompt_lookup(llama, tokenizer, tmp_path):
     """The mismatches are those that lossless decoding meets, and there is no draft whose opinion could be noted."""
     target, _ = llama
@@ -71,10 +76,6 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
         def accept(self, candidate):
             met.append((candidate.position, candidate.token))
             return False
-
-    class Always(Rule):
-        def accept(self, candidate):
-            return True
 
     config = replace(MINING, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
     rows = mine(Pair(target, None, tokenizer), PROMPTS, config, tmp_path)
@@ -228,21 +229,22 @@ def test_a_folder_with_any_name(llama, tokenizer, tmp_path):
     assert (tmp_path / "lab[1]*" / "cache").is_dir()
 
 
-def test_a_writer_that_fails(llama, tokenizer, tmp_path):
+def test_a_shard_that_fails(llama, tokenizer, tmp_path, monkeypatch):
     """What was done before stays, and is not done again."""
     target, draft = llama
-    config, asked = replace(MINING, shard=1), []
+    config, asked, judged = replace(MINING, shard=1), [], JudgedModel(target, Lossless())
 
-    def writer(prompts, limit):
-        asked.append(len(prompts))
+    def texts(judged, draft, ids, config):
+        asked.append(len(ids))
         if len(asked) == 2:
             raise OSError("no more ink")
-        return [torch.tensor([5, 6, 7, 8, 9] * 4)[:limit] for _ in prompts]
+        return judged_texts(judged, draft, ids, config)
 
+    monkeypatch.setattr(mining, "judged_texts", texts)
     with pytest.raises(OSError, match="ink"):
-        mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path, writer=writer, writer_name="w")
+        mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path, judged=judged, judge_name="j")
     assert len(list(tmp_path.glob("labels-*.parquet"))) == 1
-    rows = mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path, writer=writer, writer_name="w")
+    rows = mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path, judged=judged, judge_name="j")
     assert [*dict.fromkeys(rows["prompt_id"])] == ["a", "b", "c"]
     assert len(asked) == 4
 
@@ -298,28 +300,25 @@ def test_an_answer_is_stored_once(llama, tokenizer, tmp_path):
 
 
 def test_options_out_of_range():
-    for options, message in (
-        ({"top": 0}, "`top` must be 1 or more, got 0"),
-        ({"floor": 2}, "`floor` must be 1 or less"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            MiningConfig(**options)
+    with pytest.raises(ValueError, match="`top` must be between 1 and inf, got 0"):
+        MiningConfig(top=0)
+    with pytest.raises(ValueError, match="`floor` must be between 0 and 1, got 2"):
+        MiningConfig(floor=2)
 
 
 def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
-    """Those that came with the prompts, and those of a writer, each along its own text."""
+    """Those that came with the prompts, and those of a judged model, each along its own text."""
     target, draft = llama
-    given = [Prompt("a", "why?", answer="so it is, and it is."), Prompt("b", "how?")]
-
-    def writer(prompts, limit):
-        assert [row.shape[0] for row in prompts] == [1]
-        return [torch.tensor([5, 6, 7, 8, 9] * 4)[:limit]]
-
-    rows = mine(Pair(target, draft, tokenizer), given, MINING, tmp_path, writer=writer, writer_name="someone")
+    given, judged = (
+        [Prompt("a", "why?", answer="so it is, and it is."), Prompt("b", "how?")],
+        JudgedModel(target, Always()),
+    )
+    rows = mine(Pair(target, draft, tokenizer), given, MINING, tmp_path, judged=judged, judge_name="someone")
     assert {*rows["own"]} == {False}
     texts = {row["prompt_id"]: row["answer_ids"] for row in rows if row["changed"] is None}
     assert tokenizer.decode(texts["a"]) == given[0].answer
-    assert texts["b"] == [5, 6, 7, 8, 9] * 4
+    (text,) = judged_texts(judged, draft, [encode(tokenizer, given[1].said, 256, 24)], MINING)
+    assert texts["b"] == text.tolist()
     assert json.loads((tmp_path / "mining.json").read_text())["written_by"] == "someone"
 
 
@@ -405,7 +404,7 @@ def test_answers_are_greedy_whatever_the_models_own_config_says(llama, tokenizer
     for answer, row in zip(answers, ids, strict=True):
         assert torch.equal(answer.ids[None], llama[0].generate(row, max_new_tokens=24))
         assert torch.equal(answer.choices[:, 0], answer.tokens)
-    written = judged_writer(JudgedModel(target, Lossless()), draft, 0)(ids, 24)
+    written = judged_texts(JudgedModel(target, Lossless()), draft, ids, MiningConfig(max_new_tokens=24))
     assert all(torch.equal(one, answer.tokens) for one, answer in zip(written, answers, strict=True))
 
 
