@@ -1,8 +1,5 @@
-"""Hidden states of substitutions, read from the target again: from one of its layers, or with an adapter in it.
-
-In: labels and their target. Out: batches in which the substitutes follow their answers, the hidden states of the
-substitutes, and labels with the states of another layer. One forward for each answer; nothing is rewritten.
-"""
+"""In: labels and their target. Out: batches in which the substitutes follow their answers, the hidden states of the
+substitutes, and labels with the states of another layer. One forward for each answer; nothing is rewritten."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -40,7 +37,6 @@ class StateReader(torch.nn.Module):
     Reads the hidden states before and after substitutes, in batches of [`DataCollatorForJudge`].
 
     Args:
-        target ([`~transformers.PreTrainedModel`]): A decoder.
         layer (`int`, *optional*): The layer whose input is read, without a gradient. By default the last hidden
             states are read, after the last normalisation.
 
@@ -60,22 +56,21 @@ class StateReader(torch.nn.Module):
             )
         self.windows = attention_windows(target.config.get_text_config())
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        sees: torch.BoolTensor,
-        places: torch.LongTensor,
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.LongTensor, places: torch.LongTensor) -> torch.Tensor:
         """
         Args:
-            input_ids, position_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`)
-            sees (`torch.BoolTensor` of shape `(batch, length + substitutes, length + substitutes)`)
+            input_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`): Answers, and then the substitutes.
             places (`torch.LongTensor` of shape `(batch, substitutes)`): Positions of the replaced tokens.
 
         Returns:
             `torch.Tensor` of shape `(batch, substitutes, len(STATES), hidden_size)`.
         """
+        total, length = input_ids.shape[1], input_ids.shape[1] - places.shape[1]
+        index = torch.arange(total, device=places.device)
+        # A substitute has the position of the token that it replaces. Everything sees the text before it, and itself.
+        position_ids = torch.cat([index[:length].expand(len(places), -1), places], 1)
+        earlier = position_ids[:, None] < position_ids[..., None]
+        sees = earlier & (index < length) | (index == index[:, None])
         masks = additive_masks(sees, position_ids, position_ids, self.windows, self.target.dtype)
         text = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": masks, "use_cache": False}
         if self.layer_states is None:
@@ -93,14 +88,12 @@ def add_layer_states(
     target: PreTrainedModel, folder: str | os.PathLike, layer: int, output: str | os.PathLike, batch: int = 4
 ) -> datasets.Dataset:
     """
-    Write labels again with the hidden states of another layer. A run that was stopped continues: shards that are in
-    `output` are kept.
+    Write labels again with the hidden states of another layer. A run that was stopped continues.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The one that the labels were mined with.
-        folder (`str`): Labels, as [`mine`] wrote them.
+        folder (`str`): Labels that [`mine`] wrote.
         layer (`int`): The layer whose input is read, in `[1, layers − 1]`.
-        output (`str`): Another folder.
         batch (`int`): Answers in a forward.
 
     Returns:
@@ -130,7 +123,7 @@ def add_layer_states(
             if (output / shard.name).is_file():
                 progress.advance(bar, len(table))
                 continue
-            states = _states(reader, labels.select(range(begin, end)), batch, lambda n: progress.advance(bar, n))
+            states = _states(reader, labels.select(range(begin, end)), batch, partial(progress.advance, bar))
             if not np.isfinite(states).all():
                 raise too_large(layer)
             for side, name in enumerate(STATES):
@@ -152,8 +145,7 @@ def _states(reader: StateReader, labels: datasets.Dataset, batch: int, advance: 
     for begin in range(0, len(answers), batch):
         some = answers[begin : begin + batch]
         inputs = DataCollatorForJudge(0)(some)
-        names = ("input_ids", "position_ids", "sees", "places")
-        read = reader(**{name: inputs[name].to(reader.target.device) for name in names})
+        read = reader(*(inputs[name].to(reader.target.device) for name in ("input_ids", "places")))
         for answer, found in zip(some, read.half().cpu().numpy(), strict=True):
             states[answer["rows"]] = found[: len(answer["rows"])]  # what follows is padding
             advance(len(answer["rows"]))
@@ -163,8 +155,7 @@ def _states(reader: StateReader, labels: datasets.Dataset, batch: int, advance: 
 @dataclass
 class DataCollatorForJudge:
     """
-    Data collator for training through the model. Each row is a prompt with its answer, followed by the substitutes.
-    A substitute has the position of the token that it replaces; it sees what is before that position, and itself.
+    Data collator for training through the model: each row is a prompt with its answer, and then the substitutes.
 
     Args:
         pad_token_id (`int`): Token to pad with.
@@ -181,15 +172,6 @@ class DataCollatorForJudge:
     >>> batch["input_ids"]
     tensor([[5, 6, 7, 8, 9],
             [5, 6, 0, 4, 0]])
-    >>> batch["position_ids"]
-    tensor([[0, 1, 2, 1, 2],
-            [0, 1, 2, 1, 0]])
-    >>> batch["sees"][0].int()
-    tensor([[1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 0],
-            [1, 0, 0, 1, 0],
-            [1, 1, 0, 0, 1]], dtype=torch.int32)
     >>> batch["labels"]
     tensor([[   1.0000,    0.0000],
             [   0.5000, -100.0000]])
@@ -203,18 +185,10 @@ class DataCollatorForJudge:
             rows = [torch.tensor(example[name], dtype=dtype) for example in examples]
             return pad_sequence(rows, batch_first=True, padding_value=value)
 
-        tokens, places = padded("input_ids", self.pad_token_id), padded("places")
-        (count, length), most = tokens.shape, places.shape[1]
-        text = torch.arange(length).expand(count, -1)
-        sees = torch.zeros(count, length + most, length + most, dtype=torch.bool)
-        sees[:, :length, :length] = text[:, None] <= text[..., None]
-        sees[:, length:, :length] = text[:, None] < places[..., None]
-        sees[:, length:, length:] = torch.eye(most, dtype=torch.bool)
+        tokens = [padded(name, self.pad_token_id) for name in ("input_ids", "substitutes")]
         return {
-            "input_ids": torch.cat([tokens, padded("substitutes", self.pad_token_id)], 1),
-            "position_ids": torch.cat([text, places], 1),
-            "sees": sees,
-            "places": places,
+            "input_ids": torch.cat(tokens, 1),
+            "places": padded("places"),
             "scalars": padded("scalars", dtype=torch.float),
             "labels": padded("labels", IGNORED, torch.float),
         }

@@ -110,7 +110,7 @@ class TargetWithJudge(torch.nn.Module):
         Args:
             scalars (`torch.Tensor` of shape `(batch, substitutes, len(SCALARS))`): Of the target without an adapter.
             places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
-            text: `input_ids`, `position_ids` and `sees` of [`StateReader.forward`].
+            text: `input_ids` of [`StateReader.forward`].
 
         Returns:
             `torch.FloatTensor` of shape `(batch, substitutes)`: log-odds that the meaning changes.

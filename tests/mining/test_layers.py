@@ -43,7 +43,7 @@ def mined(target, folder, tokenizer, **options):
 def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path):
     target, folder = build(architecture), tmp_path / "labels [1]"
     before = mined(target, folder, tokenizer)
-    states(target, [3])  # a target that told its states before is no other
+    states(target, [3])  # a forward with `output_hidden_states` changes nothing
     after = add_layer_states(target, folder, LAYER, tmp_path / "midway", batch=2)
     assert [mining_of(labels)["layer"] for labels in (before, after)] == [None, LAYER]
     assert before.features == after.features
