@@ -1,18 +1,17 @@
-"""Answer -> labels: what each substitution does to the target's own answer.
-
-In: an [`Answer`]. Out: one row for each substitution, with its label and what a judge will see of it. No human label
-and no reference answer is used (code is compared by the prompt's tests): the target finishes its answer after the
-substitute, and the result is compared with its own first answer (SelfJudge, https://huggingface.co/papers/2510.02329).
-"""
+"""In: an [`Answer`]. Out: one row for each substitution, with its label and what a judge will see of it. The target
+finishes its answer after the substitute, and the result is compared with its first answer (SelfJudge,
+https://huggingface.co/papers/2510.02329). No human label or reference answer is used, except tests of code."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..forward.branches import packs
-from ..judge.features import SCALARS, candidate_scalars
+from ..judge.features import SCALARS, STATES, candidate_scalars
 from ..judge.layers import LayerStates
 from ..models.pair import Pair
 from ..scoring.checks import CheckedAnswer, check_of
@@ -24,14 +23,14 @@ from .substitutions import Substitution, find_looked_up, find_substitutions, sam
 
 
 def answers_at_once(config: MiningConfig, packed: bool) -> int:
-    """Answers that are labelled at a time. If branches do not pack, each answer has one substitution under way."""
+    """Answers that are labelled at a time: more if branches do not pack, because each then has one at a time."""
     return config.answers_at_once if packed else config.answer_batch
 
 
 def label_answer(model: PreTrainedModel, pair: Pair, answer: Answer, config: MiningConfig) -> list[dict]:
     """
     Label the substitutions of one answer. If the answer is not the target's own, each substitution is compared with
-    what the target makes of the answer with its own choice in that place.
+    how the answer continues after the target's own choice at that position.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target of the pair, or a stand-in that shares its forwards
@@ -47,37 +46,36 @@ def label_answer(model: PreTrainedModel, pair: Pair, answer: Answer, config: Min
         options = (config.top, config.floor, config.runners_up)
         found = find_substitutions(pair.draft, answer, pair.special_tokens, *options)
     mismatches = sum(substitution.kind == "mismatch" for substitution in found)
-    found = sample_mismatches_first(found, config.per_answer, config.seed, answer.prompt.id)
+    seed = config.seed, answer.prompt.id
+    found = sample_mismatches_first(found, config.per_answer, *seed)
     for substitution in found:
         if substitution.draft_logits is not None:
-            substitution.draft_logits = substitution.draft_logits.clone()  # the rest of the draft's logits is freed
-    chosen = sample_mismatches_first(found, config.rewrites, config.seed, answer.prompt.id, "rewrite")
-    chosen_ids = {id(substitution) for substitution in chosen}
+            substitution.draft_logits = substitution.draft_logits.clone()  # frees the rest of the draft's logits
+    for substitution in sample_mismatches_first(found, config.rewrites, *seed, "rewrite"):
+        substitution.to_rewrite = True
     packed = packs(pair.target)
+    room = max(1, config.forward_tokens // answers_at_once(config, packed))
     layer_states = None if config.layer is None else LayerStates(pair.target, config.layer)
-
-    def continuations(substitutions: list[Substitution], to_rewrite: list[bool]) -> list[Continuation]:
-        room = max(1, config.forward_tokens // answers_at_once(config, packed))
-        options = (config.window, room, packed, layer_states)
-        return list(continue_substitutions(model, answer, substitutions, to_rewrite, *options))
-
+    options = (config.window, room, packed, layer_states)
     references: dict[int, Continuation] = {}
     if not answer.own:
-        # Only where something is compared with them: a rewrite, or scores along a text that has another token there.
-        text, rewritten = answer.tokens.tolist(), {substitution.position for substitution in chosen}
+        # They are needed for a rewrite, and for scores where the text has another token than the target's choice.
+        text, rewritten = answer.tokens.tolist(), {s.position for s in found if s.to_rewrite}
         choices = {
-            s.position: s.by_the_choice() for s in found if s.position in rewritten or text[s.position] != s.choice
+            s.position: replace(s, token=s.choice, to_rewrite=s.position in rewritten)
+            for s in found
+            if s.position in rewritten or text[s.position] != s.choice
         }
-        of_choices = continuations([*choices.values()], [position in rewritten for position in choices])
-        references = {continuation.substitution.position: continuation for continuation in of_choices}
+        for reference in continue_substitutions(model, answer, [*choices.values()], *options):
+            references[reference.substitution.position] = reference
     rows = {}
-    for continuation in continuations(found, [id(substitution) in chosen_ids for substitution in found]):
+    for continuation in continue_substitutions(model, answer, found, *options):
         reference = references.get(continuation.substitution.position)
         row = feature_row(continuation, reference) | {"mismatches": mismatches}
         if continuation.rewrite is not None:
             row |= label_row(model, pair.tokenizer, continuation, reference, config)
-        rows[id(continuation.substitution)] = row
-    return [rows[id(substitution)] for substitution in found]
+        rows[continuation.substitution] = row
+    return [rows[substitution] for substitution in found]
 
 
 def label_row(
@@ -88,33 +86,28 @@ def label_row(
     config: MiningConfig,
 ) -> dict:
     """
-    Compare a rewritten answer with the original one.
-
-    Args:
-        continuation ([`Continuation`]): With a rewrite.
-        reference ([`Continuation`], *optional*): The target's own choice in that place, with a rewrite, which is then
-            the original; `None` if the answer itself is.
+    Compare a rewritten answer with the original one: the rewrite of `reference`, which has the target's own choice, or
+    else the answer itself.
 
     Returns:
         `dict` with the suffixes of both, and
 
     - `reconvergence`: share of the original suffix's 4-grams that the rewritten one has, in [0, 1];
-    - `flipped`: whether the final number, or passing the tests, changed. `None` where the prompt is not checked so,
-      one of the answers did not end (with tests: not even its code), has no number that can be read, or both fail the
-      tests;
+    - `flipped`: whether the final number, or passing the tests, changed. `None` if the prompt has no such check, an
+      answer did not end (with tests: not even its code) or has no readable number, or both answers fail the tests;
     - `says_no`: the target's own probability that the two do not say the same, in [0, 1]; `None` if it was not asked;
     - `changed`: the label in [0, 1]: `flipped` where it is known, else 1 − `reconvergence`.
     """
-    answer, position = continuation.answer, continuation.substitution.position
-    prompt, rewritten = answer.prompt, continuation.rewritten
-    original = answer.tokens.tolist() if reference is None else reference.rewritten
-    finished = (answer if reference is None else reference).finished
-    share = reconvergence(original[position + 1 :], continuation.rewrite)
-    before, after = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (original, rewritten))
+    answer, substitution = continuation.answer, continuation.substitution
+    prompt, text = answer.prompt, answer.tokens.tolist()
+    start, original, finished = text[: substitution.position], text[substitution.position + 1 :], answer.finished
+    if reference is not None:
+        original, finished = reference.rewrite, reference.finished
+    share = reconvergence(original, continuation.rewrite)
+    before = tokenizer.decode([*start, substitution.choice, *original], skip_special_tokens=True)
+    after = tokenizer.decode([*start, substitution.token, *continuation.rewrite], skip_special_tokens=True)
     answers = CheckedAnswer(before, finished), CheckedAnswer(after, continuation.finished)
-    same = check_of(prompt, config.allow_code).same(prompt, *answers)
-    flipped = None if same is None else not same
-    no = None
+    same, no = check_of(prompt, config.allow_code).same(prompt, *answers), None
     if config.ask:
         no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
     return {
@@ -122,21 +115,19 @@ def label_row(
         "rewritten_suffix": continuation.rewrite,
         "rewrite_finished": continuation.finished,
         "reconvergence": share,
-        "flipped": flipped,
+        "flipped": None if same is None else not same,
         "says_no": no,
-        "changed": float(flipped) if flipped is not None else 1.0 - share,
+        "changed": 1.0 - share if same is None else float(not same),
     }
 
 
 def feature_row(continuation: Continuation, reference: Continuation | None = None) -> dict:
     """
-    What a judge will see of a substitution, and the scores that need no rewrite.
-
-    Args:
-        reference ([`Continuation`], *optional*): The target's own choice in that place, if the answer is not its own.
+    What a judge will see of a substitution, and the scores that need no rewrite, as compared with `reference` (which
+    has the target's own choice) or else with the answer.
 
     Returns:
-        `dict`; among its keys the [`CHEAP_SCORES`](labels.py), each higher where the substitute is worse:
+        `dict`; among its keys the [`CHEAP_SCORES`](label_files.py), each higher where the substitute is worse:
 
     - `margin`: log P(choice) − log P(substitute), nats;
     - `likelihood`: mean drop in log-probability of the next tokens of the answer, nats (suffix term of SelfJudge,
@@ -149,8 +140,8 @@ def feature_row(continuation: Continuation, reference: Continuation | None = Non
     token, position = torch.tensor([substitution.token]), torch.tensor([substitution.position])
     logits = continuation.logits.cpu()
     scalars = candidate_scalars(logits[:1], token, logits[1:], position)
-    behind = slice(substitution.position + 1, substitution.position + 1 + len(continuation.logprobs))
-    logprobs, best = answer.logprobs[behind], answer.best[behind]
+    after = slice(substitution.position + 1, substitution.position + 1 + len(continuation.logprobs))
+    logprobs, best = answer.logprobs[after], answer.best[after]
     if reference is not None:
         logprobs, best = reference.logprobs, reference.best
     return {
@@ -164,8 +155,7 @@ def feature_row(continuation: Continuation, reference: Continuation | None = Non
         "likelihood": _mean(logprobs - continuation.logprobs),
         "confidence": _mean(best - continuation.best),
         **_draft_scores(logits[0].log_softmax(-1), substitution),
-        "hidden_before": continuation.hidden[0].half().cpu().numpy(),
-        "hidden_after": continuation.hidden[1].half().cpu().numpy(),
+        **dict(zip(STATES, continuation.hidden.half().cpu().numpy(), strict=True)),
     }
 
 

@@ -1,13 +1,11 @@
-"""Answer -> where the draft disagrees with the target, and with which token.
-
-In: an [`Answer`], and a draft model or prompt lookup. Out: the [`Substitution`]s to look at.
-"""
+"""In: an [`Answer`], and a draft model or prompt lookup. Out: [`Substitution`]s, where the draft disagrees with the
+target."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +15,7 @@ from ..models.tokens import context_of
 from .answers import Answer
 
 
-@dataclass
+@dataclass(eq=False)
 class Substitution:
     """
     A token in the place of the target's choice.
@@ -27,10 +25,10 @@ class Substitution:
         choice (`int`): The target's choice there.
         token (`int`): The substitute.
         kind (`str`): `"mismatch"`: the draft's first choice, which decoding meets; `"alternative"`: a later choice of
-            the draft; `"runner-up"`: the target's own next choice, where it is none of these.
+            the draft; `"runner-up"`: the target's own next choice, if it is neither of these.
         draft_rank (`int`): Number of tokens that the draft prefers to the substitute.
-        draft_logits (`torch.Tensor` of shape `(vocab_size,)`, *optional*): The draft's logits at this position, if it
-            is a model.
+        draft_logits (`torch.Tensor` of shape `(vocab_size,)`, *optional*): Of a draft model at this position.
+        to_rewrite (`bool`): Whether the target is to finish the answer after the substitute.
     """
 
     position: int
@@ -39,10 +37,7 @@ class Substitution:
     kind: str
     draft_rank: int
     draft_logits: torch.Tensor | None = field(default=None, repr=False)
-
-    def by_the_choice(self) -> Substitution:
-        """The same with the target's choice as the substitute: what other substitutes are compared with."""
-        return replace(self, token=self.choice)
+    to_rewrite: bool = False
 
 
 @torch.no_grad()
@@ -50,18 +45,12 @@ def find_substitutions(
     draft: PreTrainedModel, answer: Answer, special_tokens: list[int], top: int, floor: float, runners_up: int
 ) -> list[Substitution]:
     """
-    Run the draft once over the answer (teacher-forced) and compare its choices with the target's. Positions beyond
-    the draft's context are left out: decoding goes on without the draft there.
+    Run the draft once over the answer (teacher-forced) and compare its choices with the target's. Positions beyond the
+    draft's context are left out: there, decoding continues without the draft.
 
     Args:
-        special_tokens (`list[int]`): They are never accepted against the target, nor overruled, so that a mismatch
-            with one on either side teaches nothing.
-        top (`int`): Choices of the draft to look at, at each position.
-        floor (`float`): Least probability of a choice of the draft, its first one excepted.
-        runners_up (`int`): How many of the target's own next choices to add.
-
-    Returns:
-        `list[Substitution]` in the order of positions, at each of them in the draft's order.
+        special_tokens (`list[int]`): No rule may accept or overrule them, so mismatches with them are left out.
+        top, floor, runners_up: See [`MiningConfig`].
     """
     read = answer.ids[:-1][: context_of(draft)]  # nothing follows the last token
     keep = len(read) - answer.prompt_length + 1  # the row before each token
@@ -90,12 +79,9 @@ def find_substitutions(
 
 def find_looked_up(answer: Answer, special_tokens: list[int], length: int) -> list[Substitution]:
     """
-    The same for prompt lookup: where its proposals leave the answer, wherever a round may begin. `"mismatch"` is what
-    lossless decoding meets, `"alternative"` what rounds that begin elsewhere would meet.
-
-    Args:
-        special_tokens (`list[int]`): As for [`find_substitutions`].
-        length (`int`): Tokens that prompt lookup proposes in a round.
+    The same for prompt lookup, which proposes `length` tokens in a round: where its proposals differ from the answer,
+    wherever a round may begin. A `"mismatch"` is one that lossless decoding meets, an `"alternative"` one that only
+    other rounds would meet.
     """
     lookup = PromptLookupCandidateGenerator(num_output_tokens=length, max_length=len(answer.ids) + length)
     text, choices, special = answer.tokens.tolist(), answer.choices[:, 0].tolist(), {*special_tokens}
@@ -104,14 +90,11 @@ def find_looked_up(answer: Answer, special_tokens: list[int], length: int) -> li
     for start in range(len(text)):
         known = answer.ids[None, : answer.prompt_length + start]
         proposed = lookup.get_candidates(known)[0][0, known.shape[1] :].tolist()
-        rest = text[start:]
-        same = next((i for i, pair in enumerate(zip(proposed, rest, strict=False)) if pair[0] != pair[1]), None)
-        met = start == next_round
+        same, met = common_prefix(proposed, text[start:]), start == next_round
         if met:
-            next_round = start + 1 + (min(len(proposed), len(rest)) if same is None else same)
-        # A proposal may follow the answer and differ from the target's choice: where a judge accepted that token.
-        followed = zip(range(start, len(text)), proposed if same is None else proposed[: same + 1], strict=False)
-        for position, token in followed:
+            next_round = min(start + same, len(text)) + 1
+        # Where a judge accepted a token, a proposal may match the answer but differ from the target's choice.
+        for position, token in zip(range(start, len(text)), proposed[: same + 1], strict=False):
             choice = choices[position]
             if token != choice and not special & {token, choice} and (met or (position, token) not in found):
                 kind = "mismatch" if met else "alternative"
@@ -119,14 +102,17 @@ def find_looked_up(answer: Answer, special_tokens: list[int], length: int) -> li
     return sorted(found.values(), key=lambda substitution: substitution.position)
 
 
+def common_prefix(draft: list[int], choices: list[int]) -> int:
+    """How many tokens of a draft come before the first that differs from the target's choice."""
+    return next((i for i, (a, b) in enumerate(zip(draft, choices, strict=False)) if a != b), len(draft))
+
+
 def sample_mismatches_first(found: list[Substitution], limit: int, *seed: int | str) -> list[Substitution]:
     """At most `limit` substitutions, in their order: mismatches first, then others if there is room."""
-    mismatches = [substitution for substitution in found if substitution.kind == "mismatch"]
+    kept = sample([substitution for substitution in found if substitution.kind == "mismatch"], limit, *seed)
     others = [substitution for substitution in found if substitution.kind != "mismatch"]
-    kept = sample(mismatches, limit, *seed)
-    kept += sample(others, limit - len(kept), *seed)
-    kept_ids = {id(substitution) for substitution in kept}
-    return [substitution for substitution in found if id(substitution) in kept_ids]
+    kept = {*kept, *sample(others, limit - len(kept), *seed)}
+    return [substitution for substitution in found if substitution in kept]
 
 
 def sample(items: Sequence, limit: int, *seed: int | str) -> list:

@@ -68,11 +68,11 @@ def test_rows(pair, tokenizer):
             if not len(suffix):
                 assert row["likelihood"] is row["confidence"] is None
                 continue
-            behind = slice(place, place + len(suffix))
-            drop = (logits[behind] - after).gather(-1, suffix[:, None]).mean()
+            following = slice(place, place + len(suffix))
+            drop = (logits[following] - after).gather(-1, suffix[:, None]).mean()
             assert row["likelihood"] == pytest.approx(float(drop), abs=1e-3)
             assert row["confidence"] == pytest.approx(
-                float((logits[behind].amax(-1) - after.amax(-1)).mean()), abs=1e-3
+                float((logits[following].amax(-1) - after.amax(-1)).mean()), abs=1e-3
             )
 
 
@@ -169,7 +169,7 @@ def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipp
     assert row["flipped"] is flipped
 
 
-def test_code_is_labelled_behind_the_prompts_imports():
+def test_code_is_labelled_after_the_prompts_imports():
     prompt = Prompt("p", "from math import floor", check="tests", tests="assert f() == 4")
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None)
     words = Speller("def f(): ", "return ", "floor(4.5)", "floor(5)")
@@ -179,7 +179,7 @@ def test_code_is_labelled_behind_the_prompts_imports():
 
 @torch.no_grad()
 def test_text_that_is_not_the_targets_own(pair, tokenizer):
-    """The yardstick is what the target makes of the text with its own choice in that place."""
+    """Each substitution is compared with how the target continues the text after its own choice."""
     target, draft = pair
     texts = [torch.randint(2, VOCAB, (12,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     eos, differ = eos_tokens(target), 0
@@ -190,14 +190,14 @@ def test_text_that_is_not_the_targets_own(pair, tokenizer):
             differ += row["token"] != answer.ids[place]
             # Both tokens in the same place of the same text; what follows is the text's.
             suffix = answer.ids[place + 1 :][:5]
-            told = []
+            scores = []
             for token in (row["token"], row["substitute"]):
                 swapped = torch.cat([answer.ids[:place], torch.tensor([token]), suffix])
-                told.append(target(swapped[None]).logits[0, place:-1].log_softmax(-1))
+                scores.append(target(swapped[None]).logits[0, place:-1].log_softmax(-1))
             if len(suffix):
-                drop = (told[0] - told[1]).gather(-1, suffix[:, None]).mean()
+                drop = (scores[0] - scores[1]).gather(-1, suffix[:, None]).mean()
                 assert row["likelihood"] == pytest.approx(float(drop), abs=1e-3)
-                drop = (told[0].amax(-1) - told[1].amax(-1)).mean()
+                drop = (scores[0].amax(-1) - scores[1].amax(-1)).mean()
                 assert row["confidence"] == pytest.approx(float(drop), abs=1e-3)
             if "changed" in row:
                 limit = (len(answer.ids) - place - 1) * 5 // 4 + 16

@@ -1,5 +1,7 @@
 """Following substitutions against stock `generate` and plain forwards, in fp32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,15 +101,16 @@ def test_followed_is_what_the_target_does_alone(case, window, room, packed):
     eos = eos_tokens(target)
 
     def run(model, answer, substitutions):
-        half = [i % 2 == 0 for i in range(len(substitutions))]
-        return list(continue_substitutions(model, answer, substitutions, half, window, room, packed))
+        half = [replace(s, to_rewrite=i % 2 == 0) for i, s in enumerate(substitutions)]
+        return list(continue_substitutions(model, answer, half, window, room, packed))
 
     tally = Tally()
     calls = [lambda model, item=item: run(model, *item) for item in zip(answers, found, strict=True)]
     followed = [new for part in run_in_lockstep([target], calls, at_once=2, tally=tally) for new in part]
     assert len(followed) == sum(map(len, found)) > 20
     assert not any(new.logits.requires_grad for new in followed)
-    assert {id(new.substitution) for new in followed} == {id(s) for part in found for s in part}
+    places = {(new.answer.prompt.id, new.substitution.position, new.substitution.token) for new in followed}
+    assert places == {(a.prompt.id, s.position, s.token) for a, part in zip(answers, found, strict=True) for s in part}
     for new in followed:
         s, answer = new.substitution, new.answer
         place = answer.prompt_length + s.position
@@ -118,8 +121,8 @@ def test_followed_is_what_the_target_does_alone(case, window, room, packed):
         states = output.hidden_states[-1][0, place - 1 : place + 1]
         torch.testing.assert_close(new.hidden, states, atol=2e-4, rtol=1e-3)
         scores = output.logits[0, place : place + len(suffix)].log_softmax(-1)
-        told = scores.gather(-1, suffix[:, None]).squeeze(-1)
-        torch.testing.assert_close(new.logprobs, told, atol=2e-4, rtol=1e-3)
+        logprobs = scores.gather(-1, suffix[:, None]).squeeze(-1)
+        torch.testing.assert_close(new.logprobs, logprobs, atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(new.best, scores.amax(-1), atol=2e-4, rtol=1e-3)
         if new.rewrite is not None:
             limit = (len(answer.ids) - place - 1) * 5 // 4 + 16
@@ -137,8 +140,8 @@ def test_the_targets_own_token_changes_nothing(case):
     """The control: substituting a token by itself gives the original answer back."""
     target, _, answers, found = case
     for answer, substitutions in zip(answers, found, strict=True):
-        own = [s.by_the_choice() for s in substitutions]
-        for new in continue_substitutions(target, answer, own, [True] * len(own), 8, 16):
+        own = [replace(s, token=s.choice, to_rewrite=True) for s in substitutions]
+        for new in continue_substitutions(target, answer, own, 8, 16):
             left = answer.tokens[new.substitution.position + 1 :].tolist()
             assert new.rewrite[: len(left)] == left
             torch.testing.assert_close(new.best, new.logprobs)
@@ -149,7 +152,7 @@ def test_a_rewrite_ends_with_the_context():
     target.config.n_positions = 24
     (answer,) = target_answers(target, PROMPTS[:1], ids_of()[:1], 16)
     found = find_substitutions(perturbed(target, 0.3), answer, [], 2, 0.0, 0)
-    for new in continue_substitutions(target, answer, found, [True] * len(found), 4, 16):
+    for new in continue_substitutions(target, answer, [replace(s, to_rewrite=True) for s in found], 4, 16):
         assert answer.prompt_length + new.substitution.position + 1 + len(new.rewrite) <= 24
 
 
