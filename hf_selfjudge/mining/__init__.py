@@ -1,2 +1,1 @@
-"""Makes labels from prompts and a pair: what each substitution does to the target's own answer. It does not know how
-a judge is trained."""
+"""Makes labels from prompts and a pair: what each substitution does to the target's own answer."""

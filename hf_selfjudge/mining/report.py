@@ -1,7 +1,5 @@
-"""What mined labels say: rates, how well scores predict changed answers, and substitutions in context.
-
-In: labels and the target's tokenizer. Out: rows of figures, and tables and text for the terminal.
-"""
+"""In: labels and the target's tokenizer. Out: what the labels say, as figures and as tables and text for the terminal:
+how often answers change, how well scores predict it, and substitutions in context."""
 
 from __future__ import annotations
 
@@ -38,18 +36,9 @@ TITLES = {
 
 
 def short_columns(labels: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> pandas.DataFrame:
-    """
-    What the report needs of labels.
-
-    Args:
-        labels (`datasets.Dataset`): What [`load_labels`] returns.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
-
-    Returns:
-        `pandas.DataFrame` with one row for each label and NaN for unknown numbers. Besides columns of `labels` it has
-        `lost`, the share of the original suffix's 4-grams that the rewritten one lacks; `replaced`, the [`token_kind`]
-        of the target's choice; and [`DRAFT_SCORE`].
-    """
+    """What the report needs of labels, with NaN for unknown numbers. Besides columns of `labels` it has `lost`, the
+    share of the original suffix's 4-grams that the rewritten one lacks; `replaced`, the [`token_kind`] of the target's
+    choice; and [`DRAFT_SCORE`]. `tokenizer` is the target's."""
     numbers = [*CHEAP_SCORES, "changed", "flipped", "reconvergence", "draft_logprob"]
     columns = labels.select_columns(["prompt_id", "category", "kind", "token", *numbers]).to_pandas()
     columns[numbers] = columns[numbers].astype(float)
@@ -79,16 +68,12 @@ def token_kind(text: str) -> str:
 
 def change_rates(columns: pandas.DataFrame, by: str, resamples: int = RESAMPLES, seed: int = 0) -> list[dict]:
     """
-    How often rewritten answers changed, for each value of a column (`category`, `kind`, `replaced`, …).
-
-    Args:
-        columns (`pandas.DataFrame`): From [`short_columns`].
-        resamples (`int`): Bootstrap samples of prompts for the intervals.
+    How often rewritten answers changed, for each value of one of the [`short_columns`] (`category`, `kind`, …).
 
     Returns:
         `list[dict]` with the value; the number of `substitutions`, of those `rewritten`, and of those `checked` by
         final number or tests; the share of `changed` answers among the checked; and the mean `lost` among the
-        rewritten. The last two are [`Interval`]s, or `None` where there are no rows.
+        rewritten. The last two are [`Interval`]s (bootstrap over prompts), or `None` where there are no rows.
     """
     result = []
     for value, rows in columns.groupby(by):
@@ -103,9 +88,6 @@ def change_rates(columns: pandas.DataFrame, by: str, resamples: int = RESAMPLES,
 def score_predictions(columns: pandas.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> list[dict]:
     """
     How well each score that needs no rewrite predicts what the rewrite did.
-
-    Args:
-        columns, resamples, seed: As for [`change_rates`].
 
     Returns:
         `list[dict]` with the name of the `score`; its `auc` for a changed answer and its rank `correlation` with the
