@@ -30,7 +30,7 @@ def labels_command(
     ],
     options: LabelsOptions,
 ) -> None:
-    """Show mined labels: rates, scores beside each other, substitutions in context."""
+    """Show mined labels: how often answers change, how well scores predict it, substitutions in context."""
     rows = load_labels(labels)
     record = mining_of(rows)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(record["target"]))
