@@ -15,13 +15,13 @@ from ..judge.threshold import Threshold
 from ..mining.config import MiningConfig
 from ..mining.job import mine
 from ..models.cpu import precision
-from ..models.pair import PAIRS, Pair, parse_pair
+from ..models.pair import PAIRS, Pair, load_draft, parse_pair
 from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
 from ..utils.files import check_writable
 from ..utils.names import absolute_if_folder
 from .console import console, say, say_left_out
-from .options import Int8Options, JsonOptions, JudgeOptions, OutputOptions, PromptOptions, option, reuse
+from .options import JsonOptions, JudgeOptions, OutputOptions, PairOptions, PromptOptions, option, reuse
 from .train import train_judge
 
 
@@ -31,15 +31,12 @@ QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartOptions(JsonOptions, OutputOptions, JudgeOptions, PromptOptions, Int8Options):
-    """What is compared, with which judge."""
-
+class QuickstartOptions(JsonOptions, OutputOptions, JudgeOptions, PromptOptions, PairOptions):
     prompts: str | None = reuse(PromptOptions, "prompts", None)
     max_new_tokens: int = reuse(BenchConfig, "max_new_tokens", 96)
     draft_length: int | str = reuse(BenchConfig, "draft_length", 5)
-    train: bool = option(
-        "Mine labels and train a judge first, in the folder --output, on prompts that come with the package.", False
-    )
+    int8_draft: bool = option("Compare a draft with int8 weights, too (CPU).", False)
+    train: bool = option("First mine labels of shipped prompts and train a judge, in the folder --output.", False)
     output: Path = reuse(OutputOptions, "output", Path("selfjudge-quickstart"))
 
 
@@ -66,7 +63,10 @@ def quickstart_command(options: QuickstartOptions) -> None:
         number = 1 + [prompt.id for prompt in prompts].index(records[0].prompt)
         say(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}")
 
-    int8_draft = options.load_int8_draft(pair, options.draft_length) if options.int8_draft else None
+    int8_draft = None
+    if options.int8_draft:
+        names = parse_pair(options.pair)
+        int8_draft = load_draft(names[1], pair.target, pair.tokenizer, options.draft_length, int8=True)
     records = run_quickstart(
         pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft, progress
     )
@@ -74,13 +74,13 @@ def quickstart_command(options: QuickstartOptions) -> None:
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
     console.print()
-    names, results = " + ".join(model.config.name_or_path for model in (pair.target, pair.draft)), figures(records)
-    console.print(quickstart_table(results, f"{names}, {len(prompts)} prompts"))
+    results, names = figures(records), [model.config.name_or_path for model in (pair.target, pair.draft)]
+    console.print(quickstart_table(results, f"{' + '.join(names)}, {len(prompts)} prompts"))
     for line in speed_lines(results):
         say(line)
-    is_known = options.pair in PAIRS
+    names = [options.pair] if options.pair in PAIRS else map(absolute_if_folder, parse_pair(options.pair))
     record = {
-        "pair": options.pair if is_known else ",".join(map(absolute_if_folder, parse_pair(options.pair))),
+        "pair": ",".join(names),
         "prompts": len(prompts),
         "left_out": left_out,
         "max_new_tokens": options.max_new_tokens,
@@ -93,7 +93,7 @@ def quickstart_command(options: QuickstartOptions) -> None:
 
 
 def _train(pair: Pair, folder: Path) -> Judge:
-    """A judge for the pair, from labels that are mined on the prompts of the package."""
+    """Train a judge for the pair on the shipped prompts."""
     prompts = PROMPTS / "train.jsonl"
     mine(pair, read_prompts(prompts), QUICK_MINING, folder / "labels", prompts.name)
     train_judge(ScriptArguments([str(folder / "labels")]), JudgeConfig(str(folder / "judge"), components=16))

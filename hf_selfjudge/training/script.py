@@ -6,7 +6,7 @@ hf-selfjudge train --labels labels/gsm8k labels/own --output my-judge
 ```
 
 All options of [`JudgeConfig`] may follow, with hyphens or underscores, or stand in a YAML file that is named with
-`--config`; `accelerate launch -m hf_selfjudge.cli.app train …` shares the work between devices.
+`--config`; `accelerate launch -m hf_selfjudge train …` shares the work between devices.
 """
 
 from __future__ import annotations

@@ -341,7 +341,7 @@ def bench_of_private(folder, private, judge):
     return folder
 
 
-def names_of_this_machine(files, tmp_path):
+def tells_of_this_machine(files, tmp_path):
     names = {name for name in files if "kim" in name or str(tmp_path) in name}
     return names | {name for name, content in files.items() for private in (b"kim-", b"of mine", bytes(tmp_path))
                     if private in content}  # fmt: skip
@@ -360,7 +360,7 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     card_of(judge, folder)
     shared = [path for path in folder.rglob("*") if path.name in ("README.md", "config.json", "results.json")]
     assert len(shared) == 5  # of a checkpoint, too
-    assert not names_of_this_machine({path.name: path.read_bytes() for path in shared}, tmp_path)
+    assert not tells_of_this_machine({path.name: path.read_bytes() for path in shared}, tmp_path)
     push_judge(folder, REPO)
     judge.push_to_hub("me/other")
     push_labels([labels], "me/labels")
@@ -369,7 +369,7 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     repos += [hub.files(name, kind="datasets") for name in ("me/labels", "me/results")]
     for files in repos:
         assert len(files) >= 4
-        assert not names_of_this_machine(files, tmp_path)
+        assert not tells_of_this_machine(files, tmp_path)
         assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     card = ModelCard(repos[0]["README.md"].decode())
     card.validate()
@@ -408,7 +408,7 @@ def test_a_judge_of_an_earlier_version_is_published_without_its_paths(hub, priva
     for push in (lambda: push_judge(folder, REPO), lambda: judge.push_to_hub(REPO)):
         push()
         files = hub.files(REPO)
-        assert not names_of_this_machine(files, tmp_path)
+        assert not tells_of_this_machine(files, tmp_path)
         assert json.loads(files["config.json"])["target"] == "./target"
         assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "./target"
     mining = {"target": private[0], "draft": private[1], "written_by": f"{private[0]}, weights 01, threshold 0.3"}
@@ -667,7 +667,7 @@ def process(hub, home, *command, **environment):
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
-OURS = (sys.executable, "-m", "hf_selfjudge.cli.app")
+OURS = (sys.executable, "-m", "hf_selfjudge")
 
 
 def extension(home):
@@ -675,7 +675,7 @@ def extension(home):
     extension = home / ".local/share/hf/extensions/hf-selfjudge"
     extension.mkdir(parents=True)
     script = extension / "hf-selfjudge"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m hf_selfjudge.cli.app "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m hf_selfjudge "$@"\n')
     script.chmod(0o755)
     ExtensionManifest(
         owner="someone",
