@@ -29,7 +29,7 @@ def calibrate_command(folder: JudgeFolder, bench: Annotated[Path, BENCH]) -> Non
     points = operating_points(quality, family_in(quality, fingerprint(judge), bench))
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
-    calibration = {name: quality[name] for name in ("prompts", "categories", "heading")}
+    calibration = {key: quality[key] for key in ("prompts", "categories", "heading")}
     judge.info = replace(
         judge.info,
         threshold=points.get("balanced", points["fast"])["threshold"],

@@ -15,7 +15,7 @@ from ..judge.threshold import Threshold
 from ..mining.config import MiningConfig
 from ..mining.job import mine
 from ..models.cpu import precision
-from ..models.pair import PAIRS, Pair, load_draft, parse_pair
+from ..models.pair import PAIRS, load_draft, parse_pair
 from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
 from ..utils.files import check_writable
@@ -56,16 +56,18 @@ def quickstart_command(options: QuickstartOptions) -> None:
     prompts, _, left_out = fitting(pair.tokenizer, prompts, pair.context, options.max_new_tokens)
     say_left_out(left_out)
     if judge is None:
-        judge = _train(pair, options.output)
+        labels, trained = options.output / "labels", options.output / "judge"
+        mine(pair, read_prompts(PROMPTS / "train.jsonl"), QUICK_MINING, labels, "train.jsonl")
+        train_judge(ScriptArguments([str(labels)]), JudgeConfig(str(trained), components=16))
+        judge = Judge.from_pretrained(trained)
 
     def progress(records: list[AnswerRecord]) -> None:
         speeds = ", ".join(f"{r.method} {len(r.tokens) / r.seconds:.1f} tokens/s" for r in records)
         number = 1 + [prompt.id for prompt in prompts].index(records[0].prompt)
         say(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}")
 
-    int8_draft = None
+    names, int8_draft = parse_pair(options.pair), None
     if options.int8_draft:
-        names = parse_pair(options.pair)
         int8_draft = load_draft(names[1], pair.target, pair.tokenizer, options.draft_length, int8=True)
     records = run_quickstart(
         pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft, progress
@@ -74,13 +76,12 @@ def quickstart_command(options: QuickstartOptions) -> None:
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
     console.print()
-    results, names = figures(records), [model.config.name_or_path for model in (pair.target, pair.draft)]
+    results = figures(records)
     console.print(quickstart_table(results, f"{' + '.join(names)}, {len(prompts)} prompts"))
     for line in speed_lines(results):
         say(line)
-    names = [options.pair] if options.pair in PAIRS else map(absolute_if_folder, parse_pair(options.pair))
     record = {
-        "pair": ",".join(names),
+        "pair": options.pair if options.pair in PAIRS else ",".join(map(absolute_if_folder, names)),
         "prompts": len(prompts),
         "left_out": left_out,
         "max_new_tokens": options.max_new_tokens,
@@ -90,11 +91,3 @@ def quickstart_command(options: QuickstartOptions) -> None:
         "device": str(pair.target.device),
     }
     options.write(record | results)
-
-
-def _train(pair: Pair, folder: Path) -> Judge:
-    """Train a judge for the pair on the shipped prompts."""
-    prompts = PROMPTS / "train.jsonl"
-    mine(pair, read_prompts(prompts), QUICK_MINING, folder / "labels", prompts.name)
-    train_judge(ScriptArguments([str(folder / "labels")]), JudgeConfig(str(folder / "judge"), components=16))
-    return Judge.from_pretrained(folder / "judge")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..data.prompts import TooLong, encode
+from ..data.prompts import encode
 from ..hub.publish import pull_judge
 from ..judge.card import read_results
 from ..judge.judge import Judge
@@ -102,8 +102,7 @@ class _Handlers:
         try:
             return encode(self.pair.tokenizer, prompt, self.pair.context, int(length)).to(self.pair.target.device)
         except ValueError as error:  # the page shows an error as HTML
-            too_long = "The prompt is longer than the model can read. " * isinstance(error, TooLong)
-            raise gr.Error(html.escape(f"{too_long}{error}", False)) from error
+            raise gr.Error(html.escape(str(error), False)) from error
 
     def stream(self, ids, rule: str, threshold: float, length: int, temperature: float = 0.0):
         """See [`stream_answer`]."""

@@ -56,7 +56,8 @@ def pull_judge(
     repo_id: str, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None
 ) -> list[str]:
     """
-    Fetch a judge with its card, plots, results and code into a new or empty folder; no other files, and nothing runs.
+    Fetch a judge with its card, plots, results and code into a new or empty folder. Other files stay in the repo, and
+    no code is run.
 
     Returns:
         `list[str]`: The files.

@@ -219,7 +219,7 @@ def test_a_visitor_is_told_that_the_queue_is_full(parts, monkeypatch):
     [
         (("", "judge", 0.5, 0, 24), "Write a prompt first"),
         (("x" * 5000, "judge", 0.5, 0, 24), "Shorten it"),
-        (("x" * 300, "judge", 0.5, 0, 24), "longer than the model can read"),
+        (("x" * 300, "judge", 0.5, 0, 24), "exceeds the target's context"),
         (("x", "judge", -1, 0, 24), "less than minimum"),
         (("x", "judge", 3, 0, 24), "greater than maximum"),
         (("x", "judge", 0.5, 9, 24), "greater than maximum"),
