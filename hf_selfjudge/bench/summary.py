@@ -39,7 +39,7 @@ def summarise_quality(
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
     numbers = grid.known("unchanged") if "unchanged" in grid.scores else None
     of_numbers = {} if numbers is None else {"unchanged": numbers.mean("unchanged"), "speed": numbers.speed()}
-    means = {measure: grid.mean_where_known(measure) for measure in grid.scores}
+    means = {measure: grid.mean(measure) for measure in grid.scores}
     categories = sorted(set(grid.categories))
     in_category = {
         name: {"speed": grid.speed(name), "retention": grid.retention(preference, name)} for name in categories
