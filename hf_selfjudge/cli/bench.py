@@ -8,8 +8,7 @@ from pathlib import Path
 from rich.markdown import Markdown
 
 from ..bench.methods import parse_methods
-from ..bench.plots import plot_tradeoff
-from ..bench.record import write_results, write_spec_bench
+from ..bench.report import plot_tradeoff, write_results, write_spec_bench
 from ..bench.runner import BenchConfig, decode, readable_context
 from ..bench.scores import Scorer, grid_of
 from ..bench.summary import summarise_quality, summarise_timing

@@ -11,9 +11,8 @@ from rich.markdown import Markdown
 
 from hf_selfjudge.bench.answers import AnswerRecord
 from hf_selfjudge.bench.methods import Method
-from hf_selfjudge.bench.plots import plot_tradeoff
+from hf_selfjudge.bench.report import plot_tradeoff, quality_tables
 from hf_selfjudge.bench.summary import operating_points, summarise_quality
-from hf_selfjudge.bench.tables import quality_tables
 from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, separation, speed_at
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.scoring.statistics import Interval, draws

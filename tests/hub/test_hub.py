@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels
-from hf_selfjudge.bench.record import heading
+from hf_selfjudge.bench.report import heading
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.demo.page import folder_of
 from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
