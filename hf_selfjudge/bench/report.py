@@ -28,9 +28,9 @@ RELATIVE = ("unchanged", "same", "agreement", "similarity", "length")  # measure
 
 
 def write_results(folder: Path, mode: str, results: dict, prompts_name: str, left_out: Sequence[str] = ()) -> str:
-    """Write `results` of [`summarise_quality`] or [`summarise_timing`] to `MODE-results.json` and `MODE-results.md`
-    beside the answers. `left_out` are the ids of prompts that were too long. Returns the tables in Markdown, under a
-    sentence that says what was measured."""
+    """Write `results` of [`summarise_quality`] or [`summarise_timing`] to `MODE-results.json` and `MODE-results.md` in
+    `folder`. `left_out` are the ids of prompts that were too long. Returns the text of the second file: what was
+    measured, in a sentence, and the tables."""
     prompts_name += f" ({len(left_out)} more were too long)" if left_out else ""
     results |= {"heading": heading(folder / f"{mode}.json", prompts_name, results["prompts"]), "left_out": [*left_out]}
     tables = quality_tables(results) if mode == "quality" else timing_tables(results)
@@ -41,8 +41,8 @@ def write_results(folder: Path, mode: str, results: dict, prompts_name: str, lef
 
 
 def heading(path: Path, prompts_name: str, count: int) -> str:
-    """What was measured, in a sentence: `path` is the `quality.json` or `timing.json` of [`decode`], `count` is how
-    many prompts there were."""
+    """A sentence that says what was measured. `path` is `quality.json` or `timing.json` of [`decode`], `count` the
+    number of prompts."""
     run = read_json(path)
     draft = LOOKUP if run["draft"] is None else f"{public_name(run['draft'])} ({run['draft_dtype']})"
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -58,80 +58,73 @@ def quality_tables(quality: dict) -> str:
     rows, categories = quality["settings"], quality["categories"]
     kept_by = (f"{name} by {c['retention_by'] or 'nothing'} ({c['prompts']})" for name, c in categories.items())
     gaps = [key for key in quality["separation"][0] if key not in ("measure", "prompts")]
+    main = {
+        "decoding": "", "tokens/round": ".2f", "× lossless": ".2f", "retention": ".3f", "judged": ".1%",
+        "accepted": ".0%", "unfinished": "",
+    }  # fmt: skip
+    keys = ("setting", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
+    in_category = {"× lossless / retention": ""} | dict.fromkeys(categories, "")
+    measures = {"mean of": ""} | dict.fromkeys(rows[0]["measures"], ".3f")
+    separation = {"measure": "", "prompts": ""}
+    separation |= {f"lossless − {key}": ".2f" if key.endswith("standardised") else ".3f" for key in gaps}
     parts = [
-        _table(
-            ("decoding", "tokens/round", "× lossless", "retention", "judged", "accepted", "unfinished"),
-            [
-                (
-                    row["setting"], shown(row["tokens_per_round"]), shown(row["speed"]),
-                    shown(row["retention"], ".3f"), _share(row["judged_share"], 1),
-                    _share(row["accepted_share"], 0), str(row["unfinished"]),
-                )
-                for row in rows
-            ],
-        ),
+        _table(main, [[row[key] for key in keys] for row in rows]),
         in_markdown(f"Retention of {', '.join(kept_by)}, prompts in brackets."),
-        _table(
-            ("× lossless / retention", *categories),
-            [(row["setting"], *(_values(row["by_category"][name]) for name in categories)) for row in rows],
-        ),
-        _table(
-            ("mean of", *rows[0]["measures"]),
-            [(row["setting"], *(shown(mean, ".3f") for mean in row["measures"].values())) for row in rows],
-        ),
+        _table(in_category, [(row["setting"], *map(_values, row["by_category"].values())) for row in rows]),
+        _table(measures, [(row["setting"], *row["measures"].values()) for row in rows]),
         *_comparisons("retention", quality["comparisons"], RETENTION_LEVELS),
         *_comparisons("unchanged numbers", quality["comparisons_unchanged"], UNCHANGED_LEVELS),
         _table(
-            ("measure", "prompts", *(f"lossless − {key}" for key in gaps)),
+            separation,
             [
-                (
-                    row["measure"] + "*" * (row["measure"] in RELATIVE), str(row["prompts"]),
-                    *(f"{row[key]:.2f}" if isinstance(row[key], float) else shown(row[key], ".3f") for key in gaps),
-                )
+                (row["measure"] + "*" * (row["measure"] in RELATIVE), row["prompts"], *(row[key] for key in gaps))
                 for row in quality["separation"]
             ],
         ),
         "\\* compared with the lossless answer itself, so that any other text falls behind it.",
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def timing_tables(timing: dict) -> str:
     """The table of [`summarise_timing`]."""
     rows = timing["settings"]
-    over = [key for key in ("greedy", "stock", BASE) if f"speed_over_{key}" in rows[0]]
-    head = ("decoding", "tokens/s", "s/answer", "tokens/answer", *(f"seconds of {key} ÷ its own" for key in over))
-    cells = [
-        (
-            row["setting"], shown(row["tokens_per_second"]), f"{row['seconds_per_answer']:.1f}",
-            f"{row['tokens_per_answer']:.0f}", *(shown(row[f"speed_over_{key}"]) for key in over),
-        )
-        for row in rows
-    ]  # fmt: skip
-    return _table(head, cells) + "\n"
+    columns = {"decoding": "", "tokens/s": ".2f", "s/answer": ".1f", "tokens/answer": ".0f"}
+    keys = ["setting", "tokens_per_second", "seconds_per_answer", "tokens_per_answer"]
+    for other in ("greedy", "stock", BASE):
+        if f"speed_over_{other}" in rows[0]:
+            columns[f"seconds of {other} ÷ its own"] = ".2f"
+            keys.append(f"speed_over_{other}")
+    return _table(columns, [[row[key] for key in keys] for row in rows]) + "\n"
 
 
 def _comparisons(measure: str, comparisons: Sequence[dict], levels: Sequence[float]) -> list[str]:
-    """Pairs of rules where they keep the same of a measure; nothing where there are none."""
-    head = (f"tokens a round (thresholds) at {measure}", *(f"{level:.0%}" for level in levels))
+    """A table of pairs of rules at equal shares of a measure; empty if there are no pairs."""
+    columns = {f"tokens a round (thresholds) at {measure}": ""} | {f"{level:.0%}": ".2f" for level in levels}
+    columns[f"area between, {min(levels):.0%} to 100%"] = ".3f"
     rows = [
         (
             "{first} ({0}) ÷ {second} ({1})".format(*row["thresholds"], **row),
-            *(shown(row["speed_ratio"][str(level)]) for level in levels),
-            shown(row["area_between"], ".3f"),
+            *row["speed_ratio"].values(),
+            row["area_between"],
         )
         for row in comparisons
     ]
-    return [_table((*head, f"area between, {min(levels):.0%} to 100%"), rows)] if rows else []
+    return [_table(columns, rows)] if rows else []
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _table(columns: dict[str, str], rows: Sequence[Sequence]) -> str:
+    """A table in Markdown. `columns` maps each heading to the format of its numbers; `rows` hold text, numbers,
+    intervals, and `None` for a dash."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(*each) for each in zip(row, columns.values(), strict=True)] for row in rows]
     return "\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines)
 
 
-def _share(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}%}"
+def _cell(value: str | float | Sequence[float] | None, spec: str) -> str:
+    if isinstance(value, str | int | float):
+        return format(value, spec)
+    return shown(value, spec)
 
 
 def _values(category: dict) -> str:
@@ -141,7 +134,7 @@ def _values(category: dict) -> str:
 
 
 def plot_tradeoff(quality: dict, path: Path) -> None:
-    """Speed against retention, and beside it against unchanged numbers if prompts ask for any, of
+    """Draw speed against retention and, if prompts ask for numbers, against unchanged numbers, from
     [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
     rows = [row for row in quality["settings"] if row["speed"] and row["retention"]]
     panels = {"retention (lossless = 1)": [(row["retention"], row["speed"]) for row in rows]}
@@ -171,32 +164,31 @@ def plot_tradeoff(quality: dict, path: Path) -> None:
 def write_spec_bench(
     records: Sequence[AnswerRecord], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write the answers of mode timing in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), a file
-    for each method; repeats are `choices` of one line. Only the first turn of a question is answered."""
+    """Write the answers of mode timing in the format of Spec-Bench (https://github.com/hemingkx/Spec-Bench), one file
+    for each method. Repeats are `choices` of one line. Only the first turn of a question is answered."""
     folder.mkdir(parents=True, exist_ok=True)
     timestamp = time.time()
     for method in dict.fromkeys(record.method for record in records):
-        rows = []
+        lines = []
         for prompt in prompts:
-            choices = [
-                {
-                    "index": record.repeat,
-                    "turns": [tokenizer.decode(record.tokens, skip_special_tokens=True)],
-                    "decoding_steps": [len(record.lengths)],
-                    "new_tokens": [len(record.tokens)],
-                    "wall_time": [record.seconds],
-                    "accept_lengths": record.lengths,
-                }
-                for record in records
-                if (record.method, record.prompt) == (method, prompt.id)
-            ]
             row = {
                 "question_id": int(prompt.id) if prompt.id.isdecimal() else prompt.id,
                 "category": prompt.subcategory or prompt.category,
                 "answer_id": hashlib.sha256(f"{method} {prompt.id}".encode()).hexdigest()[:22],
                 "model_id": method,
-                "choices": choices,
+                "choices": [
+                    {
+                        "index": record.repeat,
+                        "turns": [tokenizer.decode(record.tokens, skip_special_tokens=True)],
+                        "decoding_steps": [len(record.lengths)],
+                        "new_tokens": [len(record.tokens)],
+                        "wall_time": [record.seconds],
+                        "accept_lengths": record.lengths,
+                    }
+                    for record in records
+                    if (record.method, record.prompt) == (method, prompt.id)
+                ],
                 "tstamp": timestamp,
             }
-            rows.append(json.dumps(row))
-        write_text(folder / f"{method.replace('/', '-').replace(' ', '-')}.jsonl", "\n".join(rows) + "\n")
+            lines.append(json.dumps(row) + "\n")
+        write_text(folder / f"{method.replace('/', '-').replace(' ', '-')}.jsonl", "".join(lines))
