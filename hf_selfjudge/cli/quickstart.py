@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bench.answers import AnswerRecord
 from ..bench.quickstart import coloured_answer, figures, quickstart_table, run_quickstart, speed_lines
 from ..bench.runner import BenchConfig
 from ..data.prompts import fitting, read_prompts
@@ -60,16 +59,8 @@ def quickstart_command(options: QuickstartOptions) -> None:
     say_left_out(left_out)
     if judge is None:
         judge = _train(pair, options.output)
-
-    def progress(records: list[AnswerRecord]) -> None:
-        speeds = ", ".join(f"{r.method} {len(r.tokens) / r.seconds:.1f} tokens/s" for r in records)
-        number = 1 + [prompt.id for prompt in prompts].index(records[0].prompt)
-        say(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}")
-
     int8_draft = options.load_int8_draft(pair, options.draft_length) if options.int8_draft else None
-    records = run_quickstart(
-        pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft, progress
-    )
+    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft)
     shown = max((record for record in records if record.method == "judged"), key=lambda record: record.stats.judged)
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
