@@ -10,8 +10,7 @@ from rich.markdown import Markdown
 from ..bench.methods import parse_methods
 from ..bench.report import plot_tradeoff, write_results, write_spec_bench
 from ..bench.runner import BenchConfig, decode, readable_context
-from ..bench.scores import Scorer, grid_of
-from ..bench.summary import summarise_quality, summarise_timing
+from ..bench.summary import Scorer, grid_of, summarise_quality, summarise_timing
 from ..data.prompts import balanced, fitting
 from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
