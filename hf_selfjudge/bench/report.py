@@ -117,14 +117,8 @@ def _table(columns: dict[str, str], rows: Sequence[Sequence]) -> str:
     """A table in Markdown. `columns` maps each heading to the format of its numbers; `rows` hold text, numbers,
     intervals, and `None` for a dash."""
     lines = [columns, ["---"] * len(columns)]
-    lines += [[_cell(*each) for each in zip(row, columns.values(), strict=True)] for row in rows]
+    lines += [[shown(*each) for each in zip(row, columns.values(), strict=True)] for row in rows]
     return "\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines)
-
-
-def _cell(value: str | float | Sequence[float] | None, spec: str) -> str:
-    if isinstance(value, str | int | float):
-        return format(value, spec)
-    return shown(value, spec)
 
 
 def _values(category: dict) -> str:
