@@ -105,10 +105,6 @@ class Grid:
         categories, tokens, rounds = self.categories[here], self.tokens[:, here], self.rounds[:, here]
         return replace(self, categories=categories, tokens=tokens, rounds=rounds, scores=scores)
 
-    def on_curve(self, curve: str) -> list[int]:
-        """Indices of lossless decoding, where every curve begins, and of the methods on a curve."""
-        return [self.base] + [i for i, name in enumerate(self.curves) if name == curve and i != self.base]
-
 
 def speed_at(level: float, retention: np.ndarray, speed: np.ndarray) -> np.ndarray:
     """The highest speed, of shape `(n,)`, at which a rule keeps the share `level` of the quality. `retention` and
@@ -155,7 +151,11 @@ def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: 
         `area_between`, over levels from the lowest of them to 1, each an [`Interval`]; and `thresholds`, how many each
         rule has: more of them reach further.
     """
-    speed, curves = grid.speed(), [grid.on_curve(first), grid.on_curve(second)]
+    speed = grid.speed()
+    curves = [  # every curve begins at lossless decoding
+        [grid.base] + [i for i, name in enumerate(grid.curves) if name == curve and i != grid.base]
+        for curve in (first, second)
+    ]
     points = [(falling(kept[:, curve], speed[:, curve]), speed[:, curve]) for curve in curves]
     ratios = {level: speed_at(level, *points[0]) / speed_at(level, *points[1]) for level in levels}
     return {
