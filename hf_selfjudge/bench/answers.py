@@ -57,11 +57,6 @@ class AnswerRecord:
     stats: Stats = field(default_factory=Stats)
     made_with: str = ""
 
-    @classmethod
-    def from_row(cls, row: dict) -> AnswerRecord:
-        """The record that `asdict` made a line of the file from."""
-        return cls(**row | {"stats": Stats(**row["stats"])})
-
     @property
     def key(self) -> tuple[str, str, int]:
         return self.method, self.prompt, self.repeat

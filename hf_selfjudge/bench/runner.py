@@ -21,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from transformers import DynamicCache, PreTrainedModel
 
 from ..data.prompts import Prompt, fitting
+from ..decoding.stats import Stats
 from ..forward.branches import Keys
 from ..forward.lockstep import run_in_lockstep
 from ..judge.judge import Judge
@@ -43,17 +44,11 @@ Keep = Callable[[AnswerRecord], None]  # what is done with a new answer
 class BenchConfig:
     """How answers are decoded: greedily, except for mismatches that a method accepts."""
 
-    mode: str = field(
-        default="quality",
-        metadata={"help": "quality: many answers side by side, for text and rounds; timing: one at a time."},
-    )
+    mode: str = field(default="quality", metadata={"help": "quality: many answers at a time. timing: one at a time."})
     max_new_tokens: int = field(default=128, metadata={"help": "Limit of an answer, tokens.", "min": 1})
     draft_length: int | str = field(
         default=5,
-        metadata={
-            "help": "Tokens that are drafted in a round, or 'auto': by the clock, where seconds are measured. It "
-            "applies to rules, while stock then drafts 5."
-        },
+        metadata={"help": "Tokens to draft in a round; 'auto', with timing, lets rules choose while stock drafts 5."},
     )
     repeats: int = field(default=1, metadata={"help": "With timing: how often each answer is decoded.", "min": 1})
     at_once: int = field(default=48, metadata={"help": "With quality: answers under way at a time.", "min": 1})
@@ -61,14 +56,13 @@ class BenchConfig:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.draft_length != "auto" and (not isinstance(self.draft_length, int) or self.draft_length < 1):
-            raise ValueError(
-                f"`draft_length` must be a number of tokens, 1 or more, or 'auto', got {self.draft_length!r}."
-            )
-        if self.mode == "quality" and self.draft_length == "auto":
+        length = self.draft_length
+        if length != "auto" and (not isinstance(length, int) or length < 1):
+            raise ValueError(f"`draft_length` must be a number of tokens, 1 or more, or 'auto', got {length!r}.")
+        if self.mode == "quality" and length == "auto":
             raise ValueError("`draft_length` 'auto' goes by the clock. Use it with `mode` timing, or give a number.")
         if self.mode == "quality" and self.repeats > 1:
-            raise ValueError("`repeats`: in `mode` quality the same text would come again. Use it with timing.")
+            raise ValueError("`repeats` in `mode` quality would decode the same text again. Use it with timing.")
 
 
 def decode(
@@ -224,7 +218,7 @@ def _prompt_keys(model: PreTrainedModel, ids: torch.LongTensor) -> Keys | None:
 
 def _records(log: JsonlLog | None) -> list[AnswerRecord]:
     try:
-        return [AnswerRecord.from_row(row) for row in log or ()]
+        return [AnswerRecord(**row | {"stats": Stats(**row["stats"])}) for row in log or ()]
     except (KeyError, TypeError) as error:
         raise ValueError(f"`output`: {log.path} was written by another version. Choose another folder.") from error
 
