@@ -97,7 +97,7 @@ class CodeCheck(Check):
         return float(self._passes(prompt, answer))
 
     def _passes(self, prompt: Prompt, answer: CheckedAnswer) -> bool:
-        return passes_tests(answer.text, prompt.tests, prompt.said)
+        return passes_tests(answer.text, prompt.tests, prompt.conversation)
 
 
 CHECKS = {"number": NumberCheck(), "tests": CodeCheck(), "text": TextCheck()}

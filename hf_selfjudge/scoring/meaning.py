@@ -69,16 +69,15 @@ def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -
     return (Counter(grams) & rest).total() / len(grams)
 
 
-def passes_tests(text: str, tests: str, said: Sequence[dict] = (), seconds: float = 10.0) -> bool:
+def passes_tests(text: str, tests: str, conversation: Sequence[dict] = (), seconds: float = 10.0) -> bool:
     """
     Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; its
     limits are described in `sandbox.py`. The caller must have the user's permission (`--allow-code`).
 
-    Imports of the user's code in the conversation `said` ([`Prompt.said`]) run first, then the answer's blocks one
-    after the other, as in a notebook (`cells.py`): a block that fails, such as an example of use, does not affect the
-    others.
+    The imports in the user's messages of the conversation run first, then the blocks of the answer one after another,
+    as in a notebook: a block that fails, such as an example of use, does not affect the others.
     """
-    user_texts = [message["content"] for message in said if message["role"] == "user"]
+    user_texts = [message["content"] for message in conversation if message["role"] == "user"]
     imports = [statement for part in user_texts if isinstance(part, str) for statement in imports_of(part)]
     return _passes((*imports, *code_of(text)), tests, seconds)
 

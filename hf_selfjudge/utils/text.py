@@ -5,11 +5,13 @@ In: tokens, or any text at all. Out: text that a terminal, Markdown, a plot, a s
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
 import re
 import shlex
+import warnings
 from collections.abc import Sequence
 
 from rich.text import Text
@@ -110,3 +112,13 @@ def in_shell(text: str) -> str:
     for character, escape in (("\\", r"\\"), ("'", r"\'"), ("\n", r"\n"), ("\t", r"\t")):
         text = text.replace(character, escape)
     return "$'" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text) + "'"
+
+
+def parse_python(code: str) -> ast.Module | None:
+    """The syntax tree of code; `None` if it is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about escapes in strings
+        try:
+            return ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None

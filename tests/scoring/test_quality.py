@@ -128,7 +128,7 @@ def test_same_result(check, first, second, same):
 
 
 def test_every_check_is_known_where_prompts_are_read():
-    assert list(rows.CHECKS) == [*CHECKS]
+    assert list(rows.CHECK_COLUMNS) == [*CHECKS]
 
 
 def test_a_missing_library_is_named(monkeypatch):
