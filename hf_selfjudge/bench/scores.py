@@ -18,8 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import Prompt
 from ..scoring.checks import CheckedAnswer, check_of
-from ..scoring.meaning import reconvergence, says_no
-from ..scoring.quality import repetition, similarity
+from ..scoring.meaning import reconvergence, repetition, says_no, similarity
 from ..utils.files import JsonlLog
 from .answers import AnswerRecord
 from .methods import Method

@@ -346,8 +346,8 @@ def test_tool_calls(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     kept, rows, _ = fitting(tokenizer, prompts, 256, 1)
     assert kept == list(prompts)
-    said = ['One?;({"a": 1});1;One.;Sure?;', 'add;One?;({"a": 1});1;One.;Sure?;', "add;a;"]
-    assert [row[0].tolist() for row in rows] == tokenizer(said)["input_ids"]
+    conversation = ['One?;({"a": 1});1;One.;Sure?;', 'add;One?;({"a": 1});1;One.;Sure?;', "add;a;"]
+    assert [row[0].tolist() for row in rows] == tokenizer(conversation)["input_ids"]
 
 
 def test_tables_add_nothing_to_tools(tmp_path):
@@ -359,8 +359,8 @@ def test_tables_add_nothing_to_tools(tmp_path):
             "type": "function",
             "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}},
         }
-        said = [WITH_CALL[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *WITH_CALL[2:]]
-        rows.append({"id": name, "messages": said, "tools": [tool]})
+        conversation = [WITH_CALL[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *WITH_CALL[2:]]
+        rows.append({"id": name, "messages": conversation, "tools": [tool]})
     expected = [(row["messages"], row["tools"]) for row in rows]
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "p.parquet")
