@@ -88,7 +88,7 @@ def run_quickstart(
 @torch.no_grad()
 def answer_logprob(pair: Pair, prompt: Prompt, tokens: Sequence[int]) -> float:
     """Sum of the log-probabilities of an answer's tokens under the target, nats."""
-    ids = encode(pair.tokenizer, prompt.said, None, 0, prompt.tools)
+    ids = encode(pair.tokenizer, prompt.conversation, None, 0, prompt.tools)
     text = torch.cat([ids, torch.tensor([[*tokens]])], dim=1).to(pair.target.device)
     logits = pair.target(text, logits_to_keep=len(tokens) + 1).logits[0, -len(tokens) - 1 : -1]
     return logits.float().log_softmax(-1).gather(-1, text[0, ids.shape[1] :, None]).sum().item()

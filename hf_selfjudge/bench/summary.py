@@ -19,8 +19,7 @@ from ..data.prompts import Prompt
 from ..judge.judge import Judge
 from ..models.load import fingerprint
 from ..scoring.checks import CheckedAnswer, check_of
-from ..scoring.meaning import reconvergence, says_no
-from ..scoring.quality import repetition, similarity
+from ..scoring.meaning import reconvergence, repetition, says_no, similarity
 from ..scoring.statistics import Interval
 from ..utils.files import JsonlLog
 from .answers import AnswerRecord, accepted_share

@@ -16,7 +16,7 @@ from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
 from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
-from ..scoring.quality import check_can_score
+from ..scoring.checks import check_can_score
 from ..utils.files import check_writable
 from .console import console, say, say_left_out
 from .options import OutputOptions, PairOptions, PromptOptions, option, reuse

@@ -57,7 +57,7 @@ def test_a_judge_that_sees_more_than_last_states(pair, tmp_path, kind, mode):
     records = decode(pair, PROMPTS, methods, {"j": judge}, config, tmp_path)
     judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, pair.tokenizer)
     for prompt in PROMPTS:
-        ids = encode(pair.tokenizer, prompt.said, 256, 24)
+        ids = encode(pair.tokenizer, prompt.conversation, 256, 24)
         alone = judged.generate(ids, assistant_model=pair.draft, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         (record,) = (each for each in records if (each.method, each.prompt) == ("judge:j=0.5", prompt.id))
         assert record.tokens == alone[: len(record.tokens)].tolist()
