@@ -41,7 +41,7 @@ from hf_selfjudge.mining.label_files import (
     write_shard,
 )
 from hf_selfjudge.models.load import fingerprint
-from hf_selfjudge.training.through_model import adapter_of
+from hf_selfjudge.training.model import adapter_of
 
 
 VOCAB, HIDDEN = 64, 32

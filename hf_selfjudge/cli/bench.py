@@ -8,17 +8,15 @@ from pathlib import Path
 from rich.markdown import Markdown
 
 from ..bench.methods import parse_methods
-from ..bench.plots import plot_tradeoff
-from ..bench.record import write_results, write_spec_bench
+from ..bench.report import plot_tradeoff, write_results, write_spec_bench
 from ..bench.runner import BenchConfig, decode, readable_context
-from ..bench.scores import Scorer, grid_of
-from ..bench.summary import summarise_quality, summarise_timing
+from ..bench.summary import Scorer, grid_of, summarise_quality, summarise_timing
 from ..data.prompts import balanced, fitting
 from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
 from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
-from ..scoring.quality import check_can_score
+from ..scoring.checks import check_can_score
 from ..utils.files import check_writable
 from .console import console, say, say_left_out
 from .options import OutputOptions, PairOptions, PromptOptions, option, reuse

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bench.answers import AnswerRecord
 from ..bench.quickstart import coloured_answer, figures, quickstart_table, run_quickstart, speed_lines
 from ..bench.runner import BenchConfig
 from ..data.prompts import fitting, read_prompts
@@ -60,18 +59,10 @@ def quickstart_command(options: QuickstartOptions) -> None:
         mine(pair, read_prompts(PROMPTS / "train.jsonl"), QUICK_MINING, labels, "train.jsonl")
         train_judge(ScriptArguments([str(labels)]), JudgeConfig(str(trained), components=16))
         judge = Judge.from_pretrained(trained)
-
-    def progress(records: list[AnswerRecord]) -> None:
-        speeds = ", ".join(f"{r.method} {len(r.tokens) / r.seconds:.1f} tokens/s" for r in records)
-        number = 1 + [prompt.id for prompt in prompts].index(records[0].prompt)
-        say(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}")
-
     names, int8_draft = parse_pair(options.pair), None
     if options.int8_draft:
         int8_draft = load_draft(names[1], pair.target, pair.tokenizer, options.draft_length, int8=True)
-    records = run_quickstart(
-        pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft, progress
-    )
+    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft)
     shown = max((record for record in records if record.method == "judged"), key=lambda record: record.stats.judged)
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))

@@ -17,17 +17,17 @@ from .console import say
 
 def train_command(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Train a judge on mined labels and write its card: --labels FOLDERS --output FOLDER; all options: --help."""
-    # The parser knows `--config FILE` alone.
+    # The parser does not know `--config=FILE`.
     words = [part for word in arguments or [] for part in word.split("=", word.startswith("--config="))]
     if words[-1:] == ["--config"]:
         raise ValueError("`config`: no file is named. Write `--config FILE`.")
     if "--config" in words:
-        path = words[words.index("--config") + 1]
-        try:  # the parser names neither the file nor the line
-            yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise ValueError(f"`config`: {path} is not YAML ({error}).") from error
-    train_judge(*script.make_parser(prog="hf-selfjudge train").parse_args_and_config(words))
+        read_text(words[words.index("--config") + 1])  # refuses what is not UTF-8, and says where
+    try:
+        options = script.make_parser(prog="hf-selfjudge train").parse_args_and_config(words)
+    except yaml.YAMLError as error:
+        raise ValueError(f"`config`: this is not YAML ({error}).") from error
+    train_judge(*options)
 
 
 def train_judge(script_args: script.ScriptArguments, training_args: JudgeConfig) -> None:

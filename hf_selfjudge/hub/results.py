@@ -86,7 +86,7 @@ def family_in(quality: dict[str, Any], weights: str, bench: str | os.PathLike) -
     Raises:
         ValueError: If the bench has no results of this judge.
     """
-    for family, judge_weights in quality["judges"].items():
+    for family, judge_weights in quality.get("judges", {}).items():  # none in files of earlier versions
         if judge_weights == weights:
             return family
     raise ValueError(f"`bench`: {bench} has no results of this judge. Run `hf-selfjudge bench --rule judge:FOLDER=…`.")

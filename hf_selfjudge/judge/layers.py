@@ -26,12 +26,8 @@ def layers_of(target: PreTrainedModel) -> torch.nn.ModuleList:
 
 class LayerStates:
     """
-    Gives a judge the hidden states that enter a layer of the target. It has the interface of a [`Replay`], but nothing
-    is computed and nothing is remembered from one forward to the next.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`]): A decoder.
-        layer (`int`): The layer, counted from 0; so many layers have been applied to the states.
+    Gives a judge the hidden states that enter a layer of the target (counted from 0). It has the interface of a
+    [`Replay`], but computes nothing.
 
     Attributes:
         entering (`torch.nn.Module`): The layer whose input is used.
@@ -55,12 +51,7 @@ class LayerStates:
 
     def __call__(self, entered: LayerInput, start: int) -> torch.Tensor:
         """
-        Args:
-            entered ([`LayerInput`]): The input of the layer in a forward of the target.
-            start (`int`): Unused; see [`ReplaySession`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, hidden_size)`: the hidden states.
+        The hidden states that entered the layer, of shape `(batch, tokens, hidden_size)`. `start` is not used.
 
         Raises:
             ValueError: If the layer does not get one state for each token.

@@ -1,8 +1,7 @@
 """The last hidden states that a target would have with the judge's LoRA adapter in its last layers.
 
-The target itself runs without the adapter, so that its own text stays what it is. What enters the first adapted layer
-is then fed to copies of the last layers, which share the target's weights and have the adapter: the last layers are
-computed twice. Knows nothing of candidates.
+The target itself runs without the adapter, so that its own text stays the same. What enters the first adapted layer
+is then fed to copies of the last layers, which share the target's weights and have the adapter.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +33,8 @@ UNSUPPORTED = (
 @dataclass
 class Adapter:
     """
-    A LoRA adapter (https://huggingface.co/papers/2106.09685), as PEFT saves it.
-
-    Args:
-        config (`dict`): Content of `adapter_config.json`.
-        tensors (`dict[str, torch.Tensor]`): Content of `adapter_model.safetensors`.
+    A LoRA adapter (https://huggingface.co/papers/2106.09685), as PEFT saves it: the content of `adapter_config.json`
+    and that of `adapter_model.safetensors`.
 
     Raises:
         ValueError: If it is not plain LoRA in numbered layers.
@@ -63,35 +59,23 @@ class Adapter:
             raise ValueError(f"`adapter`: {unknown[0][:300]!r} is not a weight of LoRA in numbered layers.")
         if len({NAME.fullmatch(name)["layers"] for name in self.tensors}) > 1:
             raise ValueError("`adapter` is in the layers of several parts of a model. Only one part can be replayed.")
-        modules = self._matrices()
-        if not modules or any(sides.keys() != {"A", "B"} for sides in modules.values()):
+        products = self.products()
+        if not products or any(sides.keys() != {"A", "B"} for sides in products.values()):
             raise ValueError("`adapter` does not have both matrices of each module.")
 
-    @property
-    def scale(self) -> float:
-        """Factor of the product of the matrices."""
-        rank = self.config["r"]
-        return self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def products(self) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    def products(self) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
         """For each layer and module in it the matrices: `A` of shape `(r, in)` and `B` of shape `(out, r)`."""
-        return {place: (sides["A"], sides["B"]) for place, sides in self._matrices().items()}
-
-    def _matrices(self) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
-        modules: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        products: dict[tuple[int, str], dict[str, torch.Tensor]] = defaultdict(dict)
         for name, tensor in self.tensors.items():
             part = NAME.fullmatch(name)
-            modules.setdefault((int(part["layer"]), part["module"]), {})[part["side"]] = tensor
-        return modules
+            products[int(part["layer"]), part["module"]][part["side"]] = tensor
+        return products
 
 
 class Replay:
     """
-    The last layers of a target, with an adapter. They share the target's weights; the target is not changed.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`]): A decoder.
-        adapter ([`Adapter`]): For its last layers.
+    The last layers of a target, a decoder, with an adapter. They share the target's weights; the target is not
+    changed.
 
     Attributes:
         entering (`torch.nn.Module`): The first adapted layer in the target. Its input is what is replayed.
@@ -123,7 +107,10 @@ class Replay:
                 if "layer_idx" in vars(module):  # the layer's place in the cache
                     module.layer_idx = index
         self._try(target)
-        for (layer, name), (a, b) in products.items():
+        rank = adapter.config["r"]
+        scale = adapter.config["lora_alpha"] / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+        for (layer, name), sides in products.items():
+            a, b = sides["A"], sides["B"]
             module = dict(self.decoder.layers[layer - first].named_modules()).get(name)
             shape = None if not isinstance(module, torch.nn.Linear) else (module.out_features, module.in_features)
             if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
@@ -131,7 +118,7 @@ class Replay:
                     f"`adapter`: {name} of layer {layer} has matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
                     f"which fit no linear layer of `target` there ({shape}). It was made for another one."
                 )
-            _add_product(module, a, b, adapter.scale)
+            _add_product(module, a, b, scale)
 
     def start(self) -> ReplaySession:
         """Begin another text."""
@@ -147,26 +134,17 @@ class Replay:
             with ForwardTap(target, lambda hidden, _, entered: forwards.append((hidden, entered)), self.entering):
                 target(input_ids=ids, use_cache=False)
             ((hidden, entered),) = forwards
-            replayed = self.start()(entered, 0)
+            if (self.start()(entered, 0) - hidden).norm() > torch.finfo(hidden.dtype).eps ** 0.5 * hidden.norm():
+                raise ValueError("they compute something else than in the target")
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             raise ValueError(
                 f"`target`: the last layers of {type(target).__name__} cannot be run by themselves ({error}). Use a "
                 "judge without an adapter."
             ) from error
-        if (replayed - hidden).norm() > torch.finfo(hidden.dtype).eps ** 0.5 * hidden.norm():
-            raise ValueError(
-                f"`target`: the last layers of {type(target).__name__} compute something else by themselves than in "
-                "it. Use a judge without an adapter."
-            )
 
 
 class ReplaySession:
-    """
-    The replay of one text, forward by forward, with a cache of its own.
-
-    Args:
-        decoder ([`~transformers.PreTrainedModel`]): The last layers, of a [`Replay`].
-    """
+    """The replay of one text, forward by forward, with a cache of its own. `decoder` is that of a [`Replay`]."""
 
     def __init__(self, decoder: PreTrainedModel):
         self.decoder, self.cache = decoder, DynamicCache()
@@ -174,13 +152,9 @@ class ReplaySession:
     @torch.no_grad()
     def __call__(self, entered: LayerInput, start: int) -> torch.Tensor:
         """
-        Args:
-            entered ([`LayerInput`]): The input of the first adapted layer in a forward of the target.
-            start (`int`): Tokens that the target's cache held before that forward. If this session's cache holds more,
-                the rest was discarded in the target, and is discarded here.
-
-        Returns:
-            `torch.Tensor` of shape `(1, tokens, hidden_size)`: the last hidden states.
+        The last hidden states, of shape `(1, tokens, hidden_size)`, where `entered` is the input of the first adapted
+        layer in a forward of the target, and `start` the number of tokens in the target's cache before that forward.
+        What this session's cache holds beyond `start` was discarded in the target, and is discarded here.
 
         Raises:
             ValueError: If this session's cache holds fewer: a forward of the target was not replayed.

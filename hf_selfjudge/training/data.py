@@ -5,8 +5,10 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import torch
+from torch.utils.data import StackDataset
 
 from ..judge.features import STATES
+from ..mining.label_files import mining_of
 from .config import SCORES, JudgeConfig
 
 
@@ -34,25 +36,26 @@ def soft_labels(labels: datasets.Dataset, args: JudgeConfig) -> np.ndarray:
     return values
 
 
-class Substitutions(torch.utils.data.Dataset):
+def features(labels: datasets.Dataset, known: np.ndarray, layer: int | None) -> StackDataset:
     """
-    Labels with mined features in memory. An item has `scalars` of shape `(len(SCALARS),)`, `hidden` of shape
-    `(len(STATES), hidden_size)` and `labels`, a number.
+    Labels with mined features in memory, for a judge of a `layer`. Rows whose label in `known` is NaN are left out.
 
-    Args:
-        labels (`datasets.Dataset`): As [`load_labels`] gives them.
-        known (`np.ndarray` of shape `(rows,)`): The label of each row; rows with NaN are left out.
+    Returns:
+        `StackDataset`: its items have `scalars` of shape `(len(SCALARS),)`, `hidden` of shape
+        `(len(STATES), hidden_size)` and `labels`, a number.
+
+    Raises:
+        ValueError: If the labels have the hidden states of another layer.
     """
-
-    def __init__(self, labels: datasets.Dataset, known: np.ndarray):
-        keep = np.flatnonzero(~np.isnan(known))
-        rows = labels.select(keep).with_format("numpy")
-        self.labels = torch.from_numpy(known[keep]).float()
-        self.scalars = torch.from_numpy(np.stack(rows["scalars"][:]))
-        self.hidden = torch.from_numpy(np.stack([np.stack(rows[name][:]) for name in STATES], axis=1))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name)[index] for name in ("scalars", "hidden", "labels")}
+    if (mined := mining_of(labels)["layer"]) != layer:
+        raise ValueError(
+            f"The labels have hidden states of layer {mined}, the judge looks at layer {layer} (None: the last ones). "
+            "Leave out `model`: then the judge is made for the labels."
+        )
+    keep = np.flatnonzero(~np.isnan(known))
+    rows = labels.select(keep).with_format("numpy")
+    return StackDataset(
+        scalars=torch.from_numpy(np.stack(rows["scalars"][:])),
+        hidden=torch.from_numpy(np.stack([np.stack(rows[name][:]) for name in STATES], axis=1)),
+        labels=torch.from_numpy(known[keep]).float(),
+    )

@@ -1,13 +1,8 @@
-"""Labels -> judge, in the shape of TRL's trainers.
-
-In: labels, and a judge or its target. Out: the trained judge, with its card. With mined features, training takes
-seconds and needs no model. Through the model, the target is run again, and an adapter in its last layers can be
-trained too.
-"""
+"""Labels -> judge, in the shape of TRL's trainers. On mined features training takes seconds and needs no model.
+Through the model the target is run again, and an adapter in its last layers can be trained too."""
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +14,7 @@ import torch
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, set_peft_model_state_dict
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME
@@ -29,17 +25,15 @@ from ..mining.label_files import mining_of
 from ..mining.layers import IGNORED, DataCollatorForJudge, answers_of
 from ..models.load import fingerprint, load_model
 from ..utils.names import public_name
-from .config import JudgeConfig, check_options, check_steps, describe_steps
-from .data import Substitutions, soft_labels
-from .initialisation import UNCHOSEN, fit_projection, new_judge
-from .metrics import agreement, judge_metrics
-from .through_model import TargetWithJudge, adapter_of, add_adapter
+from .config import JudgeConfig, check_options, check_steps
+from .data import features, soft_labels
+from .evaluation import agreement, judge_metrics
+from .model import UNCHOSEN, TargetWithJudge, adapter_of, add_adapter, fit_projection, new_judge
 
 
 class JudgeTrainer(Trainer):
     """
-    Trainer for judges: a [`~transformers.Trainer`] that refuses options that it does not support
-    ([`check_options`]).
+    Trainer for judges: a [`~transformers.Trainer`] that refuses options that it would not obey.
 
     Example:
 
@@ -53,39 +47,32 @@ class JudgeTrainer(Trainer):
 
     Args:
         model ([`Judge`], [`TargetWithJudge`], [`~transformers.PreTrainedModel`] or `str`, *optional*):
-            What to train:
-
-            - `None`: a new judge for the models that `train_dataset` was mined with, on the mined features;
-            - a judge: its head, on the mined features;
-            - a target with a judge, or a target alone (a model, or its id), for which a new judge is made: the head
-              and the adapter of `peft_config`, through the model.
-
-            A judge that was not trained yet takes its normalisation and its components from `train_dataset`.
+            What to train. On the mined features: a judge's head, by default that of a new judge for the models that
+            `train_dataset` was mined with. Through the model: the head of a judge on its target, or of a new judge on
+            a target (a model, or its id), and the adapter of `peft_config`. A new judge takes its normalisation and
+            its components from `train_dataset`.
         args ([`JudgeConfig`], *optional*):
-            Options of the training. By default those of [`JudgeConfig`]; through the model one pass over the answers,
-            4 at a time, with a learning rate of 5e-4.
+            Options. By default those of [`JudgeConfig`]; through the model one pass over the answers, 4 at a time,
+            with a learning rate of 5e-4.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            Function to form a batch. Will default to [`~transformers.default_data_collator`], or through the model to
-            [`DataCollatorForJudge`].
+            By default [`~transformers.default_data_collator`], or through the model [`DataCollatorForJudge`].
         train_dataset ([`~datasets.Dataset`]):
             Labels, as [`load_labels`] gives them.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-            Labels to evaluate on: of other prompts.
+            Labels of other prompts to evaluate on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the target: through the model, its padding token fills up short answers.
+            Tokenizer of the target. Through the model, its padding token fills up short answers.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
-            Metrics at evaluation. Will default to [`judge_metrics`]. `batch_eval_metrics`,
-            `eval_do_concat_batches=False` and `preprocess_logits_for_metrics` need one of your own.
-        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks to customize the training loop.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler to use. The optimizer must have all parameters that are trained.
-        optimizer_cls_and_kwargs (`tuple`, *optional*):
-            Optimizer class and keyword arguments to use.
-        preprocess_logits_for_metrics (`Callable`, *optional*):
-            Preprocesses the log-odds before they are cached at evaluation.
+            By default [`judge_metrics`]. `batch_eval_metrics`, `eval_do_concat_batches=False` and
+            `preprocess_logits_for_metrics` need one of your own.
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
+            As of [`~transformers.Trainer`]. An optimizer must have all parameters that are trained.
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA adapter to train in the target's last layers. If `None`, the head alone is trained.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If arguments do not fit each other, the labels tell nothing or an option would not be obeyed.
     """
 
     loss_is_scaled_for_ga = True  # see `compute_loss`
@@ -109,14 +96,15 @@ class JudgeTrainer(Trainer):
             raise TypeError(f"`train_dataset` must be a `Dataset` of labels, got `{type(train_dataset).__name__}`.")
         if not isinstance(model, Judge | TargetWithJudge | PreTrainedModel | str | None):
             raise TypeError(
-                f"`model` must be a `Judge`, a `TargetWithJudge`, a target or its id, got `{type(model).__name__}`."
+                f"`model` must be a `Judge`, `TargetWithJudge`, target or its id, got `{type(model).__name__}`."
             )
         if preprocess_logits_for_metrics is not None and compute_metrics is None:
             raise ValueError("`preprocess_logits_for_metrics` needs a `compute_metrics` that takes what it returns.")
         self.through_model = not isinstance(model, Judge | None)
+        mining = mining_of(train_dataset)
         if args is None:
             options = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 5e-4}
-            target_name = public_name(mining_of(train_dataset)["target"]).split("/")[-1]
+            target_name = public_name(mining["target"]).split("/")[-1]
             args = JudgeConfig(f"{target_name}-Judge", **(options if self.through_model else {}))
         check_options(args, self.through_model, eval_dataset is not None, compute_metrics is not None)
         set_seed(args.seed)
@@ -124,31 +112,33 @@ class JudgeTrainer(Trainer):
             model, tokenizer = load_model(model, torch.bfloat16)
             processing_class = processing_class or tokenizer
         if model is None:
-            model = new_judge(mining_of(train_dataset), args)
+            model = new_judge(mining, args)
         if isinstance(model, PreTrainedModel):
             weights = {"target": model.config.name_or_path, "target_fingerprint": fingerprint(model)}
-            model = TargetWithJudge(model, new_judge(mining_of(train_dataset) | weights, args))
+            model = TargetWithJudge(model, new_judge(mining | weights, args))
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         self.judge = model.judge if self.through_model else model
+        self.has_adapter = self.through_model and model.has_adapter
         if self.judge.adapter is not None:
             raise ValueError("`model`: the judge has an adapter already. Train a new one.")
-        if data_collator is None:
-            data_collator = _answer_collator(processing_class) if self.through_model else default_data_collator
+        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any token will do: it is masked
+        collator = DataCollatorForJudge(pad_token_id) if self.through_model else default_data_collator
         known = soft_labels(train_dataset, args)
-        self.label_count = int((~np.isnan(known)).sum())
-        rows = self._prepare_dataset(train_dataset, args)
-        check_steps(args, len(rows), known[~np.isnan(known)])
+        rows, has_label = self._prepare_dataset(train_dataset, known), ~np.isnan(known)
+        self.label_count = int(has_label.sum())
+        check_steps(args, len(rows), known[has_label])
         if not self.judge.projection.any() and not self.judge.scalar_mean.any():
-            fit_projection(self.judge, self._with_mined_states(train_dataset, known), args.seed)
+            fit_projection(self.judge, features(train_dataset, known, self.judge.info.layer), args.seed)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare_dataset(labels, args) for name, labels in eval_dataset.items()}
+            parts = eval_dataset.items()
+            eval_dataset = {name: self._prepare_dataset(part, soft_labels(part, args)) for name, part in parts}
         elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, args)
+            eval_dataset = self._prepare_dataset(eval_dataset, soft_labels(eval_dataset, args))
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=data_collator or collator,
             train_dataset=rows,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -161,33 +151,21 @@ class JudgeTrainer(Trainer):
         self._metrics = defaultdict(list)  # of training, since the last log
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by a launcher
             raise ValueError("FSDP and DeepSpeed would not be obeyed: a judge stays whole on each device. Use DDP.")
-        if self.optimizer is not None:
-            _check_optimizer(self.optimizer, self.model)
+        _check_optimizer(self.optimizer, self.model)
 
-    def _prepare_dataset(self, labels: datasets.Dataset, args: JudgeConfig) -> torch.utils.data.Dataset:
-        known = soft_labels(labels, args)
-        return answers_of(labels, known) if self.through_model else self._with_mined_states(labels, known)
-
-    def _with_mined_states(self, labels: datasets.Dataset, known: np.ndarray) -> Substitutions:
-        if (layer := mining_of(labels)["layer"]) != self.judge.info.layer:
-            raise ValueError(
-                f"The labels have hidden states of layer {layer}, the judge looks at layer {self.judge.info.layer} "
-                "(None: the last ones). Leave out `model`: then the judge is made for the labels."
-            )
-        return Substitutions(labels, known)
+    def _prepare_dataset(self, labels: datasets.Dataset, known: np.ndarray) -> Dataset:
+        return answers_of(labels, known) if self.through_model else features(labels, known, self.judge.info.layer)
 
     def train(self, *args, **kwargs):
         """
         Train. What was measured of the judge before, and the thresholds chosen there, are discarded.
 
         Raises:
-            ValueError: If no step was taken, the loss or a weight is not finite, or there is no best judge to load.
+            ValueError: If the loss or a weight is not finite, or there is no best judge to load.
         """
         self.judge.info = replace(self.judge.info, threshold=UNCHOSEN, training={}, operating_points={})
         self._metrics.clear()
         output = super().train(*args, **kwargs)
-        if not self.state.global_step:
-            raise ValueError(f"No step was taken: {describe_steps(self.args, len(self.train_dataset))}.")
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             raise ValueError("`load_best_model_at_end`: no judge was evaluated and saved, so there is no best one.")
         self._complete_judge()
@@ -198,61 +176,22 @@ class JudgeTrainer(Trainer):
         for name, value in self.model.named_parameters():
             if value.requires_grad and not value.isfinite().all():
                 raise ValueError(f"`learning_rate`: {name} is not finite any more. Lower it.")
-        if self._has_adapter():
+        if self.has_adapter:
             self.judge.adapter = adapter_of(self.model.target)
             self.judge.info = replace(self.judge.info, adapter=True)
 
-    def _has_adapter(self) -> bool:
-        return self.through_model and self.model.has_adapter
-
-    def training_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise ValueError(f"`learning_rate`: the loss is {loss:g} after {self.state.global_step} steps. Lower it.")
         return loss
 
-    def _get_num_items_in_batch(
-        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
-    ) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """The number of labels in all batches of a step; with `average_tokens_across_devices` its mean over the
         processes, whose gradients are averaged."""
         count = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
         count = torch.as_tensor(count, dtype=torch.float, device=device)
         return self.accelerator.reduce(count, "mean") if self.args.average_tokens_across_devices else count
-
-    def _get_dataloader(
-        self,
-        dataset: torch.utils.data.Dataset,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> torch.utils.data.DataLoader:
-        """At evaluation no row is dropped, and rows stay in order."""
-        options = self.args
-        if not is_training:
-            self.args = copy.copy(options)
-            self.args.dataloader_drop_last, self.args.train_sampling_strategy = False, "random"
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        finally:
-            self.args = options
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
-        """Refuse a metric that is missing or NaN: no later one would beat it."""
-        name = self.args.metric_for_best_model
-        if name is not None and not np.isfinite(metrics.get(f"eval_{name.removeprefix('eval_')}", np.nan)):
-            raise ValueError(
-                f"`metric_for_best_model`: after {self.state.global_step} steps there is no number for {name!r}, only "
-                f"for {', '.join(sorted(metrics))}. Choose one of these."
-            )
-        return super()._determine_best_metric(metrics, trial)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "places", "substitutes", "scalars", "hidden", "labels"]
@@ -269,11 +208,10 @@ class JudgeTrainer(Trainer):
         labels = inputs["labels"]
         odds = model(**{name: value for name, value in inputs.items() if name != "labels"})
         known = labels != IGNORED
-        count = known.sum()
-        if self.model.training and num_items_in_batch is not None:
-            count = num_items_in_batch
+        trains = self.model.training
+        count = num_items_in_batch if trains and num_items_in_batch is not None else known.sum()
         loss = binary_cross_entropy_with_logits(odds[known], labels[known], reduction="sum") / count
-        if self.model.training:
+        if trains:
             prior = self.judge.head.weight.square().sum() / (2 * self.args.prior * self.label_count)
             loss = loss + prior / self.current_gradient_accumulation_steps
             for name, value in agreement(odds[known].detach(), labels[known]).items():
@@ -287,20 +225,21 @@ class JudgeTrainer(Trainer):
         super().log(logs, start_time)
 
     def odds(self, labels: datasets.Dataset) -> np.ndarray:
-        """The judge's log-odds that the meaning changes, of shape `(rows,)`; NaN where the label is not known."""
-        dataset, known = self._prepare_dataset(labels, self.args), soft_labels(labels, self.args)
-        odds, predictions = np.full(len(known), np.nan), []
+        """The judge's log-odds that the meaning changes, of shape `(rows,)`."""
+        dataset, predictions = self._prepare_dataset(labels, np.zeros(len(labels))), []
+        # Not `predict`: options would change which rows it returns, and what of them.
+        batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
         self.model.eval()
-        with torch.no_grad():  # not `predict`: options of metrics would change what it returns
-            for inputs in self.get_test_dataloader(dataset):
+        with torch.no_grad():
+            for inputs in self.accelerator.prepare(batches):
                 del inputs["labels"]
                 batch = self.accelerator.pad_across_processes(self.model(**self._prepare_inputs(inputs)), dim=1)
                 predictions += self.accelerator.gather_for_metrics(batch).cpu().numpy().tolist()
-        if self.through_model:
-            for rows, values in zip(dataset["rows"], predictions, strict=True):
-                odds[rows] = values[: len(rows)]
-        else:
-            odds[~np.isnan(known)] = predictions
+        if not self.through_model:
+            return np.array(predictions)
+        odds = np.empty(len(labels))
+        for rows, values in zip(dataset["rows"], predictions, strict=True):
+            odds[rows] = values[: len(rows)]
         return odds
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -310,33 +249,14 @@ class JudgeTrainer(Trainer):
         if self.args.should_save:
             self.judge.save_pretrained(output_dir or self.args.output_dir)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
-        self._write_card(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write the judge's card into `args.output_dir`. The arguments are those of [`~transformers.Trainer`] and have
-        no effect: the content comes from the judge."""
-        self._write_card(Path(self.args.output_dir))
-
-    def _write_card(self, folder: Path) -> None:
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the judge's card into `args.output_dir`. The arguments of [`~transformers.Trainer`] have no effect."""
         if self.is_world_process_zero():
-            write_card(folder, self.judge.info, fingerprint(self.judge))
+            write_card(self.args.output_dir, self.judge.info, fingerprint(self.judge))
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-    ) -> CommitInfo | None:
+    def push_to_hub(self, *args, token: str | None = None, revision: str | None = None, **kwargs) -> CommitInfo | None:
         """Publish the judge with its card as `args.hub_model_id`, by default under the name of the output folder.
-        `commit_message` and `blocking` have no effect: the call returns when all is uploaded."""
+        Other arguments have no effect. The call returns when all is uploaded."""
         if not self.is_world_process_zero():
             return None
         repo = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
@@ -351,12 +271,12 @@ class JudgeTrainer(Trainer):
                 f"{refused} has no {OPTIMIZER_NAME}. It is not a checkpoint, or one of `save_only_model`, from which "
                 "training cannot go on as it was. Name another one."
             )
-        saved, own = Judge.from_pretrained(folder), replace(self.judge.info, adapter=self._has_adapter())
+        saved, own = Judge.from_pretrained(folder), replace(self.judge.info, adapter=self.has_adapter)
         for name in ("target_fingerprint", "layer", "scalars", "states", "components", "adapter"):
             theirs, ours = getattr(saved.info, name), getattr(own, name)
             if theirs != ours:
                 raise ValueError(f"{refused} is of another judge, whose {name} is {theirs!r}, not {ours!r}.")
-        if self._has_adapter():
+        if self.has_adapter:
             # A judge's files call the target by its public name.
             peft_config = adapter_of(self.model.target).config | {"base_model_name_or_path": saved.info.target}
             if saved.adapter.config != peft_config:
@@ -368,24 +288,16 @@ class JudgeTrainer(Trainer):
 
     def _load_weights(self, saved: Judge) -> None:
         self.judge.load_state_dict(saved.state_dict())
-        if self._has_adapter():
+        if self.has_adapter:
             set_peft_model_state_dict(self.model.target, saved.adapter.tensors)
 
 
-def _answer_collator(tokenizer: PreTrainedTokenizerBase | None) -> DataCollatorForJudge:
-    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
-    return DataCollatorForJudge(next((token for token in tokens if token is not None), 0))
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """
-    Raises:
-        ValueError: If it lacks a parameter that is trained.
-    """
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
+    if optimizer is None:
+        return
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, value in model.named_parameters():
         if value.requires_grad and id(value) not in given:
             raise ValueError(
-                f"`optimizers`: {name} is to be trained, but the optimizer does not have it. Make it of the "
-                "parameters of `model`, or pass `optimizer_cls_and_kwargs`."
+                f"`optimizers`: {name} is to be trained. Make the optimizer of the parameters of `model`."
             )

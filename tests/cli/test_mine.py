@@ -77,7 +77,7 @@ def test_standard_input_is_for_one_process(fail, tmp_path, monkeypatch):
         ("labels: [nowhere]".encode("utf-16"), "judge.yaml:1: this is not UTF-8 text, but perhaps UTF-16"),
         (b"folds: 2\nlabels: [\xe9]", "judge.yaml:2: this is not UTF-8 text, but perhaps Latin-1"),
         (b"labels: [nowhere", "`config`: "),
-        (b"labels: [nowhere]\nscalars: null", "`scalars` must be a list of names, or 'none', got None"),
+        (b"labels: [nowhere]\nscalars: null", "`scalars` must be 'none' or a list of margin, "),
         (b"labels: [nowhere]\nscalars: margin\nstates: none", "nowhere has no mining.json"),
         (b"labels: [nowhere]\ndo_eval: true", "`do_eval` needs labels to evaluate on"),
         (b"labels: [nowhere]\ndo_predict: true", "`do_predict` needs labels to evaluate on"),

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels
-from hf_selfjudge.bench.record import heading
+from hf_selfjudge.bench.report import heading
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.demo.page import folder_of
 from hf_selfjudge.hub.publish import SPACES, pull_judge, push_judge, push_labels, push_results, push_space
@@ -359,7 +359,7 @@ def test_nothing_of_this_machine_is_published(hub, private, tmp_path):
     add_results(folder, fingerprint(judge), figures, [bench])
     card_of(judge, folder)
     shared = [path for path in folder.rglob("*") if path.name in ("README.md", "config.json", "results.json")]
-    assert len(shared) == 5  # of a checkpoint, too
+    assert len(shared) == 4  # of a checkpoint, too
     assert not tells_of_this_machine({path.name: path.read_bytes() for path in shared}, tmp_path)
     push_judge(folder, REPO)
     judge.push_to_hub("me/other")

@@ -20,9 +20,8 @@ from hf_selfjudge.mining.label_files import mining_of
 from hf_selfjudge.mining.layers import add_layer_states
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import Pair
-from hf_selfjudge.training.initialisation import new_judge
+from hf_selfjudge.training.model import TargetWithJudge, new_judge
 from hf_selfjudge.training.script import ScriptArguments, main
-from hf_selfjudge.training.through_model import TargetWithJudge
 from tests.builders import MINING, PROMPTS, build, midway_judge, perturbed
 
 

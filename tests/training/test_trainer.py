@@ -27,9 +27,8 @@ from hf_selfjudge.models.pair import DRAFT_MODEL, LOOKUP, parse_pair
 from hf_selfjudge.training import script as training
 from hf_selfjudge.training.data import soft_labels
 from hf_selfjudge.training.evaluation import calibrate, reliability
-from hf_selfjudge.training.initialisation import new_judge
+from hf_selfjudge.training.model import TargetWithJudge, new_judge
 from hf_selfjudge.training.script import ScriptArguments, main, make_parser
-from hf_selfjudge.training.through_model import TargetWithJudge
 from hf_selfjudge.utils.names import public_mining
 from tests.builders import (
     HIDDEN,
@@ -115,7 +114,7 @@ def test_features_are_whitened(fitted):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("looks_at", [{"scalars": ["margin"]}, {"states": ["hidden_after"]}, {"states": []}])
-def test_a_judge_looks_at_what_it_is_told(fitted, tmp_path, looks_at):
+def test_a_judge_uses_only_its_features(fitted, tmp_path, looks_at):
     folder, _, _ = fitted
     judge = main(script(folder, resamples=2), config(tmp_path, **looks_at))
     full = {"scalars": list(SCALARS), "states": list(STATES)} | looks_at
@@ -214,7 +213,6 @@ def test_resumed_equals_uninterrupted(target, answers, tmp_path, adapter):
     whole.train()
     first = run(tmp_path / "parts", save_strategy="steps", save_steps=3)
     first.train()
-    assert (tmp_path / "parts/checkpoint-3/README.md").is_file()
     assert (tmp_path / "parts/checkpoint-3/adapter_model.safetensors").is_file() == adapter
     second = run(tmp_path / "parts")
     second.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3"))
@@ -223,7 +221,7 @@ def test_resumed_equals_uninterrupted(target, answers, tmp_path, adapter):
 
 
 def test_substitutes_see_what_they_would_see_alone(target, answers, tmp_path):
-    """Packed behind each other, padded, beside other answers: each state is that of the text with the substitute."""
+    """Packed, padded and beside other answers, each state is that of the text with the substitute."""
     judge = new_judge(mining_of(answers), config(tmp_path, components=4))
     rows = answers_of(answers, np.array(answers["changed"][:]))
     batch = DataCollatorForJudge(0)([rows[i] for i in range(3)])
@@ -249,13 +247,13 @@ def test_the_collator_gives_what_its_docstring_says():
 
 
 def test_the_script_trains_an_adapter(tmp_path, monkeypatch):
-    """Behind the head, on the same labels; each fold begins with the target as it was."""
+    """After the head, on the same labels; each fold begins with the target as it was."""
     target = build("llama", num_hidden_layers=3)
     before = {name: value.clone() for name, value in target.named_parameters()}
     monkeypatch.setattr(training, "load_model", lambda reference, dtype: (target, Padding()))
     folder = write_answer_labels(tmp_path / "labels", target)
     options = {"folds": 2, "lora_layers": 2, "lora_r": 2, "lora_epochs": 2.0, "lora_learning_rate": 0.01}
-    # What is about text is for the part that reads some.
+    # Only the adapter's training reads text.
     of_text = {"activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
     with pytest.raises(ValueError, match="`lora_layers` is 4, but the target has 3 layers"):
         main(script(folder, folds=2, lora_layers=4), config(tmp_path / "judge", components=4))
@@ -263,7 +261,7 @@ def test_the_script_trains_an_adapter(tmp_path, monkeypatch):
     loaded = Judge.from_pretrained(tmp_path / "judge")
     assert loaded.info == judge.info
     assert {layer for layer, _ in loaded.adapter.products()} == {1, 2}
-    assert all(b.any() for _, b in loaded.adapter.products().values())
+    assert all(sides["B"].any() for sides in loaded.adapter.products().values())
     assert "--lora_layers 2 --lora_learning_rate 0.01 --lora_modules q_proj v_proj --lora_r 2" in (
         tmp_path / "judge/README.md"
     ).read_text().replace("--lora_batch 4 --lora_epochs 2.0 ", "")
@@ -325,9 +323,9 @@ def test_the_card_says_that_mining_was_stopped(fitted, tmp_path):
     assert (judge.info.training["mining"][0]["shards"], mining[0]["shards"]) == ([1, 1], [1, 7])
     other = copy.deepcopy(judge)
     other.info = replace(judge.info, training=judge.info.training | {"mining": [*map(public_mining, mining)]})
-    for each, told in ((judge, 0), (other, 2)):
+    for each, count in ((judge, 0), (other, 2)):
         card_of(each, tmp_path)
-        assert (tmp_path / "README.md").read_text().count("stopped after 1 of 7 shards") == told
+        assert (tmp_path / "README.md").read_text().count("stopped after 1 of 7 shards") == count
 
 
 def test_the_card_says_which_layer(fitted, tmp_path):
@@ -346,7 +344,7 @@ def test_the_card_says_which_layer(fitted, tmp_path):
     assert trained.startswith("hf-selfjudge train --labels labels/1 ")
 
 
-def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, monkeypatch):
+def test_a_judge_no_better_than_chance_is_not_calibrated(fitted, tmp_path, monkeypatch):
     """A negative slope would turn it upside down."""
     folder, judge, _ = fitted
     monkeypatch.setattr(training, "calibrate", lambda odds, label: (-0.5, 0.1))
@@ -357,7 +355,7 @@ def test_a_judge_that_tells_nothing_is_left_as_it_was_trained(fitted, tmp_path, 
     torch.testing.assert_close(judge.head.weight, slope * other.head.weight)
 
 
-def test_training_anew_forgets_what_was_measured(fitted, tmp_path):
+def test_training_again_discards_what_was_measured(fitted, tmp_path):
     folder, _, saved = fitted
     judge = Judge.from_pretrained(saved)
     judge.info = replace(judge.info, threshold="0.03/token", operating_points={"fast": {"threshold": 0.3}})
@@ -505,10 +503,6 @@ def test_options_are_obeyed(fitted, tmp_path, options, other):
 
 
 def test_the_end_of_training_is_looked_at(fitted, tmp_path):
-    judging = on_features(fitted[0], tmp_path / "a")
-    judging.args.max_steps = 0
-    with pytest.raises(ValueError, match="No step was taken: `max_steps` is 0"):
-        judging.train()
     judging = on_features(fitted[0], tmp_path / "b", learning_rate=1e38)
     with pytest.raises(ValueError, match="`learning_rate`: the loss is (nan|inf) after 1 steps"):
         judging.train()
@@ -575,7 +569,7 @@ def test_what_is_undefined_is_left_out_and_is_not_the_best(fitted, tmp_path):
         assert "NaN" not in path.read_text()
     options["metric_for_best_model"] = "auroc"
     judging = on_features(fitted[0], tmp_path / "auroc", own={"eval_dataset": same}, **options)
-    with pytest.raises(ValueError, match="`metric_for_best_model`: after 2 steps there is no number for 'auroc'"):
+    with pytest.raises(KeyError, match="'eval_auroc', which is not found in the evaluation metrics"):
         judging.train()
 
 
@@ -620,13 +614,11 @@ def test_training_goes_on_from_its_own_checkpoints_only(fitted, target, answers,
 @pytest.mark.parametrize(
     "options", [{"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}], ids=str
 )
-def test_every_row_counts_at_evaluation_and_stays_in_order(target, answers, tmp_path, options):
-    few = answers.select(range(6))
-    chosen = through(target, answers, tmp_path, eval_dataset=few, per_device_eval_batch_size=5, **options)
+def test_odds_are_those_of_all_rows_in_order(target, answers, tmp_path, options):
+    chosen = through(target, answers, tmp_path, per_device_eval_batch_size=5, **options)
     chosen.train()
     plain = through(chosen.model, answers, tmp_path, per_device_eval_batch_size=5)
     np.testing.assert_allclose(chosen.odds(answers), plain.odds(answers), rtol=1e-5)
-    assert chosen.evaluate()["eval_loss"] > 0
 
 
 def test_odds_do_not_depend_on_what_evaluation_does(fitted, tmp_path):
@@ -734,11 +726,11 @@ def test_errors(fitted, target, answers, tmp_path):
     for options, message in (
         ({"label": "margin"}, "`label` must be one of changed,"),
         ({"label_threshold": 0.1}, "`label_threshold` is for the labels likelihood and confidence"),
-        ({"scalars": ["rank"]}, "`scalars` must be among margin,.* got rank"),
+        ({"scalars": ["rank"]}, r"`scalars` must be 'none' or a list of margin, .* got \['rank'\]"),
         ({"scalars": [], "states": []}, "both empty"),
-        ({"scalars": "rank"}, "`scalars` must be among margin,.* got rank"),
-        ({"scalars": None}, "`scalars` must be a list of names, or 'none', got None"),
-        ({"states": [1]}, r"`states` must be a list of names, or 'none', got \[1\]"),
+        ({"scalars": "rank"}, "`scalars` must be 'none' or a list of margin, .* got 'rank'"),
+        ({"scalars": None}, "`scalars` must be 'none' or a list of margin, .* got None"),
+        ({"states": [1]}, r"`states` must be 'none' or a list of hidden_before, .* got \[1\]"),
         *(({"components": n}, f"`components` must be a whole number, 1 or more, got {n}") for n in (0, -1, 1.5, True)),
     ):
         with pytest.raises(ValueError, match=message):
@@ -758,12 +750,12 @@ def test_errors(fitted, target, answers, tmp_path):
         JudgeTrainer(judge, config(tmp_path))
     with pytest.raises(TypeError, match="`model` must be a `Judge`"):
         JudgeTrainer(torch.nn.Linear(1, 1), config(tmp_path), train_dataset=answers)
-    with pytest.raises(ValueError, match="You passed `peft_config` without a target"):
+    with pytest.raises(ValueError, match="`peft_config` needs a target"):
         JudgeTrainer(judge, config(tmp_path), train_dataset=load_labels(folder), peft_config=lora())
-    with pytest.raises(TypeError, match="`peft_config` must be a `peft.PeftConfig` instance"):
+    with pytest.raises(TypeError, match="`peft_config` must be a `peft.PeftConfig`, got `dict`"):
         through(target, answers, tmp_path, {"r": 4})
     adapted = through(target, answers, tmp_path, lora()).model
-    with pytest.raises(ValueError, match="You passed a `PeftModel` instance together with a `peft_config`"):
+    with pytest.raises(ValueError, match="`model` has an adapter already"):
         through(adapted, answers, tmp_path, lora())
 
 

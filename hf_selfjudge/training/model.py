@@ -1,26 +1,79 @@
-"""A judge on its target, trained on states that the target computes anew, with an adapter in its last layers."""
+"""What is trained: a new judge for the models that labels are of, alone or on its target, with an adapter in the
+target's last layers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+from torch.utils.data import StackDataset
 from transformers import PreTrainedModel
 
+from ..judge.info import JudgeInfo
 from ..judge.judge import Judge
 from ..judge.lora import Adapter
+from ..judge.threshold import Threshold
 from ..mining.layers import StateReader
 from ..models.cpu import HalfLinear
+from ..utils.names import public_mining
+from .config import JudgeConfig
+
+
+UNCHOSEN = Threshold(0.5)  # until one is chosen on held-out prompts
+
+
+def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
+    """A judge that is not trained yet, for labels that were mined as `mining` says ([`mining_of`])."""
+    mining = public_mining(mining)
+    names = ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft", "special_tokens", "layer")
+    chosen = {
+        "scalars": args.scalars,
+        "states": args.states,
+        "components": min(args.components, mining["hidden_size"]),
+    }
+    return Judge(JudgeInfo(**{name: mining[name] for name in names}, **chosen, threshold=UNCHOSEN))
+
+
+@torch.no_grad()
+def fit_projection(judge: Judge, rows: StackDataset, seed: int) -> None:
+    """
+    Set a judge's normalisation, and its projection to whitened principal components of each hidden state, from the
+    [`features`] that it will be trained on. `seed` is that of the randomised decomposition.
+
+    Raises:
+        ValueError: If there are fewer rows than components.
+    """
+    components, scalars, hidden = judge.info.components, rows.datasets["scalars"], rows.datasets["hidden"]
+    if judge.sides and len(rows) < components:
+        raise ValueError(
+            f"`components` is {components}, but there are {len(rows)} labels only. Mine more or lower it."
+        )
+    if judge.columns:
+        scaler = StandardScaler().fit(scalars[:, judge.columns].numpy())
+        judge.scalar_mean.copy_(torch.from_numpy(scaler.mean_))
+        judge.scalar_scale.copy_(torch.from_numpy(scaler.scale_))
+    for side, state in enumerate(judge.sides):
+        states = hidden[:, state].float().numpy()
+        # Each dimension is scaled first: a few of the target's dimensions are a hundred times the others.
+        scaler = StandardScaler().fit(states)
+        pca = PCA(components, whiten=True, svd_solver="randomized", random_state=seed)
+        pca.fit(scaler.transform(states))
+        # The normalised states have mean 0, so the components' own centre is 0 as well.
+        # Rows of the same place share a state: some components may have next to no variance.
+        variance = np.maximum(pca.explained_variance_, 1e-4 * max(1, pca.explained_variance_[0]))
+        matrix = pca.components_.T / np.sqrt(variance) / scaler.scale_[:, None]
+        judge.hidden_mean[side] = torch.from_numpy(scaler.mean_)
+        judge.projection[side] = torch.from_numpy(matrix)
 
 
 class TargetWithJudge(torch.nn.Module):
     """
-    A target with a judge on it. The target's own weights are not trained.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Computes the hidden states.
-        judge ([`Judge`]): Made for the target.
+    A target with a judge on it. The target computes the hidden states; its own weights are not trained.
 
     Raises:
         ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), its weights are packed
@@ -65,13 +118,10 @@ class TargetWithJudge(torch.nn.Module):
         states = self.reader(places=places, **text)
         return self.judge(scalars.flatten(0, 1), states.flatten(0, 1)).view(places.shape)
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Like that of [`~transformers.PreTrainedModel`]. Without an adapter no activation of the target is kept."""
         if self.has_adapter:
-            base = self.target.get_base_model()
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+            self.target.get_base_model().activation_checkpointing_enable(*args, **kwargs)
 
 
 def add_adapter(model: Judge | TargetWithJudge, peft_config: PeftConfig) -> TargetWithJudge:
@@ -83,20 +133,11 @@ def add_adapter(model: Judge | TargetWithJudge, peft_config: PeftConfig) -> Targ
         ValueError: If `model` has no target or an adapter already, or decoding could not use such an adapter.
     """
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            "`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
-            f"{type(peft_config).__name__}."
-        )
+        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, got `{type(peft_config).__name__}`.")
     if isinstance(model, Judge):
-        raise ValueError(
-            "You passed `peft_config` without a target: a `Judge` alone is trained on mined features, and there is no "
-            "model to put an adapter into. Pass the target, or a `TargetWithJudge`."
-        )
+        raise ValueError("`peft_config` needs a target to put the adapter into. Pass the target as `model`.")
     if model.has_adapter:
-        raise ValueError(
-            "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first merge and "
-            "unload the existing adapter, and pass the resulting model along with the new `peft_config`."
-        )
+        raise ValueError("`model` has an adapter already. Unload it, or leave out `peft_config`.")
     adapted = get_peft_model(model.target, peft_config)
     adapter_of(adapted)  # refuse now what decoding could not use
     return TargetWithJudge(adapted, model.judge)
