@@ -1,9 +1,10 @@
-"""In: a method, a prompt, models. Out: an [`AnswerRecord`] of one answer, and what was measured on the way."""
+"""In: a method, a prompt, models. Out: an [`AnswerRecord`]: one answer and what was measured while decoding it."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -24,26 +25,22 @@ from ..models.tokens import eos_tokens, greedy, until_eos
 from .methods import Method
 
 
-STOCK_LENGTH = 5  # tokens that stock drafts where rules have "auto"
-
-
 @dataclass
 class AnswerRecord:
     """
-    An answer, and what was measured while it was decoded: a line of `quality.jsonl` or `timing.jsonl`.
+    One answer and what was measured while it was decoded: a line of `quality.jsonl` or `timing.jsonl`.
 
     Args:
-        method (`str`): Name of the method.
-        prompt (`str`): Id of the prompt.
-        repeat (`int`): How many times this answer was decoded before.
-        share (`float`, *optional*): Of a coin that is like a judge: the share of mismatches that it accepts.
+        method, prompt (`str`): Name of the method, and id of the prompt.
+        repeat (`int`): How often this answer was decoded before.
+        share (`float`, *optional*): For a coin that imitates a judge, the share of mismatches that it accepts.
         tokens (`list[int]`): The answer.
         finished (`bool`): Whether it ended before the limit.
-        seconds (`float`, *optional*): Wall time of `generate`; not in mode quality, where answers share forwards.
-        logprob (`float`, *optional*): Sum of the tokens' log-probabilities under the target, nats; in mode quality.
+        seconds (`float`, *optional*): Wall time of `generate`, in mode timing.
+        logprob (`float`, *optional*): Sum of the tokens' log-probabilities under the target, nats, in mode quality.
         lengths (`list[int]`): Tokens that each forward of the target added.
         draft_forwards (`int`): Forwards of the draft.
-        stats ([`Stats`]): Of a method with a rule; empty otherwise. Without seconds in mode quality.
+        stats ([`Stats`]): Empty if the method has no rule; without seconds in mode quality.
         made_with (`str`): Digest of the prompt's tokens, the judge, and the share of a coin.
     """
 
@@ -60,26 +57,20 @@ class AnswerRecord:
     stats: Stats = field(default_factory=Stats)
     made_with: str = ""
 
-    @classmethod
-    def from_row(cls, row: dict) -> AnswerRecord:
-        """From a line of the file: `asdict` of a record."""
-        return cls(**row | {"stats": Stats(**row["stats"])})
-
     @property
     def key(self) -> tuple[str, str, int]:
         return self.method, self.prompt, self.repeat
 
 
 def accepted_share(records: Iterable[AnswerRecord]) -> float:
-    """Of the mismatches that a rule was asked about, the share that it accepted, in [0, 1]."""
+    """The share of mismatches that a rule accepted, among those it was asked about, in [0, 1]."""
     judged, asked = (sum(getattr(record.stats, name) for record in records) for name in ("judged", "asked"))
     return judged / asked if asked else 0.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """An answer to decode: `ids`, of shape `(1, prompt_length)`, are the prompt's tokens, `rule` is the method's. See
-    [`AnswerRecord`]."""
+    """An answer to decode. `ids`, of shape `(1, prompt_length)`, are the prompt's tokens; `rule` is the method's."""
 
     method: Method
     prompt: Prompt
@@ -101,16 +92,14 @@ class Job:
 
 
 class Recorder:
-    """Stands between a call of `generate` and its model, a copy whose forward is replaced, and records what the
-    forwards yield: `scored`, log-probabilities too. `prompt` is the model's cache of the prompt but for its last
-    token, which is then not computed again."""
+    """Replaces the forward of a model (a copy) and records how many tokens each forward adds to the text; with
+    `scored` also their log-probabilities. `prompt` is the model's cache of the prompt without its last token, which is
+    then not computed again."""
 
     def __init__(self, model: PreTrainedModel, prompt_length: int, prompt: Keys | None = None, scored: bool = False):
-        self.prompt_length, self.scored = prompt_length, scored
-        self.starts: list[int] = []  # for each forward, how many tokens the text had before its candidates
-        self.tried: dict[int, tuple[int, float]] = {}  # position -> the last token there, and its log-probability
-        self.logits: torch.Tensor | None = None  # of the last forward, whose input ended at `end`
-        self.end = 0
+        self.prompt_length = prompt_length
+        self.starts: list[int] = []  # for each forward, the length of the text before its candidates
+        self.logprob = 0.0  # of the tokens scored so far, nats
         forward = model.forward
 
         @functools.wraps(forward)  # `generate` looks at the signature
@@ -122,39 +111,28 @@ class Recorder:
                 for name in ("input_ids", "position_ids"):
                     if arguments.get(name) is not None:
                         arguments[name] = arguments[name][..., prompt_length - 1 :]
-            before = cache.get_seq_length()
+            before, fed = cache.get_seq_length(), arguments["input_ids"][0]
+            start = max(before + 1, prompt_length)
+            if scored and self.starts:  # the last round kept some candidates, and then the token that is fed first now
+                kept = self.candidates[: start - self.starts[-1] - 1]
+                self.score(torch.cat([kept, fed[:1]]))
             output = forward(**arguments)
-            self.starts.append(max(before + 1, prompt_length))
+            self.starts.append(start)
             if scored:
-                self._record(before, arguments["input_ids"][0].tolist(), output.logits[0])
+                self.candidates = fed[start - before :]
+                self.logits = output.logits[0, -len(self.candidates) - 1 :].clone()  # a rule may change them
             return output
 
         model.forward = recorded
 
-    def _record(self, before: int, fed: list[int], logits: torch.Tensor) -> None:
-        if before >= self.prompt_length:
-            self._score(before, fed[0])
-        for position in range(self.starts[-1], self.end):
-            self.tried.pop(position, None)  # it followed another text
-        self.logits, self.end = logits, before + len(fed)
-        for position in range(self.starts[-1], self.end):
-            self._score(position, fed[position - before])
-
-    def _score(self, position: int, token: int) -> None:
-        row = self.logits[position - 1 - self.end].float()
-        self.tried[position] = token, float(row[token] - row.logsumexp(-1))
+    def score(self, tokens: torch.LongTensor) -> None:
+        """Add the log-probabilities of the tokens that the last forward added, of shape `(n,)`."""
+        logprobs = self.logits[: len(tokens)].float().log_softmax(-1)
+        self.logprob += logprobs.gather(-1, tokens[:, None]).sum().item()
 
     def lengths(self, tokens: int) -> list[int]:
-        """Tokens that each forward added to an answer of so many."""
-        ends = [*self.starts[1:], self.prompt_length + tokens]
-        return [end - start for start, end in zip(self.starts, ends, strict=True)] if self.starts else []
-
-    def logprob(self, tokens: Sequence[int]) -> float:
-        """Sum of the log-probabilities of an answer's tokens, nats."""
-        for position, token in enumerate(tokens, start=self.prompt_length):
-            if self.tried.get(position, (None,))[0] != token:  # the last one is never fed
-                self._score(position, token)
-        return sum(self.tried[self.prompt_length + index][1] for index in range(len(tokens)))
+        """How many tokens each forward added to an answer of `tokens` tokens."""
+        return [end - start for start, end in itertools.pairwise([*self.starts, self.prompt_length + tokens])]
 
 
 def decode_answer(
@@ -166,12 +144,12 @@ def decode_answer(
     prompt_keys: Sequence[Keys | None] | None = None,
 ) -> AnswerRecord:
     """
-    Decode one answer, greedily but for what the method decides about mismatches. See [`BenchConfig`].
+    Decode one answer, greedily except for mismatches that the method accepts. See [`BenchConfig`].
 
     Args:
-        models (`Sequence[PreTrainedModel]`): The draft, unless drafts come from prompt lookup, and the target: copies
+        models (`Sequence[PreTrainedModel]`): The draft (unless drafts come from prompt lookup) and the target: copies
             whose forwards may be replaced.
-        prompt_keys (`Sequence[Keys]`, *optional*): In mode quality, for each of `models` its cache of the prompt. The
+        prompt_keys (`Sequence[Keys]`, *optional*): In mode quality, the cache of the prompt for each of `models`. The
             answer is then scored instead of timed.
     """
     ids, family, target = job.ids, job.method.family, models[-1]
@@ -183,13 +161,13 @@ def decode_answer(
     options, drafts = greedy(target, max_new_tokens), {}
     if family not in ("greedy", "draft"):
         if lookup:
-            options.prompt_lookup_num_tokens = STOCK_LENGTH if draft_length == "auto" else draft_length
+            options.prompt_lookup_num_tokens = 5 if draft_length == "auto" else draft_length
         else:
             drafts = {"assistant_model": models[0]}
     if family == "ensemble":
         (options.assistant_ensemble_weight,) = job.method.arguments
     model = models[0] if family == "draft" else target
-    model.generation_config = options  # what `options` leave open is not filled in from the model's own
+    model.generation_config = options  # else `generate` fills unset options from the model's own
     if job.rule is not None:
         model = JudgedModel(target, job.rule, draft_length, tokenizer)
     start = time.perf_counter()
@@ -205,6 +183,7 @@ def decode_answer(
             text = output[:, :-1]
             positions, mask = torch.arange(text.shape[1], device=text.device)[None], torch.ones_like(text)
             target(input_ids=text, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
-        logprob = recorder.logprob(tokens)
+        recorder.score(answer[recorder.starts[-1] - ids.shape[1] :])
+        logprob = recorder.logprob
     measured = (tokens, finished, seconds, logprob, lengths, draft_forwards, stats)  # in the order of the record
     return AnswerRecord(*job.key, job.share, *measured, job.made_with)

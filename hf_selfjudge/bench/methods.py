@@ -1,6 +1,5 @@
-"""In: text such as `margin=0.3,0.7`. Out: [`Method`]s of decoding that a bench compares: rules with their thresholds,
-and decoding without a rule. No model is needed to read them, so that a mistake is found before any is loaded.
-"""
+"""In: text such as `margin=0.3,0.7`. Out: the [`Method`]s of decoding that a bench compares. They are read without a
+model, so that mistakes are found before one is loaded."""
 
 from __future__ import annotations
 
@@ -16,30 +15,26 @@ from .tradeoff import BASE
 
 @dataclass(frozen=True)
 class Family:
-    """What methods that differ in their arguments have in common."""
+    """What methods that differ only in their arguments have in common."""
 
-    name: str
     rule: type[Rule] | None = None  # decides about mismatches; `None` for decoding without a rule
     defaults: str = ""  # arguments to compare by default; empty if the family takes none
     needs_draft: bool = False  # a draft model: drafts of prompt lookup have no probabilities
 
 
 FAMILIES = {
-    family.name: family
-    for family in (
-        Family("lossless", Lossless),  # this package, where the rule accepts nothing
-        Family("greedy"),  # the target alone
-        Family("stock"),  # assisted generation of transformers
-        Family("draft", needs_draft=True),  # the draft alone
-        # Assisted generation that verifies against a mixture of target and draft.
-        Family("ensemble", None, "0.25,0.5,0.75", needs_draft=True),
-        Family("top-k", TopK, "2,3,5"),
-        Family("margin", Margin, "0.5,1,2"),
-        Family("kl", KLGate, "0.05,0.2,0.8", needs_draft=True),
-        Family("look-ahead", LookAhead, "2:0.05,2:0.02,1:0.02"),
-        Family("coin", Coin, "0.25,0.5,0.75"),
-        Family("judge", JudgeRule, "0.2,0.35,0.5"),
-    )
+    "lossless": Family(Lossless),  # this package, with a rule that accepts nothing
+    "greedy": Family(),  # the target alone
+    "stock": Family(),  # assisted generation of transformers
+    "draft": Family(needs_draft=True),  # the draft alone
+    # Assisted generation that verifies against a mixture of target and draft.
+    "ensemble": Family(None, "0.25,0.5,0.75", needs_draft=True),
+    "top-k": Family(TopK, "2,3,5"),
+    "margin": Family(Margin, "0.5,1,2"),
+    "kl": Family(KLGate, "0.05,0.2,0.8", needs_draft=True),
+    "look-ahead": Family(LookAhead, "2:0.05,2:0.02,1:0.02"),
+    "coin": Family(Coin, "0.25,0.5,0.75"),
+    "judge": Family(JudgeRule, "0.2,0.35,0.5"),
 }
 
 
@@ -49,13 +44,13 @@ class Method:
     One method of decoding.
 
     Args:
-        family (`str`): A name of `FAMILIES`.
-        arguments (`tuple`): The rule's, the threshold first: numbers; of a judge a [`Threshold`] or the name of one
-            of its operating points.
+        family (`str`): A name in `FAMILIES`.
+        arguments (`tuple`): Arguments of the rule, the threshold first: numbers, or for a judge a [`Threshold`] or the
+            name of an operating point.
         judge (`str`, *optional*): Folder or Hub id of the judge.
-        named (`bool`): Whether tables tell the judge's name, since it is not the one that is shipped.
-        like ([`Method`], *optional*): Of a coin: the method of a judge whose share of accepted mismatches it has.
-        draft (`str`, *optional*): The draft, where it is not the pair's own.
+        named (`bool`): Whether tables show the judge's name, because it is not the shipped one.
+        like ([`Method`], *optional*): For a coin that accepts as often as a judge, the method of that judge.
+        draft (`str`, *optional*): Name of the draft, if it is not the pair's own.
     """
 
     family: str
@@ -67,7 +62,7 @@ class Method:
 
     @property
     def curve(self) -> str:
-        """What methods that differ in their arguments alone are called: a line in a plot."""
+        """Name of all methods that differ only in their arguments: a line in a plot."""
         if self.like is not None:
             return f"{self.family} like {self.like.curve}"
         return f"{self.family}:{Path(self.judge).name}" if self.named else self.family
@@ -83,11 +78,11 @@ class Method:
     @property
     def judge_curve(self) -> str | None:
         """The curve of the judge that this method is or imitates."""
-        return self.like.curve if self.like is not None else None if self.judge is None else self.curve
+        return (self.like or self).curve if self.like or self.judge else None
 
     def rule(self, judges: Mapping[str, Judge], share: float | None = None) -> Rule | None:
-        """The rule to decode with; `None` without one. `judges` are by folder or Hub id; `share` is for a coin like a
-        judge: how many mismatches that judge accepts, in [0, 1]."""
+        """The rule to decode with, or `None`. `judges` are by folder or Hub id. `share`, in [0, 1], is for a coin that
+        imitates a judge: the share of mismatches that it accepts."""
         if self.judge is not None:
             return JudgeRule(judges[self.judge], *self.arguments, allow_other_weights=True)
         rule = FAMILIES[self.family].rule
@@ -96,10 +91,10 @@ class Method:
 
 def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, lookup: bool = False) -> list[Method]:
     """
-    Read what is to be compared: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
+    Read what to compare: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
     `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or `judge:FOLDER=strict`;
-    `judge=0.03/token` is a threshold for each token gained, and without a value a judge decodes with its own. `coin`
-    without a value is one coin for each method of a judge, which accepts the same share of mismatches.
+    `judge=0.03/token` is a threshold for each token gained, and without a value a judge uses its own. `coin` without a
+    value is a coin for each method of a judge, which accepts the same share of mismatches.
 
     Args:
         texts (`Sequence[str]`, *optional*): By default all families that can be used, with their default arguments.
@@ -107,14 +102,17 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
         lookup (`bool`): Whether drafts come from prompt lookup.
 
     Returns:
-        `list[Method]`: `lossless`, with which all others are compared, comes first.
+        `list[Method]`: `lossless`, the reference for all others, comes first.
 
     Raises:
-        ValueError: If a text is none of these, or cannot be decoded with.
+        ValueError: If a text has another form, or names a method that cannot be used.
     """
     if not texts:
-        families = [f for f in FAMILIES.values() if not (lookup and f.needs_draft) and (shipped or f.name != "judge")]
-        texts = [f.name + ("=" + f.defaults if f.defaults else "") for f in families] + ["coin"] * bool(shipped)
+        texts = [
+            f"{name}={family.defaults}" if family.defaults else name
+            for name, family in FAMILIES.items()
+            if not (lookup and family.needs_draft) and (shipped or name != "judge")
+        ] + ["coin"] * bool(shipped)
     methods = {BASE: Method(BASE)}
     for method in (method for text in texts if text != "coin" for method in _parse(text, shipped, lookup)):
         before = methods.setdefault(method.name, method)
@@ -142,8 +140,8 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     family, judged = FAMILIES.get(name), name == "judge"
     wrong = bool(has_values) != bool(values) or (named and not judged)
     if family is None or wrong or (bool(values) != bool(family.defaults) and not (judged and not values)):
-        plain = ", ".join(f.name for f in FAMILIES.values() if not f.defaults)
-        others = ", ".join(f.name for f in FAMILIES.values() if f.defaults)
+        plain = ", ".join(name for name, family in FAMILIES.items() if not family.defaults)
+        others = ", ".join(name for name, family in FAMILIES.items() if family.defaults)
         raise ValueError(
             f"`rule` must be {plain}, or one of {others} with its thresholds (margin=0.3,0.7; judge:FOLDER=0.2,0.4), "
             f"got {text!r}."
@@ -157,7 +155,7 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     for part in values.split(","):
         try:
             if judged:
-                # A name is that of an operating point; the judge has not been read yet.
+                # The name of an operating point is checked later, when the judge has been read.
                 arguments = (part if part.isidentifier() else Threshold.parse(part),) if part or values else ()
                 yield Method(name, arguments, folder or shipped, bool(folder))
                 continue

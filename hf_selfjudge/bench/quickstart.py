@@ -1,17 +1,17 @@
-"""A first look at a judge: greedy, stock assisted and judged decoding of a few prompts, one answer at a time in turns.
-In: a pair, prompts, a judge. Out: answers, and their figures as numbers and for the terminal.
-"""
+"""In: a pair, a few prompts, a judge. Out: answers of greedy, stock assisted and judged decoding, one at a time in
+turns, and their figures as numbers and for the terminal."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from rich.console import Group
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
@@ -50,16 +50,15 @@ def run_quickstart(
     draft_length: int | str = 5,
     max_new_tokens: int = 96,
     int8_draft: PreTrainedModel | None = None,
-    on_prompt: Callable[[list[AnswerRecord]], None] | None = None,
 ) -> list[AnswerRecord]:
     """
-    Answer prompts with greedy, stock assisted and judged decoding.
+    Answer prompts with greedy, stock assisted and judged decoding, with a progress bar.
 
     Args:
-        threshold (`float`, `str` or [`Threshold`], *optional*): Instead of the judge's own.
+        threshold (`float`, `str` or [`Threshold`], *optional*): Used instead of the judge's own.
         draft_length, max_new_tokens: See [`BenchConfig`].
-        int8_draft ([`~transformers.PreTrainedModel`], *optional*): A draft with int8 weights, for judged decoding too.
-        on_prompt (`Callable`, *optional*): Called with the answers to each prompt.
+        int8_draft ([`~transformers.PreTrainedModel`], *optional*): A second draft for judged decoding, with int8
+            weights.
 
     Returns:
         `list[AnswerRecord]`: With the log-probability of each answer. `method` is `"greedy"`, `"assisted"`, `"judged"`
@@ -69,46 +68,38 @@ def run_quickstart(
         TooLong, ValueError: See [`decode`].
     """
     judged = Method("judge", () if threshold is None else (threshold,), judge="judge")
-    names = {Method("greedy"): "greedy", Method("stock"): "assisted", judged: "judged"}
+    methods = {Method("greedy"): "greedy", Method("stock"): "assisted", judged: "judged"}
     drafts = {} if int8_draft is None else {"int8": int8_draft}
     if drafts:
-        names[replace(judged, draft="int8")] = "judged, int8 draft"
-    by_method = {method.name: name for method, name in names.items()}
-    by_id = {prompt.id: prompt for prompt in prompts}
-    of_prompt: dict[str, AnswerRecord] = {}  # decoded in another order for each prompt
+        methods[replace(judged, draft="int8")] = "judged, int8 draft"
+    config = BenchConfig("timing", max_new_tokens, draft_length)
+    records = decode(pair, prompts, [*methods], {"judge": judge}, config, drafts=drafts)
+    names, by_id = {method.name: name for method, name in methods.items()}, {prompt.id: prompt for prompt in prompts}
 
     @functools.cache  # decodings often give the same text
     def logprob(prompt_id: str, tokens: tuple[int, ...]) -> float:
         return answer_logprob(pair, by_id[prompt_id], tokens)
 
-    def finish(record: AnswerRecord) -> None:
-        record.method, record.logprob = by_method[record.method], logprob(record.prompt, tuple(record.tokens))
-        of_prompt[record.method] = record
-        if len(of_prompt) == len(names):
-            if on_prompt is not None:
-                on_prompt([of_prompt[name] for name in names.values()])
-            of_prompt.clear()
-
-    config = BenchConfig("timing", max_new_tokens, draft_length)
-    return decode(pair, prompts, [*names], {"judge": judge}, config, drafts=drafts, on_answer=finish)
+    for record in track(records, "Score"):
+        record.method, record.logprob = names[record.method], logprob(record.prompt, tuple(record.tokens))
+    return records
 
 
 @torch.no_grad()
 def answer_logprob(pair: Pair, prompt: Prompt, tokens: Sequence[int]) -> float:
     """Sum of the log-probabilities of an answer's tokens under the target, nats."""
-    ids = encode(pair.tokenizer, prompt.said, None, 0, prompt.tools)
+    ids = encode(pair.tokenizer, prompt.conversation, None, 0, prompt.tools)
     text = torch.cat([ids, torch.tensor([[*tokens]])], dim=1).to(pair.target.device)
     logits = pair.target(text, logits_to_keep=len(tokens) + 1).logits[0, -len(tokens) - 1 : -1]
     return logits.float().log_softmax(-1).gather(-1, text[0, ids.shape[1] :, None]).sum().item()
 
 
 def figures(records: Sequence[AnswerRecord]) -> dict:
-    """The figures of [`run_quickstart`]: `runs`, one `dict` for each decoding (where its seconds went is known of
-    judged decoding only), and `speed_against_assisted`: for each decoding how many times as long assisted decoding
-    took, as an [`Interval`] over prompts."""
-    by_name = {record.method: [] for record in records}
+    """The figures of [`run_quickstart`]: `runs`, a `dict` for each decoding, and `speed_against_assisted`, the seconds
+    of assisted decoding divided by those of each decoding, as an [`Interval`] over prompts."""
+    by_name: dict[str, list[AnswerRecord]] = {}
     for record in records:
-        by_name[record.method].append(record)
+        by_name.setdefault(record.method, []).append(record)
     seconds = {name: np.array([record.seconds for record in answers]) for name, answers in by_name.items()}
     weights = draws(np.zeros(len(seconds["assisted"])), 2000, 0)
     ratios = {name: Interval.of((weights @ seconds["assisted"]) / (weights @ own)) for name, own in seconds.items()}
@@ -127,7 +118,7 @@ def figures(records: Sequence[AnswerRecord]) -> dict:
             "agreement": sum(agreement) / len(answers),
             "logprob_per_token": sum(record.logprob for record in answers) / tokens,
         }
-        if any(record.stats.rounds for record in answers):
+        if any(record.stats.rounds for record in answers):  # where its seconds went is known of judged decoding only
             for part in ("draft", "verify", "rule"):
                 run[f"{part}_share"] = sum(getattr(r.stats, f"{part}_seconds") for r in answers) / total
         runs.append(run)
@@ -146,7 +137,8 @@ def quickstart_table(results: dict, title: str) -> Table:
 
 
 def speed_lines(results: dict) -> list[str]:
-    """How much faster than stock each judged decoding of [`figures`] is, and where its time goes."""
+    """For each judged decoding of [`figures`], how fast it is compared with assisted decoding, and what takes its
+    time."""
     return [
         f"{run['decoding']}: {results['speed_against_assisted'][run['decoding']]:.2f} times as fast as assisted; of "
         f"its time {run['draft_share']:.0%} drafting, {run['verify_share']:.0%} verifying, {run['rule_share']:.1%} in "
@@ -157,7 +149,7 @@ def speed_lines(results: dict) -> list[str]:
 
 
 def coloured_answer(record: AnswerRecord, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Group:
-    """A judged answer for the terminal, each token coloured by who decided it, under its prompt."""
+    """A prompt and a judged answer for the terminal; colours show who decided each token."""
     runs = [(source, len([*same])) for source, same in itertools.groupby(record.stats.sources)]
     ends = [*itertools.accumulate(count for _, count in runs)]
     answer = Text()

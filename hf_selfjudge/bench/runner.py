@@ -1,7 +1,7 @@
-"""In: a pair, prompts, methods. Out: an [`AnswerRecord`] for each answer, written to a folder as it ends.
+"""In: a pair, prompts, methods. Out: an [`AnswerRecord`] for each answer, written to a folder as soon as it ends.
 
-Mode quality decodes many prompts and methods side by side, which gives the same text and rounds much faster; mode
-timing decodes one answer at a time, alternating between methods.
+Mode quality decodes many answers side by side, which is much faster and gives the same text and rounds. Mode timing
+decodes one answer at a time and alternates between methods.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from transformers import DynamicCache, PreTrainedModel
 
 from ..data.prompts import Prompt, fitting
+from ..decoding.stats import Stats
 from ..forward.branches import Keys
 from ..forward.lockstep import run_in_lockstep
 from ..judge.judge import Judge
@@ -36,26 +37,18 @@ from .methods import Method
 
 
 MODES = ("quality", "timing")
-FREE = ("at_once", "repeats")  # options that may differ when a bench goes on
-WARM_UP = 8  # tokens
 Keep = Callable[[AnswerRecord], None]  # what is done with a new answer
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How answers are decoded: greedily, but for what a method decides about mismatches."""
+    """How answers are decoded: greedily, except for mismatches that a method accepts."""
 
-    mode: str = field(
-        default="quality",
-        metadata={"help": "quality: many answers side by side, for text and rounds; timing: one at a time."},
-    )
+    mode: str = field(default="quality", metadata={"help": "quality: many answers at a time. timing: one at a time."})
     max_new_tokens: int = field(default=128, metadata={"help": "Limit of an answer, tokens.", "min": 1})
     draft_length: int | str = field(
         default=5,
-        metadata={
-            "help": "Tokens that are drafted in a round, or 'auto': by the clock, where seconds are measured. It "
-            "applies to rules, while stock then drafts 5."
-        },
+        metadata={"help": "Tokens to draft in a round; 'auto', with timing, lets rules choose while stock drafts 5."},
     )
     repeats: int = field(default=1, metadata={"help": "With timing: how often each answer is decoded.", "min": 1})
     at_once: int = field(default=48, metadata={"help": "With quality: answers under way at a time.", "min": 1})
@@ -63,14 +56,13 @@ class BenchConfig:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.draft_length != "auto" and (not isinstance(self.draft_length, int) or self.draft_length < 1):
-            raise ValueError(
-                f"`draft_length` must be a number of tokens, 1 or more, or 'auto', got {self.draft_length!r}."
-            )
-        if self.mode == "quality" and self.draft_length == "auto":
+        length = self.draft_length
+        if length != "auto" and (not isinstance(length, int) or length < 1):
+            raise ValueError(f"`draft_length` must be a number of tokens, 1 or more, or 'auto', got {length!r}.")
+        if self.mode == "quality" and length == "auto":
             raise ValueError("`draft_length` 'auto' goes by the clock. Use it with `mode` timing, or give a number.")
         if self.mode == "quality" and self.repeats > 1:
-            raise ValueError("`repeats`: in `mode` quality the same text would come again. Use it with timing.")
+            raise ValueError("`repeats` in `mode` quality would decode the same text again. Use it with timing.")
 
 
 def decode(
@@ -81,25 +73,23 @@ def decode(
     config: BenchConfig,
     folder: Path | None = None,
     drafts: Mapping[str, PreTrainedModel] | None = None,
-    on_answer: Keep | None = None,
 ) -> list[AnswerRecord]:
     """
-    Answer every prompt with every method. Prompts that are too long are left out ([`fitting`] says which).
+    Answer every prompt with every method, with a progress bar. Prompts that are too long are left out; [`fitting`]
+    says which.
 
     Args:
-        judges (`Mapping[str, Judge]`): By the folder or id that `methods` name.
-        folder (`Path`, *optional*): Where each answer is written as it ends, to `MODE.jsonl`. Started again, the bench
-            goes on there, and other prompts or methods may be added.
+        judges (`Mapping[str, Judge]`): The judges by the folder or id that `methods` name.
+        folder (`Path`, *optional*): Each answer is written to `MODE.jsonl` there when it ends. Started again, the
+            bench goes on, also with more prompts or methods.
         drafts (`Mapping[str, PreTrainedModel]`, *optional*): In mode timing, drafts that `methods` name.
-        on_answer (`Callable`, *optional*): Called with each new answer, instead of a progress bar.
 
     Returns:
         `list[AnswerRecord]`: In the order of repeats, prompts and methods.
 
     Raises:
-        ValueError: If `folder` holds answers of other models, limits, prompts or judges; if, in mode timing, a coin is
-            to accept as often as a judge that mode quality has not measured in this folder; or if a prompt cannot be
-            encoded.
+        ValueError: If `folder` holds answers of other models, limits, prompts or judges; if a prompt cannot be
+            encoded; or if, in mode timing, a coin imitates a judge that mode quality has not measured in this folder.
         TooLong: If no prompt fits.
     """
     if folder is not None:
@@ -113,11 +103,10 @@ def decode(
         if method.judge is not None:
             rule.check_target(pair.target)
     log = None if folder is None else JsonlLog(folder / f"{config.mode}.jsonl")
-    written = _records(log)
+    written = {record.key: record for record in _records(log)}
     done: dict[tuple, AnswerRecord] = {}
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=on_answer is not None) as progress:
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
         bar = progress.add_task(f"Decode ({config.mode})", total=len(texts) * len(methods) * config.repeats)
 
         def keep(record: AnswerRecord) -> None:
@@ -125,26 +114,28 @@ def decode(
                 log.add(asdict(record))
             done[record.key] = record
             progress.advance(bar)
-            if on_answer is not None:
-                on_answer(record)
 
         if config.mode == "timing":
             measured = () if folder is None else _records(JsonlLog(folder / "quality.jsonl"))
             stages = [methods]
-        else:  # coins like judges come behind these
+        else:  # a coin that imitates a judge comes after it
             measured, stages = done.values(), [[*rules], coins]
         for stage in stages:
-            shares = {coin: _coin_share(coin, written, measured) for coin in coins if coin in stage}
+            shares = {coin: _coin_share(coin, written.values(), measured) for coin in coins if coin in stage}
             rules |= {coin: coin.rule(judges, share) for coin, share in shares.items()}
-            jobs = [
-                Job(method, prompt, row, repeat, rules[method], shares.get(method))
-                for repeat in range(config.repeats)
-                for prompt, row in texts
-                for method in stage
-            ]
-            done |= _found(written, jobs, log)
+            jobs = []
+            for repeat, (prompt, ids), method in itertools.product(range(config.repeats), texts, stage):
+                job = Job(method, prompt, ids, repeat, rules[method], shares.get(method))
+                if job.key not in written:
+                    jobs.append(job)
+                elif written[job.key].made_with == job.made_with:
+                    done[job.key] = written[job.key]
+                else:
+                    raise ValueError(
+                        f"`output`: {log.path} has an answer of {method.name!r} to prompt {prompt.id!r}, but the "
+                        "prompt or the judge has changed since. Choose another folder."
+                    )
             progress.update(bar, completed=len(done))
-            jobs = [job for job in jobs if job.key not in done]
             if config.mode == "quality":
                 _side_by_side(jobs, pair, config, keep)
             else:
@@ -154,14 +145,14 @@ def decode(
 
 
 def readable_context(pair: Pair, methods: Sequence[Method]) -> int | None:
-    """Tokens that the models of all methods can attend to, so that all answer the same prompts: the draft's context
-    counts where it answers alone. `None` if there is no limit."""
+    """Context, in tokens, that the models of all methods have, so that all answer the same prompts; `None` if there is
+    no limit. The draft's context counts only if it answers alone."""
     alone = [context_of(pair.draft)] if any(method.family == "draft" for method in methods) else []
     return min((context for context in (pair.context, *alone) if context is not None), default=None)
 
 
 def _coin_share(coin: Method, written: Iterable[AnswerRecord], measured: Iterable[AnswerRecord]) -> float:
-    """The share that a coin accepts: that of its answers already `written`, or that of its judge in `measured`."""
+    """The share that a coin accepts: the same as in answers already `written`, or that of its judge in `measured`."""
     known = [record.share for record in written if record.method == coin.name]
     if known:
         return known[-1]
@@ -175,8 +166,8 @@ def _coin_share(coin: Method, written: Iterable[AnswerRecord], measured: Iterabl
 
 
 def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Keep) -> None:
-    """Many answers at a time. A prompt is read once, when its first answer begins, and forgotten with its last."""
-    # The draft alone takes a forward for each token, and forwards of the draft go first: others must not wait for it.
+    """Decode many answers at a time. The cache of a prompt is kept from its first answer to its last."""
+    # Forwards of the draft go first. Where it answers alone, it needs one for each token: others must not wait for it.
     jobs = sorted(jobs, key=lambda job: job.method.family != "draft")
     left = Counter(job.prompt.id for job in jobs)
     read: dict[str, list[Keys | None]] = {}
@@ -189,15 +180,15 @@ def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Keep) 
         if not left[job.prompt.id]:
             del read[job.prompt.id]
         if job.rule is not None and isinstance(job.rule.replay_on(pair.target), Replay):
-            keys = [*keys[:-1], None]  # the adapter has to see the prompt too
+            keys = [*keys[:-1], None]  # an adapter has to see the prompt too
         keep(decode_answer(job, models, pair.tokenizer, config.max_new_tokens, config.draft_length, keys))
 
     run_in_lockstep(pair.models, [functools.partial(call, job) for job in jobs], at_once=config.at_once)
 
 
 def _in_turns(jobs: list[Job], pair: Pair, config: BenchConfig, drafts: Mapping, keep: Keep) -> None:
-    """One answer at a time, after a short one of each method, so that no method pays for first touches of the weights.
-    Which method comes first changes from prompt to prompt: a shared machine is never equally fast for long."""
+    """Decode one answer at a time. Each method first decodes a short answer, so that none pays for the first access to
+    the weights. Which method comes first changes with each prompt, since the speed of a shared machine changes."""
 
     def answer(job: Job, max_new_tokens: int) -> AnswerRecord:
         draft = pair.draft if job.method.draft is None else drafts[job.method.draft]
@@ -205,7 +196,7 @@ def _in_turns(jobs: list[Job], pair: Pair, config: BenchConfig, drafts: Mapping,
         return decode_answer(job, models, pair.tokenizer, max_new_tokens, config.draft_length)
 
     for job in {job.method: job for job in reversed(jobs)}.values():
-        answer(job, WARM_UP)
+        answer(job, 8)
     for turn, (_, group) in enumerate(itertools.groupby(jobs, lambda job: (job.repeat, job.prompt.id))):
         in_order = deque(group)
         in_order.rotate(-turn)
@@ -215,8 +206,8 @@ def _in_turns(jobs: list[Job], pair: Pair, config: BenchConfig, drafts: Mapping,
 
 @torch.no_grad()
 def _prompt_keys(model: PreTrainedModel, ids: torch.LongTensor) -> Keys | None:
-    """The model's cache of `ids` of shape `(1, length)`, every key of it; `None` if they exceed its context, as they
-    may that of a draft."""
+    """The model's cache of `ids`, of shape `(1, length)`; `None` if they exceed its context, as a draft's may be
+    shorter."""
     context, cache = context_of(model), DynamicCache()
     if context is not None and ids.shape[1] > context:
         return None
@@ -227,38 +218,24 @@ def _prompt_keys(model: PreTrainedModel, ids: torch.LongTensor) -> Keys | None:
 
 def _records(log: JsonlLog | None) -> list[AnswerRecord]:
     try:
-        return [AnswerRecord.from_row(row) for row in log or ()]
+        return [AnswerRecord(**row | {"stats": Stats(**row["stats"])}) for row in log or ()]
     except (KeyError, TypeError) as error:
         raise ValueError(f"`output`: {log.path} was written by another version. Choose another folder.") from error
-
-
-def _found(written: list[AnswerRecord], jobs: list[Job], log: JsonlLog | None) -> dict[tuple, AnswerRecord]:
-    """Answers that have been written already."""
-    made_with = {job.key: job.made_with for job in jobs}
-    found = {record.key: record for record in written if record.key in made_with}
-    for (method, prompt, _), record in found.items():
-        if record.made_with != made_with[record.key]:
-            raise ValueError(
-                f"`output`: {log.path} has an answer of {method!r} to prompt {prompt!r}, but the prompt or the judge "
-                "has changed since. Choose another folder."
-            )
-    return found
 
 
 def _claim(folder: Path, pair: Pair, config: BenchConfig) -> None:
     """Write how the answers in `folder` are decoded, or check that it is the same."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings = {name: value for name, value in asdict(config).items() if name not in ("at_once", "repeats")}
     for name, model in (("target", pair.target), ("draft", pair.draft)):
-        options[name] = None if model is None else absolute_if_folder(model.config.name_or_path)
-        options[f"{name}_fingerprint"] = None if model is None else fingerprint(model)
-        options[f"{name}_dtype"] = None if model is None else precision(model)
-    versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
+        settings[name] = None if model is None else absolute_if_folder(model.config.name_or_path)
+        settings[f"{name}_fingerprint"] = None if model is None else fingerprint(model)
+        settings[f"{name}_dtype"] = None if model is None else precision(model)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    environment = {"versions": versions, "machine": machine}
-    # Seconds of another machine are not to be mixed with these; its text is the same, to rounding.
-    compared, noted = (options | environment, {}) if config.mode == "timing" else (options, environment)
-    check_or_write_settings(folder / f"{config.mode}.json", compared, noted)
+    versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
+    # Seconds of another machine must not be mixed with these; its text is the same, apart from rounding.
+    free = () if config.mode == "timing" else ("versions", "machine")
+    path = folder / f"{config.mode}.json"
+    check_or_write_settings(path, settings | {"versions": versions, "machine": machine}, {}, free)

@@ -1,28 +1,114 @@
-"""In: a [`Grid`] or [`AnswerRecord`]s of a bench, and their methods. Out: a summary that JSON can hold."""
+"""In: [`AnswerRecord`]s of a bench, their prompts and methods. Out: a [`Grid`] with every measure of every answer, and
+summaries that JSON can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+from rich.progress import track
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import Prompt
 from ..judge.judge import Judge
 from ..models.load import fingerprint
+from ..scoring.checks import CheckedAnswer, check_of
+from ..scoring.meaning import reconvergence, repetition, says_no, similarity
 from ..scoring.statistics import Interval
+from ..utils.files import JsonlLog
 from .answers import AnswerRecord, accepted_share
 from .methods import FAMILIES, Method
 from .tradeoff import BASE, Grid, compare_rules, falling, separation
 
 
-# Measures that retention is built on: in each category the first one that applies. Chosen by what `separation` shows.
+# Retention of a category is measured by the first of these that applies. Ordered by what `separation` shows.
 RETENTION = ("task", "same", "agreement")
-# Shares at which rules are compared: of retention, and of the final numbers that are those of the lossless answers.
+# Shares of retention, and of unchanged final numbers, at which rules are compared.
 RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
 UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
 # Names of a judge's thresholds, and the retention that each is chosen for.
 OPERATING_POINTS = {"strict": 0.99, "balanced": 0.97, "fast": 0.9}
+
+
+@dataclass
+class Scorer:
+    """
+    Every measure of one answer.
+
+    Args:
+        folder (`Path`): Where scores that cost a forward are kept, in `views.jsonl`.
+        allow_code (`bool`): Whether code in answers may be run.
+        target ([`~transformers.PreTrainedModel`], *optional*): For the measure `same`: it is asked whether an answer
+            says the same as the lossless one.
+        embeddings (`str`, *optional*): For the measure `similarity`: a sentence-transformers model.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    allow_code: bool = False
+    target: PreTrainedModel | None = None
+    embeddings: str | None = None
+
+    def __post_init__(self):
+        self.views = JsonlLog(self.folder / "views.jsonl")
+        self.known = {(row["measure"], row["texts"]): row["value"] for row in self.views}
+
+    def scores(self, prompt: Prompt, record: AnswerRecord, lossless: AnswerRecord) -> dict[str, float | None]:
+        """The measures of an answer, given the lossless one; `None` where a measure does not apply."""
+        own, text = (self.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in (lossless, record))
+        answer, check = CheckedAnswer(text, record.finished), check_of(prompt, self.allow_code)
+        unchanged = check.unchanged(prompt, CheckedAnswer(own, lossless.finished), answer)
+        scores = {
+            "task": check.score(prompt, answer),
+            "unchanged": None if unchanged is None else float(unchanged),
+            "agreement": reconvergence(lossless.tokens, record.tokens),
+            "logprob": record.logprob / max(1, len(record.tokens)),
+            "repetition": repetition(record.tokens),
+            "length": len(record.tokens) / max(1, len(lossless.tokens)),
+            "finished": float(record.finished),
+        }
+        if self.target is not None:
+            texts = self.target.config.name_or_path, prompt.text, own, text
+            different = self._view(
+                "same", texts, lambda: 0.0 if text == own else says_no(self.target, self.tokenizer, *texts[1:])
+            )
+            scores["same"] = None if different is None else 1 - different
+        if self.embeddings is not None:
+            compared = self.embeddings, own, text
+            scores["similarity"] = self._view("similarity", compared, lambda: similarity(*compared))
+        return scores
+
+    def _view(self, measure: str, texts: Sequence[str], compute: Callable[[], float | None]) -> float | None:
+        key = measure, hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        if key not in self.known:
+            self.known[key] = compute()
+            self.views.add({"measure": measure, "texts": key[1], "value": self.known[key]})
+        return self.known[key]
+
+
+def grid_of(
+    records: Sequence[AnswerRecord], prompts: Sequence[Prompt], methods: Sequence[Method], scorer: Scorer
+) -> Grid:
+    """Every measure of every answer, with a progress bar. `records` are what [`decode`] returns in mode quality."""
+    by_key = {(record.method, record.prompt): record for record in records}
+    shape = (len(methods), len(prompts))
+    scores: dict[str, np.ndarray] = {}
+    tokens, rounds = np.zeros(shape), np.full(shape, np.nan)
+    for column, prompt in enumerate(track(prompts, "Measure")):
+        for row, method in enumerate(methods):
+            record = by_key[method.name, prompt.id]
+            tokens[row, column], rounds[row, column] = len(record.tokens), len(record.lengths) or np.nan
+            for name, value in scorer.scores(prompt, record, by_key[BASE, prompt.id]).items():
+                if value is not None:
+                    scores.setdefault(name, np.full(shape, np.nan))[row, column] = value
+    names, curves = [method.name for method in methods], [method.curve for method in methods]
+    return Grid(names, curves, np.array([prompt.category for prompt in prompts]), tokens, rounds, scores)
 
 
 def summarise_quality(
@@ -31,15 +117,15 @@ def summarise_quality(
     """
     Summarise a bench in mode quality: `settings` (a row for each method), `categories`, `separation` of the measures,
     and `comparisons` of each judge with every other rule at equal retention. If prompts ask for numbers,
-    `comparisons_unchanged` are the same at equal shares of unchanged ones, among prompts whose lossless answer has
-    one; a row's `numbers` are its share and its speed among these. `judges` are the fingerprints of the judges by
-    their curves.
+    `comparisons_unchanged` compares them at equal shares of unchanged numbers, among prompts whose lossless answer has
+    a number; `numbers` in a row are that share and the speed there. `judges` maps each judge's curve to its
+    fingerprint.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
     numbers = grid.known("unchanged") if "unchanged" in grid.scores else None
     of_numbers = {} if numbers is None else {"unchanged": numbers.mean("unchanged"), "speed": numbers.speed()}
-    means = {measure: grid.mean_where_known(measure) for measure in grid.scores}
+    means = {measure: grid.mean(measure) for measure in grid.scores}
     categories = sorted(set(grid.categories))
     in_category = {
         name: {"speed": grid.speed(name), "retention": grid.retention(preference, name)} for name in categories
@@ -77,13 +163,13 @@ def summarise_quality(
 
 
 def _intervals(samples: Mapping[str, np.ndarray], index: int) -> dict[str, Interval | None]:
-    """Of one method, from samples of all, each of shape `(1 + resamples, M)`."""
+    """The intervals of one method, from samples of shape `(1 + resamples, M)`."""
     return {name: Interval.of(values[:, index]) for name, values in samples.items()}
 
 
 def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, Judge]) -> dict:
     """What a method is, and sums over its answers."""
-    tokens, rounds = (sum(len(getattr(record, name)) for record in records) for name in ("tokens", "lengths"))
+    tokens = sum(len(record.tokens) for record in records)
     ruled = FAMILIES[method.family].rule is not None  # without a rule it is not known which mismatches were accepted
     return {
         "setting": method.name,
@@ -91,23 +177,21 @@ def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, J
         "rule": method.family,
         "judge": method.judge_curve,
         "threshold": None if method.judge is None else method.rule(judges).threshold.json(),
-        "tokens_per_round_without_bonus": (tokens - rounds) / rounds if rounds else None,
         "judged_share": sum(record.stats.judged for record in records) / tokens if ruled else None,
         "accepted_share": accepted_share(records) if ruled else None,
-        "target_forwards": rounds,
+        "target_forwards": sum(len(record.lengths) for record in records),
         "draft_forwards": sum(record.draft_forwards for record in records),
-        "tokens": tokens,
         "unfinished": sum(not record.finished for record in records),
     }
 
 
 def operating_points(quality: dict, family: str) -> dict[str, dict]:
     """
-    For each of `OPERATING_POINTS` the fastest of a judge's measured thresholds that keeps so much, if one does. As in
-    [`compare_rules`], a faster threshold is taken to keep no more than a slower one.
+    For each of `OPERATING_POINTS` the fastest measured threshold of a judge that keeps its retention, if there is one.
+    As in [`compare_rules`], a faster threshold is assumed to keep no more than a slower one.
 
     Args:
-        quality (`dict`): Of [`summarise_quality`].
+        quality (`dict`): From [`summarise_quality`].
         family (`str`): The judge's curve in it.
 
     Returns:
@@ -129,34 +213,28 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
 
 
 def summarise_timing(records: Sequence[AnswerRecord], prompts: Sequence[Prompt], methods: Sequence[Method]) -> dict:
-    """Summarise a bench in mode timing: for each method tokens a second, seconds an answer, and the ratio of seconds
-    of greedy, stock and lossless decoding to its own, over all prompts and for each category."""
+    """Summarise a bench in mode timing: for each method tokens a second, seconds an answer, and the seconds of greedy,
+    stock and lossless decoding divided by its own."""
     repeats = max(record.repeat for record in records) + 1
-    shape = len(methods), len(prompts)
-    by_key = {record.key: record for record in records}
-    seconds, tokens = np.zeros(shape), np.zeros(shape)
-    for (i, method), (j, prompt), repeat in product(enumerate(methods), enumerate(prompts), range(repeats)):
-        record = by_key[method.name, prompt.id, repeat]
-        seconds[i, j] += record.seconds / repeats
-        tokens[i, j] += len(record.tokens) / repeats
-    names = [method.name for method in methods]
+    names, ids = [method.name for method in methods], [prompt.id for prompt in prompts]
+    seconds, tokens = np.zeros((2, len(names), len(ids)))
+    for record in records:
+        place = names.index(record.method), ids.index(record.prompt)
+        seconds[place] += record.seconds / repeats
+        tokens[place] += len(record.tokens) / repeats
     grid = Grid(names, names, np.array([prompt.category for prompt in prompts]), tokens, seconds)
-    rate, categories = grid.ratio(tokens, seconds), sorted(set(grid.categories))
+    samples = {"tokens_per_second": grid.ratio(tokens, seconds)}
+    for other in ("greedy", "stock", BASE):
+        if other in names:
+            reference = np.broadcast_to(seconds[names.index(other)], seconds.shape)
+            samples[f"speed_over_{other}"] = grid.ratio(reference, seconds)
     rows = [
         {
             "setting": name,
-            "tokens_per_second": Interval.of(rate[:, i]),
             "seconds_per_answer": float(seconds[i].mean()),
             "tokens_per_answer": float(tokens[i].mean()),
+            **_intervals(samples, i),
         }
         for i, name in enumerate(names)
     ]
-    for other in ("greedy", "stock", BASE):
-        if other in names:
-            reference = np.broadcast_to(seconds[names.index(other)], shape)
-            ratio = grid.ratio(reference, seconds)
-            in_category = {name: grid.ratio(reference, seconds, name) for name in categories}
-            for i, row in enumerate(rows):
-                row[f"speed_over_{other}"] = Interval.of(ratio[:, i])
-                row[f"speed_over_{other}_by_category"] = _intervals(in_category, i)
     return {"prompts": len(prompts), "repeats": repeats, "settings": rows}

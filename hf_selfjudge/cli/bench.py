@@ -8,17 +8,15 @@ from pathlib import Path
 from rich.markdown import Markdown
 
 from ..bench.methods import parse_methods
-from ..bench.plots import plot_tradeoff
-from ..bench.record import write_results, write_spec_bench
+from ..bench.report import plot_tradeoff, write_results, write_spec_bench
 from ..bench.runner import BenchConfig, decode, readable_context
-from ..bench.scores import Scorer, grid_of
-from ..bench.summary import summarise_quality, summarise_timing
+from ..bench.summary import Scorer, grid_of, summarise_quality, summarise_timing
 from ..data.prompts import balanced, fitting
 from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
 from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
-from ..scoring.quality import check_can_score
+from ..scoring.checks import check_can_score
 from ..utils.files import check_writable
 from .console import console, say, say_left_out
 from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
@@ -26,8 +24,6 @@ from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(OutputOptions, PromptOptions, PairOptions):
-    """What is compared and measured, besides how it is decoded ([`BenchConfig`])."""
-
     rule: list[str] | None = option(
         "What to compare, with thresholds: margin=0.5,1 top-k=2 judge=0.2,0.4 judge:FOLDER=0.3 coin (accepts as often "
         "as the judge does) … By default every rule with three thresholds.",
@@ -64,10 +60,7 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
         if method.judge is not None:
             method.rule(judges)  # refuses unknown operating points before models load
     pair = options.load(config.draft_length, with_draft=not options.lookup)
-    context = readable_context(pair, methods)
-    if context != pair.context:
-        say(f"`draft` answers alone: prompts have to fit into its context of {context} tokens.")
-    prompts, _, left_out = fitting(pair.tokenizer, prompts, context, config.max_new_tokens)
+    prompts, _, left_out = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     say_left_out(left_out)
 
     records = decode(pair, prompts, methods, judges, config, options.output)

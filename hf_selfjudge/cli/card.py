@@ -1,4 +1,4 @@
-"""`calibrate` and `card`: what a bench measured becomes part of a judge."""
+"""`calibrate` and `card`: put what a bench measured into a judge and its card."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .options import JudgeFolder
 
 
 BENCH = typer.Option(help="Folder of `hf-selfjudge bench` with this judge.")
-RESULTS = typer.Option(help="What `quickstart --json` wrote.")
+RESULTS = typer.Option(help="File written by `quickstart --json`.")
 
 
 def calibrate_command(folder: JudgeFolder, bench: Annotated[Path, BENCH]) -> None:
-    """Name the fastest thresholds that keep 99, 97 and 90 % of the quality of a bench's lossless answers: strict,
-    balanced and fast. Balanced becomes the judge's own."""
+    """Name the fastest thresholds that keep 99, 97 and 90 % of the quality of lossless answers strict, balanced and
+    fast. Balanced becomes the judge's own."""
     judge = Judge.from_pretrained(folder)
     quality = read_quality(bench)
     points = operating_points(quality, family_in(quality, fingerprint(judge), bench))
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
-    calibration = {name: quality[name] for name in ("prompts", "categories", "heading")}
+    calibration = {key: quality[key] for key in ("prompts", "categories", "heading")}
     judge.info = replace(
         judge.info,
         threshold=points.get("balanced", points["fast"])["threshold"],
@@ -50,7 +50,8 @@ def card_command(
     results: Annotated[Path | None, RESULTS] = None,
     bench: Annotated[list[Path] | None, BENCH] = None,
 ) -> None:
-    """Write a judge's card again, with results of decoding, which are kept beside it. --bench may be repeated."""
+    """Write a judge's card again, with results of decoding. The results stay in the judge's folder. --bench may be
+    repeated."""
     judge = Judge.from_pretrained(folder)
     if results or bench:
         add_results(folder, fingerprint(judge), results, bench or [])

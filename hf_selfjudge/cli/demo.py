@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..judge.judge import Judge
 from ..judge.shipped import shipped_judge
 from ..judge.threshold import Threshold
-from .options import Int8Options, JudgeOptions, option
+from .options import JudgeOptions, PairOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions(JudgeOptions, Int8Options):
-    """Where the page is served."""
-
-    host: str = option("Address to listen on.", "127.0.0.1")
-    port: int = option("Port to listen on.", 7860, min=1, max=65535)
-
-
-def demo_command(options: DemoOptions) -> None:
-    """Open the playground in a browser: judged text in colours, beside lossless text."""
+def demo_command(models: PairOptions, judging: JudgeOptions) -> None:
+    """Open the playground in a browser: judged text in colours, beside lossless text. Gradio's environment variables
+    GRADIO_SERVER_NAME and GRADIO_SERVER_PORT set the address."""
     try:
         from ..demo.page import build, folder_of  # needs gradio, which is an extra
     except ModuleNotFoundError as error:
         raise ValueError("The demo needs gradio. Install it: pip install 'hf-selfjudge[demo]'.") from error
-    name = options.judge or str(shipped_judge(options.pair))
+    name = judging.judge or str(shipped_judge(models.pair))
     folder = folder_of(name)
     judge = Judge.from_pretrained(folder)
-    if options.threshold is not None:
-        threshold = Threshold.parse(options.threshold, judge.info.thresholds)
-        judge.info = replace(judge.info, threshold=threshold)
-    pair = options.load(with_draft=not options.int8_draft)
+    if judging.threshold is not None:
+        judge.info = replace(judge.info, threshold=Threshold.parse(judging.threshold, judge.info.thresholds))
+    pair = models.load()
     judge.check_target(pair.target, allow_other_weights=True)
-    if options.int8_draft:
-        pair = replace(pair, draft=options.load_int8_draft(pair))
-    build(pair, judge, name, folder).launch(server_name=options.host, server_port=options.port, ssr_mode=False)
+    build(pair, judge, name, folder).launch(ssr_mode=False)

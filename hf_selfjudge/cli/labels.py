@@ -1,4 +1,4 @@
-"""`labels`: what mined labels say."""
+"""`labels`: tables and examples of mined labels."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from .options import JsonOptions, option, reuse
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsOptions(JsonOptions):
-    """What to show of labels."""
-
     examples: int = option("Harmless and harmful substitutions to show in context.", 5, min=0)
     seed: int = reuse(MiningConfig, "seed", 0)
 

@@ -24,22 +24,18 @@ from .options import DtypeOptions, JudgeOptions, OutputOptions, PairOptions, Pro
 
 @dataclass(frozen=True, kw_only=True)
 class MineOptions(JudgeOptions, OutputOptions, PromptOptions, PairOptions):
-    """Options of the command. Those that decide the labels are in [`MiningConfig`]."""
-
     answer_column: str | None = option("Column of answers to use instead of the target's own.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddLayerOptions(OutputOptions, DtypeOptions):
-    """Which layer is read."""
-
     layer: int = reuse(MiningConfig, "layer")
     batch: int = option("Answers in a forward.", 4, min=1)
 
 
 def mine_command(options: MineOptions, config: MiningConfig) -> None:
-    """Mine labels: let the target finish its answer after each substitution. With --judge, the answers are decoded
-    with that judge."""
+    """Mine labels: let the target finish its answer after each substitution. --judge decodes the answers with a
+    judge."""
     process = this_process()
     if options.prompts == "-" and process.num_processes > 1:
         raise ValueError("`prompts`: several processes cannot share standard input. Give a file.")

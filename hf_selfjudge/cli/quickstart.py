@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bench.answers import AnswerRecord
 from ..bench.quickstart import coloured_answer, figures, quickstart_table, run_quickstart, speed_lines
 from ..bench.runner import BenchConfig
 from ..data.prompts import fitting, read_prompts
@@ -15,13 +14,13 @@ from ..judge.threshold import Threshold
 from ..mining.config import MiningConfig
 from ..mining.job import mine
 from ..models.cpu import precision
-from ..models.pair import PAIRS, Pair, parse_pair
+from ..models.pair import PAIRS, load_draft, parse_pair
 from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
 from ..utils.files import check_writable
 from ..utils.names import absolute_if_folder
 from .console import console, say, say_left_out
-from .options import Int8Options, JsonOptions, JudgeOptions, OutputOptions, PromptOptions, option, reuse
+from .options import JsonOptions, JudgeOptions, OutputOptions, PairOptions, PromptOptions, option, reuse
 from .train import train_judge
 
 
@@ -31,15 +30,12 @@ QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartOptions(JsonOptions, OutputOptions, JudgeOptions, PromptOptions, Int8Options):
-    """What is compared, with which judge."""
-
+class QuickstartOptions(JsonOptions, OutputOptions, JudgeOptions, PromptOptions, PairOptions):
     prompts: str | None = reuse(PromptOptions, "prompts", None)
     max_new_tokens: int = reuse(BenchConfig, "max_new_tokens", 96)
     draft_length: int | str = reuse(BenchConfig, "draft_length", 5)
-    train: bool = option(
-        "Mine labels and train a judge first, in the folder --output, on prompts that come with the package.", False
-    )
+    int8_draft: bool = option("Compare a draft with int8 weights, too (CPU).", False)
+    train: bool = option("First mine labels of shipped prompts and train a judge, in the folder --output.", False)
     output: Path = reuse(OutputOptions, "output", Path("selfjudge-quickstart"))
 
 
@@ -59,28 +55,24 @@ def quickstart_command(options: QuickstartOptions) -> None:
     prompts, _, left_out = fitting(pair.tokenizer, prompts, pair.context, options.max_new_tokens)
     say_left_out(left_out)
     if judge is None:
-        judge = _train(pair, options.output)
-
-    def progress(records: list[AnswerRecord]) -> None:
-        speeds = ", ".join(f"{r.method} {len(r.tokens) / r.seconds:.1f} tokens/s" for r in records)
-        number = 1 + [prompt.id for prompt in prompts].index(records[0].prompt)
-        say(f"[{number}/{len(prompts)}] {records[0].prompt}: {speeds}")
-
-    int8_draft = options.load_int8_draft(pair, options.draft_length) if options.int8_draft else None
-    records = run_quickstart(
-        pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft, progress
-    )
+        labels, trained = options.output / "labels", options.output / "judge"
+        mine(pair, read_prompts(PROMPTS / "train.jsonl"), QUICK_MINING, labels, "train.jsonl")
+        train_judge(ScriptArguments([str(labels)]), JudgeConfig(str(trained), components=16))
+        judge = Judge.from_pretrained(trained)
+    names, int8_draft = parse_pair(options.pair), None
+    if options.int8_draft:
+        int8_draft = load_draft(names[1], pair.target, pair.tokenizer, options.draft_length, int8=True)
+    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft)
     shown = max((record for record in records if record.method == "judged"), key=lambda record: record.stats.judged)
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
     console.print()
-    names, results = " + ".join(model.config.name_or_path for model in (pair.target, pair.draft)), figures(records)
-    console.print(quickstart_table(results, f"{names}, {len(prompts)} prompts"))
+    results = figures(records)
+    console.print(quickstart_table(results, f"{' + '.join(names)}, {len(prompts)} prompts"))
     for line in speed_lines(results):
         say(line)
-    is_known = options.pair in PAIRS
     record = {
-        "pair": options.pair if is_known else ",".join(map(absolute_if_folder, parse_pair(options.pair))),
+        "pair": options.pair if options.pair in PAIRS else ",".join(map(absolute_if_folder, names)),
         "prompts": len(prompts),
         "left_out": left_out,
         "max_new_tokens": options.max_new_tokens,
@@ -90,11 +82,3 @@ def quickstart_command(options: QuickstartOptions) -> None:
         "device": str(pair.target.device),
     }
     options.write(record | results)
-
-
-def _train(pair: Pair, folder: Path) -> Judge:
-    """A judge for the pair, from labels that are mined on the prompts of the package."""
-    prompts = PROMPTS / "train.jsonl"
-    mine(pair, read_prompts(prompts), QUICK_MINING, folder / "labels", prompts.name)
-    train_judge(ScriptArguments([str(folder / "labels")]), JudgeConfig(str(folder / "judge"), components=16))
-    return Judge.from_pretrained(folder / "judge")

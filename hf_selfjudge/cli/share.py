@@ -1,4 +1,4 @@
-"""Judges, labels, results and Spaces to the Hub, and judges from it."""
+"""`push`, `push-labels`, `push-results`, `push-space` and `pull`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from huggingface_hub import CommitInfo
 
 from ..hub.publish import pull_judge, push_judge, push_labels, push_results, push_space
 from .console import say
-from .options import BenchFolder, JudgeFolder, LabelsFolders, Repo, option
+from .options import JudgeFolder, option
 
 
-REVISION = "Branch, tag or commit."
+LabelsFolders = Annotated[list[Path], typer.Argument(help="Folders written by `hf-selfjudge mine`.")]
+BenchFolder = Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge bench`.")]
+SpaceFolder = Annotated[str, typer.Argument(help="Folder of the Space in `spaces/`.")]
+Repo = Annotated[str, typer.Argument(help="USER/NAME on the Hub.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions:
-    """How a repository is written to."""
-
-    revision: str | None = option(REVISION, None)
     private: bool = option("Make the repository private, if it does not exist yet.", False)
     create_pr: bool = option("Open a pull request instead.", False)
     tag: str | None = option("Tag to set on the commit.", None)
@@ -42,9 +42,7 @@ def push_results_command(bench: BenchFolder, repo: Repo, options: PushOptions) -
     _say_pushed(push_results(bench, repo, **asdict(options)))
 
 
-def push_space_command(
-    name: Annotated[str, typer.Argument(help="Folder of the Space in `spaces/`.")], repo: Repo, options: PushOptions
-) -> None:
+def push_space_command(name: SpaceFolder, repo: Repo, options: PushOptions) -> None:
     """Publish one of the Spaces of this package."""
     _say_pushed(push_space(name, repo, **asdict(options)))
 
@@ -52,7 +50,7 @@ def push_space_command(
 def pull_command(
     repo: Repo,
     folder: Annotated[Path, typer.Argument(help="New folder for the judge.")],
-    revision: Annotated[str | None, typer.Option(help=REVISION)] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
     """Fetch a judge from the Hub, with its card, plots and results."""
     for name in pull_judge(repo, folder, revision=revision):

@@ -1,6 +1,5 @@
-"""In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s, read
-from disk as they are needed, and their tokens.
-"""
+"""In: JSON lines, CSV, Parquet, a `datasets` dataset (local or on the Hub), or standard input. Out: [`Prompt`]s and
+their tokens."""
 
 from __future__ import annotations
 
@@ -13,94 +12,34 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..models.wheels import SourceError
-from ..utils import files
 from ..utils.files import is_text
-from . import chat, rows
 from .chat import message_of
-from .rows import normalised
+from .rows import Prompt, prompts_of
 
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 LISTED = 5  # ids of prompts that are left out; more are only counted
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """
-    One prompt.
+class Prompts(list[Prompt]):
+    """Prompts, and the `options` that they were read with, if these differ from the defaults."""
 
-    Args:
-        id (`str`): Unique in its file.
-        text (`str`): The user's (last) message.
-        category (`str`): For tables; the name of the file if a row names none.
-        check (`str`): How answers are checked: `"number"` (the final number), `"tests"` (code that passes `tests`), or
-            `"text"`.
-        subcategory (`str`, *optional*): The row's own category, where `category` joins several (MT-Bench).
-        messages (`list[dict]`, *optional*): The conversation, where it is more than `text`: `role` and `content`, and
-            of tools `tool_calls`, `tool_call_id` and `name`.
-        tests (`str`, *optional*): Python code that runs after the answer's and raises unless that is right. It must
-            call the tests that it defines, and must not end the process (as `unittest.main()` does): that is a
-            failure.
-        references (`list[str]`, *optional*): Right answers, each of them enough, to score answers by. Mining does not
-            look at them.
-        answer (`str`, *optional*): An answer to use instead of the target's own.
-        tools (`list[dict]`, *optional*): Tools for the chat template, as JSON schemas.
-    """
-
-    id: str
-    text: str
-    category: str = "-"
-    check: str = "text"
-    subcategory: str | None = None
-    messages: list[dict] | None = None
-    tests: str | None = None
-    references: list[str] | None = None
-    answer: str | None = None
-    tools: list[dict] | None = None
-
-    @property
-    def said(self) -> list[dict]:
-        """The conversation, with `text` as its last message."""
-        return self.messages or [{"role": "user", "content": self.text}]
-
-
-class Prompts(Sequence[Prompt]):
-    """
-    Prompts on disk.
-
-    Args:
-        rows (`datasets.Dataset`): A column for each field of [`Prompt`].
-        fingerprint (`str`): Digest of the content and of the options it was read with.
-        options (`dict`): The options it was read with, where they differ from the defaults.
-    """
-
-    def __init__(self, rows: datasets.Dataset, fingerprint: str, options: dict):
-        self.rows, self.fingerprint, self.options = rows, fingerprint, options
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [_from_row(row) for row in self.rows.select(range(len(self))[index])]
-        return _from_row(self.rows[index])
+    options: dict
 
 
 def fingerprint_of(prompts: Sequence[Prompt]) -> str:
     """A digest that differs between sets of prompts."""
-    if isinstance(prompts, Prompts):
-        return prompts.fingerprint
     return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
@@ -119,22 +58,20 @@ def read_prompts(
     `:config` if it has several), or `-`, standard input: JSON lines, or a plain prompt on each line.
 
     A row has one of `messages` or `conversations` (chat), `prompt` (text or chat), `question`, `instruction` with an
-    optional `input` or `instances` (self-instruct), `turns` (the first one), or `text`; and optional `id`,
-    `category`, `check`, `tests`, `reference` (text, or several that are right; of `turns`, a list with one for each).
-    A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`. Chat may have `tool_calls`, and the
-    row `tools`, which go to the chat template; in tables, null inside an object counts as missing.
+    optional `input` or `instances` (self-instruct), `turns` (the first one is used), or `text`. It may also have `id`,
+    `category`, `check`, `tests`, and `reference` (one right answer or several; with `turns`, a list with one for each
+    turn). A GSM8K answer (`#### 42`) is a reference too, and sets `check` to `"number"`. Messages may have
+    `tool_calls`, and the row `tools`, for the chat template. Null inside an object of a table counts as missing.
 
     Args:
-        source (`str` or `os.PathLike`): A file, a folder, a Hub id, or `-`.
-        limit (`int`, *optional*): Use only the first ones.
+        limit (`int`, *optional*): Use only the first prompts.
         shuffle (`int`, *optional*): Seed to shuffle with, before `limit`.
         column (`str`, *optional*): Column of the prompt, instead of the above.
         answer_column (`str`, *optional*): Column of answers to use instead of the target's own.
         system (`str`, *optional*): A system message to put first.
-        split (`str`, defaults to `"train"`): Split of a dataset.
 
     Raises:
-        ValueError: If there is no prompt, a row is none, or something is not UTF-8; names the row.
+        ValueError: If there is no prompt, a row is not one, or something is not UTF-8. It names the row.
         SourceError: If `source` does not exist.
     """
     row_options = {"column": column, "answer_column": answer_column, "system": system}
@@ -148,28 +85,15 @@ def read_prompts(
             with path.open("wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
         table = None if path.is_file() and path.suffix.lower() not in TABLES else _load_table(path, name, split)
-        content = [_file_digest(path) if path.is_file() else table._fingerprint]
-        # Rows that another version of this code cached are not used.
-        content += [_file_digest(Path(code)) for code in (__file__, rows.__file__, chat.__file__, files.__file__)]
-        fingerprint = hashlib.sha256(json.dumps([content[0], row_options, limit, shuffle]).encode()).hexdigest()
-        try:
-            prompts = datasets.Dataset.from_generator(
-                normalised,
-                features=datasets.Features({field.name: datasets.Value("string") for field in fields(Prompt)}),
-                gen_kwargs={"path": path, "table": table, "plain": name == "-", "reading_options": row_options},
-                fingerprint=hashlib.sha256(json.dumps([content, row_options, path.stem]).encode()).hexdigest()[:32],
-            )
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-    if shuffle is not None:
-        prompts = prompts.shuffle(seed=shuffle)
+        rows = prompts_of(path, table, plain=name == "-", **row_options)
+        if shuffle is None:
+            prompts = Prompts(itertools.islice(rows, limit))
+        else:
+            every = list(rows)
+            prompts = Prompts(every[i] for i in np.random.default_rng(shuffle).permutation(len(every))[:limit])
     options = {**row_options, "limit": limit, "shuffle": shuffle, "split": None if split == "train" else split}
-    options = {name: value for name, value in options.items() if value is not None}
-    return Prompts(prompts.select(range(min(limit or len(prompts), len(prompts)))), fingerprint, options)
-
-
-def _from_row(row: dict) -> Prompt:
-    return Prompt(**row | {name: row[name] and json.loads(row[name]) for name in ("messages", "tools", "references")})
+    prompts.options = {name: value for name, value in options.items() if value is not None}
+    return prompts
 
 
 def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
@@ -189,11 +113,6 @@ def _load_table(path: Path, name: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
     """The first prompts of each category, in their order; all of them where `per_category` is `None`."""
     ranks: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -202,7 +121,7 @@ def balanced(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt
 
 
 class TooLong(ValueError):
-    """A prompt does not fit into the context, or none of several does."""
+    """A prompt does not fit into the context, or none of several prompts does."""
 
 
 def encode(
@@ -216,17 +135,19 @@ def encode(
     The tokens of a prompt, of shape `(1, prompt_length)`, in the chat template if the tokenizer has one.
 
     Args:
-        prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.said`]).
+        prompt (`str` or `list[dict]`): Text, or chat messages ([`Prompt.conversation`]).
         context (`int`, *optional*): Tokens that the target can attend to ([`context_of`]).
         max_new_tokens (`int`): Tokens to leave room for.
-        tools (`list[dict]`, *optional*): See [`Prompt`].
 
     Raises:
         ValueError: If the prompt is empty or not text, or the template does not take its messages.
         TooLong: If it does not fit into the context together with the answer.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [message_of(message, "`prompt`") for message in messages]
+    try:
+        messages = [message_of(message) for message in messages]
+    except ValueError as error:
+        raise ValueError(f"`prompt`: {error}") from error
     if not messages or not (messages[-1]["content"] or "").strip():
         raise ValueError("`prompt` is empty. Give it text.")
     if not is_text(json.dumps(messages, ensure_ascii=False, default=str)):
@@ -255,17 +176,9 @@ def _apply_template(
     try:
         options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         return tokenizer.apply_chat_template(messages, tools=tools, **options)["input_ids"]
-    except (TemplateError, TypeError, ValueError) as error:  # the last two: from operations within a template
+    except (TemplateError, TypeError, ValueError) as error:  # the last two come from operations in a template
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"`prompt`: the chat template does not take these messages ({roles}): {error}") from error
-
-
-class Fitting(NamedTuple):
-    """Prompts that fit into a context, their tokens (`(1, prompt_length)` each), and the ids of those too long."""
-
-    prompts: list[Prompt]
-    tokens: list[torch.LongTensor]
-    left_out: list[str]
 
 
 def fitting(
@@ -274,24 +187,30 @@ def fitting(
     context: int | None,
     max_new_tokens: int,
     may_be_empty: bool = False,
-) -> Fitting:
-    """[`encode`] many prompts, and leave out those that are too long. The error names a prompt that cannot be encoded
-    at all; [`TooLong`] if none fits, unless the result `may_be_empty`."""
-    fit = Fitting([], [], [])
+) -> tuple[list[Prompt], list[torch.LongTensor], list[str]]:
+    """
+    The prompts that fit into the context, the tokens of each (see [`encode`]), and the ids of prompts that are too
+    long.
+
+    Raises:
+        ValueError: If a prompt cannot be encoded. It names the prompt.
+        TooLong: If no prompt fits, unless the result `may_be_empty`.
+    """
+    kept, tokens, left_out = [], [], []
     for prompt in prompts:
         try:
-            fit.tokens.append(encode(tokenizer, prompt.said, context, max_new_tokens, prompt.tools))
-            fit.prompts.append(prompt)
+            tokens.append(encode(tokenizer, prompt.conversation, context, max_new_tokens, prompt.tools))
+            kept.append(prompt)
         except TooLong:
-            fit.left_out.append(prompt.id)
+            left_out.append(prompt.id)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
-    if not fit.prompts and not may_be_empty:
+    if not kept and not may_be_empty:
         raise TooLong(
             f"`prompts`: all {len(prompts)} are too long: with `max_new_tokens`={max_new_tokens} each exceeds the "
             f"context of {context} tokens. Shorten them or lower `max_new_tokens`."
         )
-    return fit
+    return kept, tokens, left_out
 
 
 def describe_left_out(left_out: Sequence[str]) -> str:

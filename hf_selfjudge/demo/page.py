@@ -11,25 +11,23 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..data.prompts import TooLong, encode
-from ..decoding.rules import JudgeRule, KLGate, Lossless, Margin, Rule
+from ..data.prompts import encode
 from ..hub.publish import pull_judge
 from ..judge.card import read_results
 from ..judge.judge import Judge
 from ..judge.threshold import PER_TOKEN, Threshold
 from ..models.load import fingerprint
 from ..models.pair import Pair
-from ..scoring.statistics import shown
 from ..utils.names import public_name
 from ..utils.text import in_markdown, in_python
 from ..utils.transfer import HubError
 from .answer import (
+    RecordingRule,
     StreamedAnswer,
     coloured_parts,
     judged_rows,
     marked_differences,
     measured_line,
-    plot_rounds,
     stream_answer,
 )
 
@@ -63,15 +61,10 @@ def folder_of(judge: str) -> Path:
     return folder
 
 
-# -- the page --------------------------------------------------------------------------------------------------------
-
-# Rules that can be chosen, and what the slider of each means.
+# The two kinds of threshold, and what the slider says about each.
 RULES = {
     "judge": "Threshold: accepted below this probability of another meaning (0 is lossless)",
     "judge per token": "Threshold: accepted below this probability of another meaning for each token gained",
-    "lossless": "Threshold: none, nothing is accepted",
-    "margin": "Threshold: nats that a token may be less likely than the target's",
-    "KL gate": "Threshold: nats between the target's distribution and the draft's",
 }
 # Gradio writes black on these colours in the dark too, where they are dark themselves, and breaks lines within words.
 STYLE = """<style>
@@ -88,120 +81,86 @@ said instead, and what the judge makes of it.
 """
 
 
-def rule_of(name: str, threshold: float, judge: Judge) -> Rule:
-    """The rule that a visitor chose. A `ValueError` if it is unknown or cannot have this threshold."""
-    if name not in RULES:
-        raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {name!r}.")
-    if name in ("judge", "judge per token"):
-        return JudgeRule(judge, Threshold(threshold, name != "judge"), allow_other_weights=True)
-    return {"lossless": Lossless(), "margin": Margin(threshold), "KL gate": KLGate(threshold)}[name]
-
-
-def code_for(names: tuple[str, str, str], rule: str, threshold: float, temperature: float, max_new_tokens: int) -> str:
-    """Python code that decodes as the page does. `names` are what to load target, draft and judge by; `rule` is one of
-    `RULES`."""
-    target, draft, judge = map(in_python, names)
-    sampling = f", do_sample=True, temperature={temperature:g}" if temperature else ", do_sample=False"
-    number = f"{threshold:g}"  # while a visitor changes the rule, perhaps not one that it can have
-    judged_as = {"judge": number, "judge per token": in_python(number + PER_TOKEN)}
-    calls = {"lossless": "Lossless()", "margin": f"Margin({number})", "KL gate": f"KLGate({number})"}
-    if rule in judged_as:
-        imports, judged = "", f"JudgedModel.from_pretrained(target, {judge}, threshold={judged_as[rule]})"
-    else:
-        imports = f"from hf_selfjudge.rules import {calls[rule].partition('(')[0]}\n"
-        judged = f"JudgedModel(target, {calls[rule]}, tokenizer=tokenizer)"
-    return (
-        f"from hf_selfjudge import JudgedModel, load_model\n{imports}\n"
-        f"target, tokenizer = load_model({target})\ndraft, _ = load_model({draft})\njudged = {judged}\n"
-        'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
-        f"output = judged.generate(**inputs, assistant_model=draft, max_new_tokens={max_new_tokens}{sampling})\n"
-        "print(tokenizer.decode(output[0]), judged.stats)\n"
-    )
-
-
-def on_page(threshold: Threshold) -> tuple[str, float]:
-    """The rule and the place of the slider for a threshold of the judge."""
-    return "judge per token" if threshold.per_token else "judge", threshold.limit
-
-
 class _Handlers:
     """What the page does when a visitor presses a button or changes a setting."""
 
     def __init__(self, pair: Pair, judge: Judge, name: str):
         self.pair, self.judge = pair, judge
         references = (pair.target.config.name_or_path, pair.draft.config.name_or_path, name)
-        self.names = tuple(map(public_name, references))
-        self.own_rule, limit = on_page(judge.info.threshold)
-        # For each rule the end of the slider, and where it starts.
-        self.starts = {"judge": (1, 0.3), "judge per token": (1, 0.03)} | {self.own_rule: (1, limit)}
-        self.starts |= {"lossless": (1, 0), "margin": (5, 1), "KL gate": (5, 0.5)}
+        self.names = [public_name(reference) for reference in references]
+        own = judge.info.threshold
+        self.own_rule = "judge per token" if own.per_token else "judge"
+        # Where the slider starts for each rule.
+        self.starts = {"judge": 0.3, "judge per token": 0.03} | {self.own_rule: own.limit}
 
-    def prepared(self, prompt: str, rule: str, threshold: float, temperature: float, length: int):
-        """The rule and the prompt's tokens, or an error in words."""
+    def prompt_ids(self, prompt: str, length: int):
+        """The prompt's tokens, of shape `(1, prompt_length)`, or an error for the visitor."""
         if not prompt.strip():
             raise gr.Error("Write a prompt first, or choose one of the examples.", duration=8)
         if len(prompt) > LONGEST_PROMPT:
             raise gr.Error(f"The prompt has {len(prompt)} characters, more than {LONGEST_PROMPT}. Shorten it.")
-        if not 0 <= temperature <= 2 or not 1 <= length <= LONGEST_ANSWER:
-            raise gr.Error(f"The temperature must be in [0, 2], the length in [1, {LONGEST_ANSWER}] tokens.")
         try:
-            ids = encode(self.pair.tokenizer, prompt, self.pair.context, int(length)).to(self.pair.target.device)
-            return rule_of(rule, threshold, self.judge), ids
-        except ValueError as error:  # what it says is shown as HTML
-            too_long = "The prompt is longer than the model can read. " * isinstance(error, TooLong)
-            raise gr.Error(html.escape(f"{too_long}{error}", False)) from error
+            return encode(self.pair.tokenizer, prompt, self.pair.context, int(length)).to(self.pair.target.device)
+        except ValueError as error:  # the page shows an error as HTML
+            raise gr.Error(html.escape(str(error), False)) from error
+
+    def stream(self, ids, rule: str, threshold: float, length: int, temperature: float = 0.0):
+        """See [`stream_answer`]."""
+        limit = Threshold(threshold, rule == "judge per token")
+        recording = RecordingRule(self.judge, limit, allow_other_weights=True)
+        return stream_answer(self.pair, recording, ids, int(length), temperature)
 
     def generate(self, prompt: str, rule: str, threshold: float, temperature: float, length: int):
         """Judged text as it comes: coloured parts, figures, and the judged tokens."""
-        tokenizer = self.pair.tokenizer
-        chosen, ids = self.prepared(prompt, rule, threshold, temperature, length)
+        ids, tokenizer = self.prompt_ids(prompt, length), self.pair.tokenizer
 
         def parts(growing: bool):
-            tokens = answer.tokens
-            return coloured_parts(tokenizer, tokens, growing), measured_line(answer), judged_rows(tokenizer, tokens)
+            return coloured_parts(tokenizer, answer, growing), measured_line(answer), judged_rows(tokenizer, answer)
 
-        for answer in stream_answer(self.pair, chosen, ids, int(length), temperature):  # noqa: B007
+        for answer in self.stream(ids, rule, threshold, length, temperature):  # noqa: B007
             yield parts(growing=True)
         yield parts(growing=False)
 
     def compare(self, prompt: str, rule: str, threshold: float, length: int):
-        """Lossless and judged, one after the other: both texts with the differences marked, and their rounds."""
-        tokenizer = self.pair.tokenizer
-        chosen, ids = self.prepared(prompt, rule, threshold, 0.0, length)
-        rules = {"lossless": Lossless(), f"with {rule}": chosen}
-        answers = {label: StreamedAnswer() for label in rules}
+        """Lossless and judged, one after the other: both texts with the differences marked, and their figures."""
+        ids = self.prompt_ids(prompt, length)
+        answers = {"lossless": StreamedAnswer(), f"with {rule}": StreamedAnswer()}
 
         def marked(growing: bool):
-            return marked_differences(tokenizer, *(answer.tokens for answer in answers.values()), growing)
+            return marked_differences(self.pair.tokenizer, *(answer.ids for answer in answers.values()), growing)
 
-        for label, each in rules.items():
-            for answer in stream_answer(self.pair, each, ids, int(length)):
-                answers[label] = answer
-                yield *marked(growing=True), gr.skip(), gr.skip()
+        for label, limit in zip(answers, (0.0, threshold), strict=True):
+            for answers[label] in self.stream(ids, rule, limit, length):
+                yield *marked(growing=True), gr.skip()
         lines = [f"**{label}**: {measured_line(answer)}" for label, answer in answers.items()]
-        bars = plot_rounds({label: answer.rounds for label, answer in answers.items()})
-        yield *marked(growing=False), bars, "\n\n".join(lines)
+        yield *marked(growing=False), "\n\n".join(lines)
 
     def code(self, rule: str, threshold: float, temperature: float, length: int) -> str:
-        """What to copy for these settings."""
-        return code_for(self.names, rule, threshold, temperature, int(length))
+        """Python code that decodes as the page does with these settings."""
+        target, draft, judge = map(in_python, self.names)
+        limit = in_python(f"{threshold:g}{PER_TOKEN}") if rule == "judge per token" else f"{threshold:g}"
+        sampling = f"do_sample=True, temperature={temperature:g}" if temperature else "do_sample=False"
+        return f"""from hf_selfjudge import JudgedModel, load_model
 
-    def scaled(self, rule: str):
-        """The slider for a rule."""
-        most, value = self.starts[rule]
-        return gr.Slider(0, most, value, step=STEP, label=RULES[rule], interactive=rule != "lossless")
+target, tokenizer = load_model({target})
+draft, _ = load_model({draft})
+judged = JudgedModel.from_pretrained(target, {judge}, threshold={limit})
+messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = judged.generate(**inputs, assistant_model=draft, max_new_tokens={int(length)}, {sampling})
+print(tokenizer.decode(output[0]), judged.stats)
+"""
 
-    def at(self, point: str):
-        """The rule, and the slider at one of the judge's operating points."""
-        rule, value = on_page(self.judge.info.thresholds[point])
-        return rule, gr.Slider(0, 1, value, step=STEP, label=RULES[rule], interactive=True)
+    def slider(self, rule: str):
+        """The slider as it starts for a rule."""
+        return gr.Slider(value=self.starts[rule], label=RULES[rule])
 
 
 def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr.Blocks:
-    """Build the page. `name` is what the judge is loaded by, `folder` the judge's, for what was measured of it."""
-    handlers, points = _Handlers(pair, judge, name), [*judge.info.thresholds]
+    """Build the page. `name` is what the judge is loaded by, `folder` has what was measured of it."""
+    handlers = _Handlers(pair, judge, name)
     own = handlers.own_rule
     with gr.Blocks(title="Judge decoding") as page:
         gr.HTML(STYLE, visible="hidden")
@@ -211,73 +170,54 @@ def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr
         with gr.Row():
             with gr.Column(scale=2, min_width=320), gr.Tabs():
                 with gr.Tab("Generate"):
-                    go, stop, answer = _generate_tab()
+                    with gr.Row():
+                        go = gr.Button("Generate", variant="primary", elem_id="generate")
+                        stop = gr.Button("Stop", elem_id="stop")
+                    colours = {"color_map": COLOURS, "combine_adjacent": True, "show_legend": True}
+                    text = gr.HighlightedText(label="Answer", elem_id="answer", **colours)
+                    figures = gr.Markdown(elem_id="figures")
+                    headers = ["place", "judged token", "the target's choice", "estimated cost"]
+                    table = gr.Dataframe(headers=headers, label="Judged tokens", interactive=False, elem_id="judged")
                 with gr.Tab("Compare"):
-                    both, halt, comparison = _compare_tab()
+                    with gr.Row():
+                        both = gr.Button("Compare", variant="primary", elem_id="compare")
+                        halt = gr.Button("Stop")
+                    with gr.Row():
+                        marks = {"color_map": {"differs": "#e8590c"}, "show_inline_category": False}
+                        lossless = gr.HighlightedText(label="Lossless", elem_id="lossless", **marks)
+                        judged = gr.HighlightedText(label="With the judge", elem_id="with-judge", **marks)
+                    summary = gr.Markdown(elem_id="summary")
                 with gr.Tab("Curve"):
                     _curve(judge, folder)
                 with gr.Tab("Use it"):
                     snippet = gr.Code(language="python", value="", label="Copy this", interactive=False)
             with gr.Column(scale=1, min_width=280):
                 rule = gr.Dropdown(list(RULES), value=own, label="Rule")
-                point = gr.Radio(points, label="Operating point", visible=bool(points))
-                start = handlers.starts[own][1]
-                threshold = gr.Slider(0, 5, start, step=STEP, label=RULES[own], elem_id="threshold")
+                start = handlers.starts[own]
+                threshold = gr.Slider(0, 1, start, step=STEP, label=RULES[own], elem_id="threshold")
                 temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
                 length = gr.Slider(16, LONGEST_ANSWER, 96, step=8, label="Longest answer, tokens")
-                settings = [rule, threshold, temperature, length]
+        settings = [rule, threshold, temperature, length]
         aside = {"queue": False, "api_visibility": "private"}  # answered at once, however many are waiting
-        rule.input(handlers.scaled, rule, threshold, **aside)
-        point.input(handlers.at, point, [rule, threshold], **aside)
-        for setting in settings:
-            setting.change(handlers.code, settings, snippet, **aside)
-        page.load(handlers.scaled, rule, threshold, **aside)
-        page.load(handlers.code, settings, snippet, **aside)
+        rule.input(handlers.slider, rule, threshold, **aside)
+        changes = [page.load, *(setting.change for setting in settings)]
+        gr.on(changes, handlers.code, settings, snippet, **aside)
         alone = {"concurrency_id": "models", "concurrency_limit": 1}  # one at a time: the machine is shared
-        running = go.click(handlers.generate, [prompt, *settings], answer, api_name="generate", **alone)
+        shown = [text, figures, table]
+        running = go.click(handlers.generate, [prompt, *settings], shown, api_name="generate", **alone)
         stop.click(None, cancels=[running], api_visibility="private")
-        compared = [prompt, rule, threshold, length]
-        comparing = both.click(handlers.compare, compared, comparison, api_name="compare", **alone)
+        compared, shown = [prompt, rule, threshold, length], [lossless, judged, summary]
+        comparing = both.click(handlers.compare, compared, shown, api_name="compare", **alone)
         halt.click(None, cancels=[comparing], api_visibility="private")
     return page.queue(max_size=WAITING)  # further visitors are told that it is full
 
 
-def _generate_tab() -> tuple[gr.Button, gr.Button, list]:
-    """Buttons to start and stop, and where the answer, its figures and the judged tokens are shown."""
-    with gr.Row():
-        go = gr.Button("Generate", variant="primary", elem_id="generate")
-        stop = gr.Button("Stop", elem_id="stop")
-    colours = {"color_map": COLOURS, "combine_adjacent": True, "show_legend": True}
-    text = gr.HighlightedText(label="Answer", elem_id="answer", **colours)
-    line = gr.Markdown(elem_id="figures")
-    headers = ["place", "judged token", "the target's choice", "estimated cost"]
-    table = gr.Dataframe(headers=headers, label="Judged tokens", interactive=False, elem_id="judged")
-    return go, stop, [text, line, table]
-
-
-def _compare_tab() -> tuple[gr.Button, gr.Button, list]:
-    """Buttons to start and stop, and where both answers, their rounds and their figures are shown."""
-    with gr.Row():
-        both = gr.Button("Compare", variant="primary", elem_id="compare")
-        halt = gr.Button("Stop")
-    with gr.Row():
-        marks = {"color_map": {"differs": "#e8590c"}, "show_inline_category": False}
-        first = gr.HighlightedText(label="Lossless", elem_id="lossless", **marks)
-        second = gr.HighlightedText(label="With the rule", elem_id="ruled", **marks)
-    bars = gr.Plot(show_label=False, elem_id="rounds")
-    return both, halt, [first, second, bars, gr.Markdown(elem_id="summary")]
-
-
 def _curve(judge: Judge, folder: Path | None) -> None:
-    """What was measured of the judge."""
+    """The measured curves of the judge."""
     benches = {} if folder is None else read_results(folder, fingerprint(judge)).get("bench", {})
     if not benches:
         gr.Markdown("Nothing was measured of this judge yet. `hf-selfjudge bench` and `hf-selfjudge card` do that.")
     for name, bench in benches.items():
         gr.Markdown(f"### {in_markdown(name)}\n\n{in_markdown(bench['heading'])}")
-        if (picture_file := folder / f"curve-{name}.png").is_file():
-            gr.Image(str(picture_file), show_label=False, interactive=False)
-        figures = ("tokens_per_round", "speed", "retention")
-        rows = [[row["setting"], *(shown(row[key]) for key in figures)] for row in bench["settings"]]
-        headers = ["decoding", "tokens a round", "× lossless", "retention"]
-        gr.Dataframe(rows, headers=headers, interactive=False)
+        if (curve := folder / f"curve-{name}.png").is_file():
+            gr.Image(str(curve), show_label=False, interactive=False)

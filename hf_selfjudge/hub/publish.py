@@ -1,6 +1,7 @@
-"""Judges, labels, results and Spaces to repos on the Hub, and a judge back from one.
+"""In: folders with a judge, labels, results or a Space. Out: a commit on the Hub. And back: a judge from its repo.
 
-Which files the repo of a judge has is decided by `repo_files` in `judge/card.py`.
+All `push_…` functions take `token`, `private`, `revision`, `create_pr` and `tag` as [`upload`] does, and raise a
+`HubError` if a push was refused or interrupted; the repo is then unchanged.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -31,23 +33,20 @@ from .results import public_file, read_quality
 
 SPACES = shipped("spaces")
 PACKAGE = Path(__file__).resolve().parents[1]
-# What `pull` takes beside the judge itself.
+# Files that `pull` fetches beside the judge itself.
 BESIDE = re.compile(
     r"README\.md|results\.json|[\w-]+\.png|custom_generate/(generate\.py|requirements\.txt)|\.eval_results/[\w-]+\.yaml"
 )
 BESIDE_LIMIT = 2**24  # bytes of one of them
+TAGS = ("hf_selfjudge", "judge-decoding")
 
 
 def push_judge(folder: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
     """
-    Publish a judge: its weights, the card, plots and results, and the code for `generate(custom_generate=repo_id)`.
-
-    Args:
-        options: `token`, `private`, `revision`, `create_pr`, `tag` of [`upload`].
+    Publish a judge with the files of [`repo_files`].
 
     Raises:
         FileNotFoundError, ValueError: If the folder holds no judge, or a damaged one.
-        HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     judge = Judge.from_pretrained(folder)
     return upload(repo_id, repo_files(folder, judge.info, fingerprint(judge), repo_id), "Upload judge", **options)
@@ -57,37 +56,35 @@ def pull_judge(
     repo_id: str, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None
 ) -> list[str]:
     """
-    Fetch a judge and what belongs to it into a new or empty folder. Files of other names are left where they are, and
-    nothing is run.
+    Fetch a judge with its card, plots, results and code into a new or empty folder. Other files stay in the repo, and
+    no code is run.
 
     Returns:
         `list[str]`: The files.
 
     Raises:
-        FileExistsError: If the folder holds something.
-        FileNotFoundError, ValueError: If the repo is not there, or holds no judge of this version.
+        FileExistsError: If the folder is not empty.
+        FileNotFoundError, ValueError: If there is no such repo, or it holds no judge of this version.
         HubError: If the Hub could not be reached.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"`output`: {folder} is not empty. Choose another folder.")
-    api = HfApi(token=token)
-    try:  # the commit first, so that everything is of one
-        commit = api.model_info(repo_id, revision=revision).sha
-        names = [name for name in api.list_repo_files(repo_id, revision=commit) if BESIDE.fullmatch(name)]
+        raise FileExistsError(f"`folder`: {folder} is not empty. Choose another folder.")
+    try:  # the commit first, so that all files are from the same one
+        info = HfApi(token=token).model_info(repo_id, revision=revision)
+        revision, names = info.sha, [file.rfilename for file in info.siblings if BESIDE.fullmatch(file.rfilename)]
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        commit, names = revision, []  # loading says what is wrong
+        names = []  # loading the judge says what is wrong
     except (HTTPError, OSError) as error:
         raise HubError(f"{repo_id} could not be listed ({first_line(error)}). Try again.") from error
-    judge = Judge.from_pretrained(repo_id, revision=commit, token=token)
+    judge = Judge.from_pretrained(repo_id, revision=revision, token=token)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         whole = Path(temporary) / "whole"
         judge.save_pretrained(whole)
         for name in names:
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            content = download(repo_id, name, BESIDE_LIMIT, revision=commit, token=token).read_bytes()
-            (whole / name).write_bytes(content)
+            shutil.copyfile(download(repo_id, name, BESIDE_LIMIT, revision=revision, token=token), whole / name)
         if folder.is_dir():
             folder.rmdir()
         whole.rename(folder)
@@ -99,13 +96,9 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **options) -
     Publish labels as a dataset with two configurations for each folder, `FOLDER` and `FOLDER-answers`.
     [`load_labels`] and `datasets.load_dataset` read it.
 
-    Args:
-        folders (`Sequence[str]`): Written by [`mine`], all of one pair.
-        options: See [`push_judge`].
-
     Raises:
-        FileNotFoundError, ValueError: If a folder has no labels, or they are of different pairs.
-        HubError: If it was refused or interrupted; what the repo holds is as it was.
+        FileNotFoundError, ValueError: If a folder has no labels, two folders have the same name, or the labels are of
+            different pairs.
     """
     folders, files, parts, configs = [Path(folder) for folder in folders], {}, [], []
     names = [folder.resolve().name for folder in folders]
@@ -121,17 +114,14 @@ def push_labels(folders: Sequence[str | os.PathLike], repo_id: str, **options) -
         for kind, end in (("labels", ""), ("answers", "-answers")):
             path = f"{glob.escape(name)}/{kind}-*.parquet"
             configs.append({"config_name": f"{name}{end}", "data_files": path})
-    data = DatasetCardData(
-        license="other", configs=configs, tags=["hf_selfjudge", "judge-decoding", "arxiv:2510.02329"]
-    )
+    pair = {model: parts[0][1][model] for model in ("target", "draft")}
     card = DatasetCard.from_template(
-        data,
+        DatasetCardData(license="other", configs=configs, tags=[*TAGS, "arxiv:2510.02329"]),
         template_path=str(HUB_CARDS / "labels_card.md"),
-        target=parts[0][1]["target"],
-        draft=parts[0][1]["draft"],
+        **pair,
         parts=parts,
         repo_id=repo_id,
-        on_hub=is_hub_id(parts[0][1]["target"]),
+        on_hub=is_hub_id(pair["target"]),
         md=in_markdown,
         shell=in_shell,
     )
@@ -145,17 +135,14 @@ def push_results(bench: str | os.PathLike, repo_id: str, **options) -> CommitInf
 
     Raises:
         FileNotFoundError: If the folder holds no results.
-        HubError: If it was refused or interrupted; what the repo holds is as it was.
     """
     bench = Path(bench)
     read_quality(bench)
-    modes = ("quality", "timing")
-    names = [*(f"{mode}.jsonl" for mode in modes), "curve.png"]
-    files: dict[str, Path | bytes] = {name: bench / name for name in names if (bench / name).is_file()}
-    described = [bench / f"{mode}{end}" for mode in modes for end in (".json", "-results.json")]
-    files |= {path.name: public_file(path).encode() for path in described if path.is_file()}
+    names = [f"{mode}{end}" for mode in ("quality", "timing") for end in (".jsonl", ".json", "-results.json")]
+    paths = [path for name in (*names, "curve.png") if (path := bench / name).is_file()]
+    files = {path.name: public_file(path).encode() if path.suffix == ".json" else path for path in paths}
     answers = {"config_name": "answers", "data_files": "quality.jsonl"}
-    data = DatasetCardData(license="other", configs=[answers], tags=["hf_selfjudge", "judge-decoding"])
+    data = DatasetCardData(license="other", configs=[answers], tags=[*TAGS])
     tables = "\n\n".join(public_file(path) for path in sorted(bench.glob("*-results.md")))
     card = f"---\n{data}\n---\n\n# {in_markdown(bench.resolve().name)}\n\n![curve](curve.png)\n\n{tables}"
     files["README.md"] = card.encode()
@@ -164,20 +151,15 @@ def push_results(bench: str | os.PathLike, repo_id: str, **options) -> CommitInf
 
 def push_space(name: str, repo_id: str, **options) -> CommitInfo:
     """
-    Publish one of the Spaces, with this package as it is installed here, so that a Space runs the code that it was
-    tried with, whether or not that is on the package index.
-
-    Args:
-        name (`str`): Its folder in `spaces/`.
+    Publish the folder `name` of `spaces/`, with a copy of this package, so that the Space runs the same code.
 
     Raises:
-        FileNotFoundError: If there is none of this name.
-        HubError: If it was refused or interrupted; what the repo holds is as it was.
+        FileNotFoundError: If there is no such folder.
     """
     known = sorted(path.parent.name for path in SPACES.glob("*/README.md"))
     if name not in known:
         raise FileNotFoundError(f"`name`: there is no Space {name!r}, only {', '.join(known)}.")
-    files: dict[str, Path | bytes] = dict(_files(SPACES / name))
+    files: dict[str, Path | bytes] = {**_files(SPACES / name)}
     package = _files(PACKAGE) | _files(HUB_CARDS, "hub_cards/") | _files(SPACES, "spaces/")
     files |= {f"{PACKAGE.name}/{path}": content for path, content in package.items()}
     needed = [line for line in requires("hf-selfjudge") if "extra ==" not in line]
@@ -187,7 +169,7 @@ def push_space(name: str, repo_id: str, **options) -> CommitInfo:
 
 
 def _files(folder: Path, prefix: str = "") -> dict[str, Path]:
-    """By the name that each is to have."""
+    """The files in a folder, by their names in a repo."""
     return {
         f"{prefix}{path.relative_to(folder)}": path
         for path in sorted(folder.rglob("*"))

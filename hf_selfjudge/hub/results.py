@@ -1,4 +1,4 @@
-"""Measurements of a judge, as `hf-selfjudge bench` and `quickstart` wrote them -> `results.json` beside the judge."""
+"""In: what `hf-selfjudge bench` and `quickstart` measured with a judge. Out: `results.json` in the judge's folder."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def add_results(
     Add results to a judge's `results.json`, and the curves of benches to its folder.
 
     Args:
-        folder (`str`): The judge's folder.
         weights (`str`): [`fingerprint`] of the judge.
         quickstart (`str`, *optional*): A file of `hf-selfjudge quickstart --json`.
-        benches (`Sequence[str]`): Folders of `hf-selfjudge bench`. The results are named after them.
+        benches (`Sequence[str]`): Folders of `hf-selfjudge bench`. The results get the names of the folders.
 
     Raises:
-        ValueError: If a file is something else, or holds no results of this judge.
+        ValueError: If `quickstart` is another kind of file, or a bench has no results of this judge.
     """
     folder = Path(folder)
     results = read_results(folder, weights) | {"weights": weights}
@@ -52,29 +51,19 @@ def add_results(
 
 
 def _bench_results(bench: Path, weights: str) -> dict[str, Any]:
-    """What a card shows of a bench: everything but the other judges that it compared."""
+    """What a card shows of a bench: everything except other judges and the coins that accept as often as those."""
     quality = read_quality(bench)
-    if not all("judge" in row for row in quality["settings"]):
-        raise ValueError(
-            f"`bench`: {bench} was summarised by an earlier version. Run its `hf-selfjudge bench` again: the "
-            "answers are kept."
-        )
     family = family_in(quality, weights, bench)
-    # Every row names the judge that its method is or imitates, if any.
     shown = {row["family"] for row in quality["settings"] if row["judge"] in (None, family)}
-    return {
-        **{key: quality[key] for key in ("heading", "prompts", "categories", "dataset")},
-        "family": family,
-        "settings": [
-            {key: row[key] for key in SHOWN} | {"task": row["measures"].get("task")}
-            for row in quality["settings"]
-            if row["family"] in shown
-        ],
-        **{
-            key: [row for row in quality[key] if row["first"] == family and row["second"] in shown]
-            for key in ("comparisons", "comparisons_unchanged")
-        },
-    }
+    results = {key: quality[key] for key in ("heading", "prompts", "categories", "dataset")} | {"family": family}
+    results["settings"] = [
+        {key: row[key] for key in SHOWN} | {"task": row["measures"].get("task")}
+        for row in quality["settings"]
+        if row["family"] in shown
+    ]
+    for key in ("comparisons", "comparisons_unchanged"):
+        results[key] = [row for row in quality[key] if row["first"] == family and row["second"] in shown]
+    return results
 
 
 def read_quality(bench: str | os.PathLike) -> dict[str, Any]:
@@ -92,17 +81,12 @@ def read_quality(bench: str | os.PathLike) -> dict[str, Any]:
 
 def family_in(quality: dict[str, Any], weights: str, bench: str | os.PathLike) -> str:
     """
-    The name of a judge's curve in a bench.
-
-    Args:
-        quality (`dict`): See [`read_quality`].
-        weights (`str`): [`fingerprint`] of the judge.
-        bench (`str`): The bench's folder, for the error.
+    The name of a judge's curve in the results of a bench. `weights` is the judge's [`fingerprint`].
 
     Raises:
         ValueError: If the bench has no results of this judge.
     """
-    for family, judge_weights in quality["judges"].items():
+    for family, judge_weights in quality.get("judges", {}).items():  # none in files of earlier versions
         if judge_weights == weights:
             return family
     raise ValueError(f"`bench`: {bench} has no results of this judge. Run `hf-selfjudge bench --rule judge:FOLDER=…`.")

@@ -1,18 +1,17 @@
-"""The kinds of checks: how answers to a prompt are compared with each other and with references.
+"""In: a prompt and answers to it. Out: whether two answers have the same result, and how right an answer is.
 
-In: a prompt and answers to it. Out: whether two answers come to the same result (which is the label where it can be
-checked), and how right an answer is. A kind of check is one class and its entry in [`CHECKS`]; its name and the column
-that it needs are in `data/rows.py`, where prompts are read.
+Each kind of check is a class and its entry in [`CHECKS`]. The column that it needs is in `data/rows.py`.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from ..data.prompts import Prompt
+from ..models.load import resolve_model
 from .codeblocks import has_code
 from .meaning import final_number, passes_tests
 
@@ -21,41 +20,41 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 class CheckedAnswer(NamedTuple):
-    """An answer's text, and whether it ended by itself, not at a limit."""
+    """The text of an answer, and whether it ended by itself, not at the limit of tokens."""
 
     text: str
     finished: bool
 
 
 class Check:
-    """The base class, to which every result is unknown. It is used for `"tests"` where code must not be run."""
+    """The base class, for which every result is unknown. It replaces `"tests"` where code must not be run."""
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
-        """Whether two answers come to the same result; `None` if that is unknown."""
+        """Whether two answers have the same result; `None` if that is unknown."""
         return None
 
     def unchanged(self, prompt: Prompt, own: CheckedAnswer, answer: CheckedAnswer) -> bool | None:
-        """Whether an answer comes to the result of the target's `own` answer, right or wrong. An answer whose result
-        is unknown does not. `None` if the result of `own` is unknown."""
+        """Whether an answer has the result of the target's `own` answer, right or wrong: `False` if only its result
+        is unknown, `None` if that of `own` is."""
         return None
 
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
-        """How right an answer is, in [0, 1]; `None` if nothing tells."""
+        """How right an answer is, in [0, 1]; `None` if that is unknown."""
         return None
 
 
 class TextCheck(Check):
-    """Answers without a result. They are scored by the references of prompts whose category is in
-    [`REFERENCE_SCORES`]. MT-Bench's are not: its references are one right answer of many."""
+    """Answers without a result. They are scored by references if the prompt's category is in [`REFERENCE_SCORES`]:
+    those of MT-Bench are not, since each of its references is only one of many right answers."""
 
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
         if not prompt.references or prompt.category not in REFERENCE_SCORES:
             return None
-        return REFERENCE_SCORES[prompt.category].score(answer.text, prompt.references)
+        return REFERENCE_SCORES[prompt.category](answer.text, prompt.references)
 
 
 class ResultCheck(Check):
-    """Answers that have a result, right or wrong. A subclass says which."""
+    """Answers that have a result, right or wrong, which a subclass finds."""
 
     def result(self, prompt: Prompt, answer: CheckedAnswer) -> Hashable | None:
         """The result of an answer; `None` if it is unknown. Two results that are unknown are not the same."""
@@ -97,7 +96,7 @@ class CodeCheck(Check):
         return float(self._passes(prompt, answer))
 
     def _passes(self, prompt: Prompt, answer: CheckedAnswer) -> bool:
-        return passes_tests(answer.text, prompt.tests, prompt.said)
+        return passes_tests(answer.text, prompt.tests, prompt.conversation)
 
 
 CHECKS = {"number": NumberCheck(), "tests": CodeCheck(), "text": TextCheck()}
@@ -109,43 +108,52 @@ def check_of(prompt: Prompt, allow_code: bool) -> Check:
 
 
 def contains(text: str, references: Sequence[str]) -> float:
-    """Whether one of the references stands in an answer, without case, articles and punctuation (as SQuAD normalises,
-    https://huggingface.co/papers/1606.05250)."""
+    """Whether an answer contains one of the references, without case, articles and punctuation (normalised as in
+    SQuAD, https://huggingface.co/papers/1606.05250)."""
     return float(any(_contains(text, reference) for reference in references))
 
 
 def _contains(text: str, right: str) -> bool:
     text, right = (part.lower().translate(str.maketrans("", "", string.punctuation)) for part in (text, right))
-    if ARTICLES.sub(" ", right).strip():  # it may be nothing but an article: the letter A
+    if ARTICLES.sub(" ", right).strip():  # a reference may be only an article: the letter A
         text, right = (ARTICLES.sub(" ", part) for part in (text, right))
     return f" {' '.join(right.split())} " in f" {' '.join(text.split())} "
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
-    """F1 of the longest common subsequence (https://aclanthology.org/W04-1013), words stemmed; the best reference."""
+    """F1 of the longest common subsequence of stemmed words with the best reference
+    (https://aclanthology.org/W04-1013)."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True).score_multi(references, text)["rougeL"].fmeasure
 
 
 def chrf(text: str, references: Sequence[str]) -> float:
-    """F2 of character 6-grams (https://aclanthology.org/W15-3049); all references."""
+    """F2 of character 6-grams with all references (https://aclanthology.org/W15-3049)."""
     from sacrebleu.metrics import CHRF
 
     return CHRF().sentence_score(text, references).score / 100
 
 
-class ReferenceScore(NamedTuple):
-    """A score of texts by their references, and the library that it needs."""
-
-    score: Callable[[str, Sequence[str]], float]
-    library: str | None = None
-
-
 # By category of Spec-Bench.
-REFERENCE_SCORES = {
-    "translation": ReferenceScore(chrf, "sacrebleu"),
-    "summarization": ReferenceScore(rouge_l, "rouge_score"),
-    "qa": ReferenceScore(contains),
-    "rag": ReferenceScore(contains),
-}
+REFERENCE_SCORES = {"translation": chrf, "summarization": rouge_l, "qa": contains, "rag": contains}
+
+
+def check_can_score(prompts: Sequence[Prompt], embeddings: str | None) -> None:
+    """
+    Find what is missing before the work begins.
+
+    Raises:
+        ValueError: If a library is missing that scores `prompts` by references, or loads the model `embeddings`.
+        SourceError: If that model cannot be found.
+    """
+    categories = {p.category for p in prompts if p.references and isinstance(CHECKS[p.check], TextCheck)}
+    try:
+        for category in sorted(categories & REFERENCE_SCORES.keys()):
+            REFERENCE_SCORES[category]("text", ["text"])
+        if embeddings:
+            import sentence_transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"`prompts` need {error.name} to be scored: pip install 'hf-selfjudge[bench]'.") from error
+    if embeddings:
+        resolve_model(embeddings)

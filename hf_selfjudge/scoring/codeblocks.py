@@ -1,7 +1,7 @@
-"""In: an answer or a prompt in Markdown. Out: its Python blocks, as CommonMark defines blocks, and its imports.
+"""In: an answer or a prompt in Markdown. Out: its blocks of Python code, or its imports.
 
-Where a search for fences line by line finds more Python, as it does if code is not indented like its fence, that
-result is used.
+Blocks are those of CommonMark. A search for fences line by line also finds code that is not indented like its fence;
+the way that finds more Python is used.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-import warnings
 from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from ..utils.text import parse_python
+
 
 MARKDOWN = MarkdownIt("commonmark").disable(["inline", "html_block"])  # a tag in front of a fence does not hide it
-# From any line that ends in ticks and a name to the next that begins with as many, or to the end of the text.
+# From a line that ends in backticks and a name to the next line that begins with as many, or to the end of the text.
 FENCED = re.compile(r"^[^`\n]*(`{3,})([^`\n]*)\n(?:(.*?)^[ \t>]*(\1)|(.*))", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"[\s{.]*(?:i?python|py)[\d.]*(?![\w-])|\S+\.py\b", re.IGNORECASE)
 UNNAMED = ("", "text", "txt", "plaintext", "code")  # names of blocks that may still be Python
-IMPORT_LINES = 100  # of one statement
+IMPORT_LINES = 100  # at most, in one statement
 
 
 @dataclass(frozen=True)
 class Block:
-    """Code in a fence that is called `name`; it is `whole` unless the text ends before the block does."""
+    """A fenced block with the name of its language; `whole`: the block ends before the text does."""
 
     name: str
     code: str
@@ -34,27 +35,27 @@ class Block:
 
 
 def has_code(text: str) -> bool:
-    """Whether an answer has a whole block of Python: whatever follows, the code is complete."""
+    """Whether an answer has a whole block of Python. Such code is complete, whatever text would follow."""
     return any(block.whole for block in _named(_blocks(text)))
 
 
 def code_of(text: str) -> list[str]:
     """
-    The Python blocks of an answer, in their order; blocks that do not name their language are taken for Python, and if
-    all name another one, those that parse as Python. A block that was cut off counts only where there is no
-    whole one. An answer without fences is code as a whole, or else its indented blocks are.
+    The Python blocks of an answer, in their order. Blocks without a language count as Python. If all blocks are of
+    other languages, those that can be parsed as Python are used. A block that was cut off is used only if no other is
+    there. An answer without fences is code as a whole, or its indented blocks are.
     """
-    if _parsed(text):
+    if parse_python(text):
         return [text]
     tokens, found = MARKDOWN.parse(text), _blocks(text)
     if found or any(token.type == "fence" for token in tokens):
-        blocks = _named(found) or [block for block in found if _parsed(block.code)]
+        blocks = _named(found) or [block for block in found if parse_python(block.code)]
         return [block.code for block in blocks if block.whole] or [block.code for block in blocks]
     return [token.content for token in tokens if token.type == "code_block"] or [text]
 
 
 def imports_of(text: str) -> list[str]:
-    """The import statements in a prompt and in the Python blocks of it."""
+    """The import statements in a prompt and its Python blocks."""
     lines = _lines(text)
     for token in MARKDOWN.parse(text):
         if token.type == "fence":
@@ -65,7 +66,7 @@ def imports_of(text: str) -> list[str]:
 
 
 def _blocks(text: str) -> list[Block]:
-    """Those of any language, found in the way that finds more Python."""
+    """The blocks in any language, from the way that finds more Python."""
     lines = _lines(text)
     fences = [token for token in MARKDOWN.parse(text) if token.type == "fence"]
     blocks = [Block(fence.info, _at_the_margin(fence.content), _is_whole(fence, lines)) for fence in fences]
@@ -74,11 +75,11 @@ def _blocks(text: str) -> list[Block]:
         for match in FENCED.finditer("\n".join(lines))
     ]
     ways = ([block for block in way if block.code.strip()] for way in (blocks, by_line))
-    return max(ways, key=lambda way: sum(_parsed(block.code) is not None for block in _named(way)))
+    return max(ways, key=lambda way: sum(parse_python(block.code) is not None for block in _named(way)))
 
 
 def _named(blocks: list[Block]) -> list[Block]:
-    """Those that are called Python, or nothing else."""
+    """The blocks that are called Python, or have no name of a language."""
     return [block for block in blocks if PYTHON.match(block.name) or block.name.strip().lower() in UNNAMED]
 
 
@@ -87,8 +88,8 @@ def _lines(text: str) -> list[str]:
 
 
 def _at_the_margin(code: str) -> str:
-    """In a list, code may be indented further than its fence."""
-    return textwrap.dedent(code) if _parsed(code) is None else code
+    """Code without the indentation that it may have in a list."""
+    return textwrap.dedent(code) if parse_python(code) is None else code
 
 
 def _is_whole(fence: Token, lines: list[str]) -> bool:
@@ -99,8 +100,8 @@ def _is_whole(fence: Token, lines: list[str]) -> bool:
 
 
 def _imports(code: str) -> list[str]:
-    """Those at its top level; line by line if it does not parse, as text around code does not."""
-    if (tree := _parsed(code)) is not None:
+    """The imports at the top level of code; found line by line in text that cannot be parsed."""
+    if (tree := parse_python(code)) is not None:
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.If, ast.Try))]
         nodes = [node for statement in top for node in ast.walk(statement)]
         return [ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -113,16 +114,6 @@ def _imports(code: str) -> list[str]:
                 if not ("(" in bare and ")" not in bare or bare.endswith("\\")):
                     break
                 statement += f"\n{more}"
-            if _parsed(statement) is not None:
+            if parse_python(statement) is not None:
                 found.append(statement)
     return found
-
-
-def _parsed(code: str) -> ast.Module | None:
-    """`None` if it is not Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes in strings
-        try:
-            return ast.parse(code)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None

@@ -1,6 +1,5 @@
-"""In: two answers, as text or tokens. Out: the final number of each, whether its code passes tests, the share of one
-that is in the other, or the target's own judgement. No other model is asked.
-"""
+"""In: answers, as text or tokens. Out: the final number of one, whether its code passes tests, how far two answers
+share their wording or their meaning, or what the target says about them."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import TooLong, encode
+from ..models.load import resolve_model
 from ..models.tokens import context_of
 from . import sandbox
 from .codeblocks import code_of, imports_of
@@ -27,9 +27,8 @@ from .numbers import last_number
 
 GRAM = 4  # tokens
 CONTEXT = 12  # words shown around a difference
-CELLS = Path(__file__).with_name("cells.py")
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped one
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character
 QUESTION = """Two answers to the same request differ in one passage.
 
 Request: {request}
@@ -42,9 +41,9 @@ Do both answers say the same? Answer with yes or no."""
 
 
 def final_number(text: str) -> Fraction | None:
-    """The value of the number an answer ends in: the one in the last `\\boxed{}` or `\\fbox{}` if there is any, else
-    the last number of the text. `None` if there is no number, it cannot be read (see `numbers.py`), or the box holds
-    several or was cut off."""
+    """The value of the number in the last `\\boxed{}` or `\\fbox{}` of an answer, or of its last number if it has no
+    box. `None` if there is no number, it cannot be read (see `numbers.py`), or the box holds several or was cut
+    off."""
     boxes = [*BOX.finditer(text)]
     if not boxes:
         return last_number(text)
@@ -69,16 +68,15 @@ def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -
     return (Counter(grams) & rest).total() / len(grams)
 
 
-def passes_tests(text: str, tests: str, said: Sequence[dict] = (), seconds: float = 10.0) -> bool:
+def passes_tests(text: str, tests: str, conversation: Sequence[dict] = (), seconds: float = 10.0) -> bool:
     """
     Whether the code of an answer passes `tests`. It **runs the code**, for at most `seconds` in an empty folder; its
     limits are described in `sandbox.py`. The caller must have the user's permission (`--allow-code`).
 
-    Imports of the user's code in the conversation `said` ([`Prompt.said`]) run first, then the answer's blocks one
-    after the other, as in a notebook (`cells.py`): a block that fails, such as an example of use, does not affect the
-    others.
+    The imports in the user's messages of the conversation run first, then the blocks of the answer one after another,
+    as in a notebook: a block that fails, such as an example of use, does not affect the others.
     """
-    user_texts = [message["content"] for message in said if message["role"] == "user"]
+    user_texts = [message["content"] for message in conversation if message["role"] == "user"]
     imports = [statement for part in user_texts if isinstance(part, str) for statement in imports_of(part)]
     return _passes((*imports, *code_of(text)), tests, seconds)
 
@@ -91,14 +89,13 @@ def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
         work.mkdir()
         for number, code in enumerate((*cells, tests)):
             (parts / f"{number:06}.py").write_text(code, encoding="utf-8", errors="replace")
-        # Code that ends the process before its tests does not make this folder by accident; code that cheats can.
         mark = work / secrets.token_hex(16)
-        sandbox.run(CELLS, work, seconds, str(parts), str(mark))
+        sandbox.run(parts, work, mark, seconds)
         return mark.is_dir()
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
-    """The passages in which two texts differ, with some words around them, without equal text before and after."""
+    """The passages in which two texts differ, with some words before and after them."""
     a, b = first.split(), second.split()
     blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()  # an empty one at the end is the last
     start = blocks[0].size if blocks[0].a == blocks[0].b == 0 else 0
@@ -113,8 +110,8 @@ def differing(first: str, second: str) -> tuple[str, str]:
 def says_no(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, first: str, second: str
 ) -> float | None:
-    """The target's own probability that two answers do not say the same, in [0, 1]: of "no" against "yes" as its next
-    word; `None` if the question is longer than its context."""
+    """The target's own probability that two answers do not say the same, in [0, 1]: that of "no" against "yes" as its
+    answer to [`QUESTION`]. `None` if the question is longer than its context."""
     first, second = differing(first, second)
     question = QUESTION.format(request=request, first=first, second=second)
     try:
@@ -129,3 +126,22 @@ def says_no(
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
     return [*{tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}]
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of an answer's 4-grams that it had before, in [0, 1]."""
+    grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def similarity(model: str, first: str, second: str) -> float:
+    """Cosine of the sentence embeddings of two texts, by a sentence-transformers model (folder or Hub id)."""
+    one, other = _encoder(model).encode([first, second], normalize_embeddings=True)
+    return float(one @ other)
+
+
+@lru_cache(maxsize=1)
+def _encoder(model: str):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(resolve_model(model), device="cpu", model_kwargs={"use_safetensors": True})

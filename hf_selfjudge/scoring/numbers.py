@@ -1,25 +1,20 @@
-"""Read numbers as answers write them.
+"""In: the text of an answer, with its Markdown and LaTeX. Out: the exact value of its last number, or `None`.
 
-In: text, with the Markdown and LaTeX that is in it. Out: the exact value of its last number; `None` if that cannot be
-read. It is never the value of a part: all that separators or operators join to the last digits is read together, or
-not at all.
+Everything that separators or operators join to the last digits is read together, or not at all: the value is never
+that of a part. What is read:
 
-What is read:
-
-- digits of any script, with leading zeros or none in front of the point: `5`, `-5`, `+5`, `007`, `.5`, `18.00`;
+- digits of any script, with or without zeros before the number: `5`, `-5`, `+5`, `007`, `.5`, `18.00`;
 - thousands, grouped by commas (also as in India: `1,00,000`), spaces of any kind, apostrophes or underscores: `1,000`,
-  `1{,}000`, `1 000`, `1'000`, `1_000`. The point is for decimals alone;
+  `1{,}000`, `1 000`, `1'000`, `1_000`. A point always begins decimals;
 - fractions: `3/4`, `½`, `3 1/2`, `3½`, `\\frac{3}{4}`, `3\\frac12`;
 - powers: `10^3`, `10³`, `2**10`, `1e3`, `1.5 × 10^{3}`;
-- scales: `5k`, `$5M`, `$5m`, `$5B`, `$5 bn`, `1.5 million`, dozen, from hundred to trillion, lakh and crore;
-- any sign of a minus that stands at the number, or behind `=`. A hyphen behind a word (`GPT-4`) and the dash of a list
-  are none.
+- scales: `5k`, `$5M`, `$5m`, `$5B`, `$5 bn`, `1.5 million`, dozen, hundred to trillion, lakh and crore;
+- a minus directly before the number, or after `=`. The hyphen of `GPT-4` and the dash of a list are no minus.
 
-Signs of currencies, per cent and degrees, units (`5kg`, `50 m²`) and emphasis are left out. What has digits but cannot
-be read: ranges, sums and other terms (`10-15`, `5 + 3`, `2x`, `5\\pi`, `2\\sqrt{3}`, `f(3)`), dates, times, ratios,
-versions, digits in names (`H2O`, `7B`), unclear commas and points (`1,5`, `1.000,50`, `1,2,3`), a minus that is
-unclear (`total - 5`), and what is longer than any answer; in a box also inequalities, intervals without an end, and
-`3!`. Numbers in words are not seen.
+Currencies, per cent, degrees, units (`5kg`, `50 m²`) and emphasis are ignored. The following cannot be read: ranges,
+sums and other terms (`10-15`, `5 + 3`, `2x`, `5\\pi`, `2\\sqrt{3}`, `f(3)`), dates, times, ratios, versions, digits in
+names (`H2O`, `7B`), unclear commas and points (`1,5`, `1.000,50`, `1,2,3`), an unclear minus (`total - 5`), and very
+long numbers; in a box also inequalities, intervals that end at infinity, and `3!`. Numbers in words are ignored.
 """
 
 from __future__ import annotations
@@ -34,14 +29,14 @@ WORDS = {"hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "
 WORDS |= {"trillion": 10**12, "dozen": 12, "bn": 10**9}
 SCALES = {"k": 10**3, "K": 10**3, **WORDS}
 NO_UNITS = ("e", "i", "n", "x", "y", "z", "pi", "M", "B")
-LETTERS = {  # one sign for all that mean the same
+LETTERS = {  # characters that mean the same, and the one that replaces them
     "−﹣－": "−", "‐‑‒–": "-", "―": "—", "＋": "+", "⁄∕÷／": "/", "·⋅∙✕✖＊": "×", "．٫": ".", "٬": ",", "：": ":",
     "‘’ʼ": "'", "％": "%", "＝≈≅⇒→⟹": "=", "～": "~", "⟨": "(", "⟩": ")", "\r\v\f\x85\u2028\u2029": "\n",
 }  # fmt: skip
 
 
 class _Characters(dict):
-    """What a character is replaced with, for `str.translate`: ⟨⟩ enclose a fraction."""
+    """The replacement of each character, for `str.translate`. A fraction is put between ⟨ and ⟩."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -61,7 +56,7 @@ GROUPED = "|".join(rf"[1-9]\d{{0,2}}(?:{mark}\d{{3}})+" for mark in ",'_ ")
 DECIMAL = rf"(?:(?:{GROUPED}|[1-9]\d?(?:,\d\d)+,\d{{3}}|\d+)(?:\.\d+)?|\.\d+)"
 SIGNED = rf"[-−+]?{DECIMAL}"
 EXPONENT = r"([-−+]?\d{1,3})"
-# Each way to write a number, and its value.
+# Each form of a number, and the function that gives its value.
 FORMS = [
     (re.compile(form + "([A-Za-z]*)"), value)
     for form, value in (
@@ -76,12 +71,12 @@ FORMS = [
         ),
     )
 ]
-# All that is joined to digits.
+# Digits, and everything that is joined to them.
 ATOM = r"(?:⟨[^⟩]*⟩|\.?\d[\dA-Za-z]*)"
 JOINT = r"(?:[.,:'_，、…]+|[ \t]*(?:[-−+*/^×±—&][ \t]*)+|[ \t]+(?:[xX:][ \t]+)?|(?=⟨))"
 RUN = re.compile(rf"{ATOM}(?:{JOINT}{ATOM})*")
-TERM = re.compile(r"[ \t]*(?:[\\π√^&₀-₉百千万萬億亿兆]|(?:pi|[inxyz])\b)")  # a number in front of it is a part
-# What makes more or less of the one number in a box: an order, an end at infinity, another equation, a factorial.
+TERM = re.compile(r"[ \t]*(?:[\\π√^&₀-₉百千万萬億亿兆]|(?:pi|[inxyz])\b)")  # a number before it is part of a term
+# A box with one number is more than that number if it has an order, infinity, another equation or a factorial.
 MORE = re.compile(r"[<>≤≥≠∞]|=[^=\d]*\d[^=]*[^\w=](?:[A-Za-z]\w*|\\)[\s&]*=[^=]*$|\d *[!'′](?!\d)")
 SCALE = re.compile(rf"[ \t-]?({'|'.join(WORDS)})s?\b", re.IGNORECASE)
 
@@ -130,22 +125,18 @@ REWRITES = [
         (r"</?[A-Za-z]+>", " "),
         (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0])),
         (r"\^ *\{ *([-−+]?\d+) *\}", r"^\1"),
-        (r"([A-Za-z]{2}|(?<![A-Za-z])[ms])\^[-−]?\d+", r"\1"),  # of a unit
+        (r"([A-Za-z]{2}|(?<![A-Za-z])[ms])\^[-−]?\d+", r"\1"),  # the power of a unit
         (r"\\[dtc]?frac *(?:\{([^{}]*)\}|(\d)) *(?:\{([^{}]*)\}|(\d))", _fraction),
         (r"(?<=\d) and (?=\d+ ?/|⟨|(?:a|one) (?:half|third|quarter)\b)", "&"),
         (r"\\[A-Za-z]+", "\\\\"),
-        (r"(^|\n|[=:(,*]|\w[ \t])([ \t]*)\{([^{}]*)\}", r"\1\2 \3 "),  # the argument of nothing
+        (r"(^|\n|[=:(,*]|\w[ \t])([ \t]*)\{([^{}]*)\}", r"\1\2 \3 "),  # braces without a command
     )
 ]
 
 
 def last_number(text: str, alone: bool = False) -> Fraction | None:
-    """
-    The value of the last number of a text; `None` if it has none, or that cannot be read.
-
-    Args:
-        alone (`bool`): Whether there may be no other, but for those in front of `=`.
-    """
+    """The value of the last number of a text; `None` if there is none, or it cannot be read. With `alone`, there must
+    be no other number, except before `=`."""
     text = text.translate(CHARACTERS)
     for pattern, to in REWRITES:
         text = pattern.sub(to, text)
@@ -156,7 +147,7 @@ def last_number(text: str, alone: bool = False) -> Fraction | None:
 
 
 def _value(text: str, start: int, end: int) -> Fraction | None:
-    """Of the number in this place of plain text."""
+    """The value of the number at this place in plain text."""
     run, line = text[start:end], text[:start].rpartition("\n")[2]
     zeros = re.match(r"0\d", run) and line.rstrip().endswith(",")  # 1, 000
     repeats = "." in run and text.startswith(("..", "…"), end)  # 0.33...
@@ -181,8 +172,8 @@ def _value(text: str, start: int, end: int) -> Fraction | None:
 
 
 def _sign(line: str) -> int | None:
-    """Of a number, by the line in front of it: 1 or -1; `None` if that is unclear, or the number is a part of a name
-    or a term."""
+    """The sign of a number after `line`: 1 or -1; `None` if that is unclear, or the number is part of a name or a
+    term."""
     head = line.rstrip()
     sign = {"-": -1, "−": -1, "+": 1}.get(head[-1:])
     if sign is None:
@@ -197,20 +188,22 @@ def _sign(line: str) -> int | None:
 
 
 def _may_begin(line: str) -> bool:
-    """Whether a number may begin behind this, rather than go on."""
+    """Whether a number may begin after `line`. If not, the number is part of something longer."""
     head = line.rstrip()
     last, spaced = head[-1:], head != line
     if spaced and head.strip(" \t>") in ("-", "+", "*"):
-        return True  # of a list
+        return True  # after the mark of a list
     if last == "*":
-        return not spaced and (len(head) == 1 or not (head[-2].isalnum() or head[-2] in ")]}"))  # of emphasis
+        return not spaced and (
+            len(head) == 1 or not (head[-2].isalnum() or head[-2] in ")]}")
+        )  # after the mark of emphasis
     if last and last in "-−+/^×±&√\\{⟩" or head.lower().endswith(tuple(WORDS)):
         return False
     if spaced or not last:
         return True
-    if last == "(":  # of a product, or behind an operator?
+    if last == "(":  # part of a product or a term?
         front = head[:-1]
         if front[-1:].isascii() and front[-1:].isalnum():
-            return False  # of a function, too
+            return False  # or the argument of a function
         return front[-1:] not in (")", "\\") and front.rstrip()[-1:] not in tuple("-−+*/^×")
     return not (last in "_.)]}" or (last.isascii() and last.isalnum()))

@@ -1,8 +1,8 @@
-"""In: values, and the prompt that each is from. Out: an [`Interval`] by the bootstrap, areas, rank correlations."""
+"""In: values, and the prompt of each. Out: bootstrap intervals ([`Interval`]), areas under curves, correlations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 
 class Interval(NamedTuple):
-    """A figure with its 95 % bootstrap interval; in JSON a list of three numbers. A format applies to each of them:
-    `f"{interval:.2f}"` is `0.82 [0.74, 0.90]`."""
+    """A figure with its 95 % bootstrap interval; in JSON a list of three numbers. `f"{interval:.2f}"` is
+    `0.82 [0.74, 0.90]`."""
 
     value: float
     low: float
@@ -20,8 +20,7 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, samples: np.ndarray) -> Interval | None:
-        """From a figure followed by its bootstrap samples, of shape `(1 + resamples,)`; `None` where the figure is
-        undefined."""
+        """From a figure and its bootstrap samples, of shape `(1 + resamples,)`; `None` if the figure is undefined."""
         if not np.isfinite(samples[0]):
             return None
         drawn = samples[1:][np.isfinite(samples[1:])]
@@ -32,16 +31,18 @@ class Interval(NamedTuple):
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]".replace("-", "−")
 
 
-def shown(interval: Interval | list[float] | None, spec: str = ".2f") -> str:
-    """An interval in a table; a dash where there is none."""
-    return "–" if interval is None else format(Interval(*interval), spec)
+def shown(value: Interval | Sequence[float] | float | str | None, spec: str = ".2f") -> str:
+    """An interval, a number or text in a table; a dash for `None`."""
+    if value is None:
+        return "–"
+    return format(Interval(*value) if isinstance(value, list | tuple) else value, spec)
 
 
 def bootstrap(
     measure: Callable[..., float], columns: tuple[np.ndarray, ...], prompts: np.ndarray, resamples: int, seed: int
 ) -> Interval | None:
-    """A measure of `columns`, NaN where it is undefined, with an interval over whole prompts: rows of one prompt are
-    drawn together. `columns` and `prompts` (the prompt of each row) have the shape `(rows,)`."""
+    """`measure` of `columns`, with an interval over prompts: rows of one prompt are drawn together. `columns` and
+    `prompts` (the prompt of each row) have the shape `(rows,)`. `None` if the measure is undefined (NaN)."""
     if not len(prompts) or np.isnan(measure(*columns)):
         return None
     _, place = np.unique(prompts, return_inverse=True)
@@ -51,7 +52,7 @@ def bootstrap(
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve; NaN where all labels are the same."""
+    """Area under the ROC curve; NaN if all labels are the same."""
     return float(roc_auc_score(label, score)) if 0 < label.sum() < len(label) else float("nan")
 
 
@@ -61,14 +62,14 @@ def among_accepted(label: np.ndarray, score: np.ndarray, share: float) -> float 
 
 
 def rank_correlation(label: np.ndarray, score: np.ndarray) -> float:
-    """Spearman's; NaN where one of the two is constant."""
+    """Spearman's rank correlation; NaN if one of the two is constant."""
     return float(spearmanr(label, score).statistic) if np.ptp(label) and np.ptp(score) else float("nan")
 
 
 def draws(categories: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How often each prompt is drawn, of shape `(1 + resamples, P)`: first each once, then bootstrap samples, drawn
-    within categories. Prompts that are alone in their category are drawn among each other: alone they would show no
-    spread."""
+    """How often each prompt is drawn, of shape `(1 + resamples, P)`. The first row draws each once; the others are
+    bootstrap samples within categories. Prompts that are alone in their category form one category together: alone
+    they would show no spread."""
     rng, weights = np.random.default_rng(seed), np.ones((1 + resamples, len(categories)))
     names, index, counts = np.unique(categories, return_inverse=True, return_counts=True)
     strata = np.where(counts[index] > 1, index, len(names))

@@ -1,5 +1,5 @@
 """The training script (`hf-selfjudge train`): labels -> a judge that was measured on held-out prompts, with its card.
-`accelerate launch -m hf_selfjudge.cli.app train …` shares the work between devices."""
+`accelerate launch -m hf_selfjudge train …` shares the work between devices."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
-"""Writes files whole or not at all, moves them to and from the Hub, names models so that the name can be published,
-and escapes text for Markdown, shells and terminals. It loads no model."""
+"""Reads and writes files, moves them to and from the Hub, makes names that can be published, and escapes text for
+Markdown, shells and terminals. It loads no model."""

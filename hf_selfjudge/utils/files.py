@@ -1,13 +1,11 @@
-"""Text that is read as UTF-8 or refused, and files that survive: whole or not there, and never of two runs.
-
-Knows nothing of what is in them.
-"""
+"""Reads text that must be UTF-8, and writes files so that an interrupted run leaves each of them whole or absent."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator
 from itertools import islice
@@ -15,13 +13,13 @@ from pathlib import Path
 
 
 def shipped(name: str) -> Path:
-    """A folder that comes with the package: inside it in a wheel, beside it in a checkout."""
+    """A folder that comes with the package: inside it if it is installed, next to it in a checkout."""
     return next(folder / name for folder in Path(__file__).resolve().parents[1:3] if (folder / name).is_dir())
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` if nothing fails."""
+    """A temporary path to write to, which is renamed to `path` if nothing fails."""
     path = Path(path)
     incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
     yield incomplete
@@ -30,15 +28,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 def lines_of(path: str | os.PathLike, name: str | None = None) -> Iterator[str]:
     """
-    The lines of a text file. A byte order mark, which some editors put in front, is skipped.
+    The lines of a text file, without byte order marks.
 
     Args:
         name (`str`, *optional*): What to call the file in errors.
 
     Raises:
-        ValueError: If a line is not UTF-8; names it.
+        ValueError: If a line is not UTF-8. It names the line.
     """
-    # Bytes that are not UTF-8 become surrogates, so that the line they are in is known.
+    # Bytes that are not UTF-8 become surrogates, so that their line is known.
     with Path(path).open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if "\0" in line or not is_text(line):
@@ -46,20 +44,16 @@ def lines_of(path: str | os.PathLike, name: str | None = None) -> Iterator[str]:
                 raise ValueError(
                     f"{name or path}:{number}: this is not UTF-8 text, but perhaps {likely}. Save it as UTF-8."
                 )
-            yield line.lstrip("\ufeff")  # in any line: files are joined too
+            yield line.lstrip("\ufeff")  # in any line, since the file may be several files joined
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: not if it has half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether text can be written in UTF-8, which half of a surrogate pair cannot."""
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """All [`lines_of`] a file."""
+    """The text of a file, see [`lines_of`]."""
     return "".join(lines_of(path))
 
 
@@ -69,13 +63,7 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def json_object(text: str, where: str) -> dict:
-    """
-    Args:
-        where (`str`): Where `text` was found, for errors.
-
-    Raises:
-        ValueError: If `text` is not a JSON object.
-    """
+    """The JSON object in `text`. A `ValueError` says `where` it is if it is something else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -85,29 +73,24 @@ def json_object(text: str, where: str) -> dict:
     return found
 
 
+def json_text(content: dict) -> str:
+    """The text of a JSON file. NaN is refused, since other readers of JSON do not accept it."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """All of it, or nothing."""
+    """Write all of `text`, or nothing."""
     with atomic_write(path) as incomplete:
         incomplete.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:
-    """The same. NaN is refused: other readers of JSON do not take it."""
+    """Write all of [`json_text`], or nothing."""
     write_text(path, json_text(content))
 
 
-def json_text(content: dict) -> str:
-    """What [`write_json`] writes."""
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
 def check_writable(folder: Path) -> None:
-    """
-    Fail before the work, not after it.
-
-    Raises:
-        OSError: If no file can be made in `folder`.
-    """
+    """Create `folder`. An `OSError` if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -120,16 +103,14 @@ def check_writable(folder: Path) -> None:
 
 def check_or_write_settings(path: Path, settings: dict, notes: dict, free: Collection[str] = ()) -> None:
     """
-    Write how the files of a folder are made, or compare with what is there.
+    Write the settings of a run to `path`, or compare them with those that are there.
 
     Args:
-        path (`Path`): A file in that folder.
-        settings (`dict`): What must be the same when a run goes on.
-        notes (`dict`): What is noted when it begins.
-        free (`Collection[str]`): Those of `settings` that may differ.
+        settings (`dict`): What must be the same when a run is continued, except for the keys in `free`.
+        notes (`dict`): What is also written when a run begins.
 
     Raises:
-        ValueError: If the folder was begun with other settings.
+        ValueError: If the folder of `path` was begun with other settings.
     """
     if not path.is_file():
         write_json(path, settings | notes)
@@ -147,12 +128,8 @@ def check_or_write_settings(path: Path, settings: dict, notes: dict, free: Colle
 
 
 class JsonlLog:
-    """
-    A file of JSON lines that grows while a run goes on. A line that a kill cut off is dropped when it is opened.
-
-    Args:
-        path (`Path`): Made with the first line.
-    """
+    """The JSON lines of a file, which is created when the first line is added. A last line that was cut off is removed
+    from an existing file."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
@@ -167,7 +144,6 @@ class JsonlLog:
         return iter(self.rows)
 
     def add(self, row: dict) -> None:
-        """At once."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         self.rows.append(row)

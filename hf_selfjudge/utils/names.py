@@ -1,8 +1,5 @@
-"""What models, judges and prompts are called where others read it.
-
-In: what somebody wrote to load them by. Out: the same if it is a Hub id, else a name that tells nothing of the machine
-that they are on.
-"""
+"""Names of models, judges and prompts that can be published. In: a Hub id or a path. Out: the Hub id, or a name that
+says nothing about the machine."""
 
 from __future__ import annotations
 
@@ -13,32 +10,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-# `name` or `organisation/name`, of what the Hub allows in each.
+# `name` or `organisation/name`, with the characters that the Hub allows.
 _PART = r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.))(?:{_PART}/)?{_PART}", re.ASCII | re.IGNORECASE)
 SEPARATOR = re.compile(r"[/\\]")
-PATH = re.compile(r"[./~\\]|\w:\\")  # how one begins
+PATH = re.compile(r"[./~\\]|\w:\\")  # the beginning of a path
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether this can be the id of a repo on the Hub. What [`public_name`] makes of a folder cannot."""
+    """Whether this can be the id of a repo on the Hub. The [`public_name`] of a folder cannot."""
     return HUB_ID.fullmatch(reference) is not None
 
 
 def absolute_if_folder(reference: str) -> str:
-    """The absolute path of a folder, so that it is found from any working directory; a Hub id stays."""
+    """The absolute path of a folder, which is valid in any working directory; a Hub id stays."""
     return os.path.abspath(reference) if reference and os.path.isdir(reference) else reference
 
 
 def public_name(reference: str, here: bool = True) -> str:
     """
-    What a reference is called where others read it. A Hub id stays. A folder or file becomes its last part behind
-    `./`, so that nobody takes it for a Hub id: neither the path to it nor the user's name remains.
+    The name of a model, judge or file for publication. The last part of a path is kept, after `./`, so that it cannot
+    be taken for a Hub id; the rest of the path, and the name of the user, are removed.
 
     Args:
         reference (`str`): Hub id, folder or file. Anything else, such as `"prompt lookup"`, stays.
-        here (`bool`): Whether a folder of this machine that is called so is what it means. `False` for what comes from
-            elsewhere.
+        here (`bool`): Whether a folder with this name on this machine is meant. `False` if the reference comes from
+            another machine.
     """
     if here and reference and os.path.isdir(reference):
         reference = os.path.abspath(reference)
@@ -49,7 +46,7 @@ def public_name(reference: str, here: bool = True) -> str:
 
 
 def public_mining(made: Mapping, here: bool = True) -> dict:
-    """How labels were mined (content of `mining.json`), with a [`public_name`] in the place of every reference."""
+    """A record of how labels were mined (`mining.json`), with the [`public_name`] of every model, judge and file."""
     made = {key: value for key, value in made.items() if key != "source"}  # a folder of this machine
     for key in ("target", "draft"):
         if key in made:
@@ -57,13 +54,13 @@ def public_mining(made: Mapping, here: bool = True) -> dict:
     if PATH.match(made.get("prompts_name") or ""):
         made["prompts_name"] = public_name(made["prompts_name"], here)
     if made.get("written_by"):
-        judge, *told = made["written_by"].rsplit(", weights ", maxsplit=1)
-        made["written_by"] = ", weights ".join([public_name(judge, here), *told])
+        judge, *weights = made["written_by"].rsplit(", weights ", maxsplit=1)
+        made["written_by"] = ", weights ".join([public_name(judge, here), *weights])
     return made
 
 
 def public_text(text: str, references: Sequence[str | None]) -> str:
-    """A text, or JSON, in which these references stand, with a [`public_name`] in the place of each path."""
+    """A text, or JSON, in which each path among `references` is replaced by its [`public_name`]."""
     for reference in references:
         if reference and SEPARATOR.search(reference) and not is_hub_id(reference):
             for written in (reference, json.dumps(reference)[1:-1]):

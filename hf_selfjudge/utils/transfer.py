@@ -1,8 +1,4 @@
-"""Folders -> the Hub, and files from it: whole or not at all.
-
-In: files to publish, or a name on the Hub. Out: one commit, or a file that is no larger than it may be. Knows nothing
-of what is in them.
-"""
+"""In: files to publish, or the name of a file on the Hub. Out: one commit, or the file, if it is not too large."""
 
 from __future__ import annotations
 
@@ -10,11 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub import errors as hub_errors
 
 
-# What it means that a file is missing; the first kind that an error belongs to counts.
+# Errors that mean that a file is missing. The first class that an error belongs to gives the message.
 MISSING = {
     hub_errors.LocalEntryNotFoundError: "{0} is neither a folder nor in the cache, and the Hub is out of reach.",
     hub_errors.EntryNotFoundError: "{0} has no {1}.",
@@ -25,7 +21,7 @@ MISSING = {
 
 
 class HubError(OSError):
-    """The Hub refused, or could not be reached; says what was asked and what to do."""
+    """The Hub refused, or could not be reached."""
 
 
 def upload(
@@ -42,26 +38,23 @@ def upload(
     tag: str | None = None,
 ) -> CommitInfo:
     """
-    Publish files as one commit: contents first, then the commit that names them. Until that, and if it is refused,
-    what the repo holds is as it was.
+    Publish files as one commit. If it is refused or interrupted, the content of the repo does not change.
 
     Args:
-        repo_id (`str`): Made if it is not there.
+        repo_id (`str`): It is created if it does not exist.
         files (`Mapping`): For each path in the repo a file, or its content.
         repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
-        private (`bool`, *optional*): If the repo is made now.
-        revision (`str`, *optional*): Branch to commit to, made if it is not there.
+        private (`bool`, *optional*): For a repo that is created.
+        revision (`str`, *optional*): Branch to commit to. It is created if it does not exist.
         create_pr (`bool`): Open a pull request instead.
-        tag (`str`, *optional*): To set on the commit.
+        tag (`str`, *optional*): Tag for the commit.
 
     Raises:
-        FileNotFoundError: If one of `files` is not there.
-        ValueError: If there is such a tag already.
-        HubError: If it was refused or interrupted.
+        ValueError: If a file or the repo's name is not valid, or there is such a tag already.
+        HubError: If the Hub refused, or the connection was interrupted.
     """
+    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     api = HfApi(token=token)
-    if missing := [path for path in files.values() if isinstance(path, Path) and not path.is_file()]:
-        raise FileNotFoundError(f"{missing[0]} is not there.")
     try:
         exists = api.repo_exists(repo_id, repo_type=repo_type)
         tags = api.list_repo_refs(repo_id, repo_type=repo_type).tags if tag is not None and exists else []
@@ -74,17 +67,11 @@ def upload(
             api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path, content) for path, content in files.items()],
-            commit_message=message,
-            repo_type=repo_type,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        where = {"repo_type": repo_type, "revision": revision}
+        commit = api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr, **where)
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid, repo_type=repo_type)
-    except (hub_errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of an upload outside of git
+    except (hub_errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: from large files
         raise HubError(
             f"`repo_id`: {repo_id} could not be written ({first_line(error)}). Log in with `hf auth login`, or pass a "
             "token that may write there."
@@ -101,20 +88,18 @@ def download(
     token: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
-    repo_type: str = "model",
 ) -> Path:
     """
-    A file of a folder or of a Hub repo.
+    A file in a folder or a Hub repo.
 
     Args:
         reference (`str`): Folder or Hub id.
-        name (`str`): Of the file in it.
-        limit (`int`): Bytes: a larger file is not fetched.
+        limit (`int`): Size in bytes. A larger file is not fetched.
 
     Raises:
         FileNotFoundError: If there is no such folder, repo, revision or file.
-        ValueError: If it is larger than `limit`, or `reference` can be neither.
-        HubError: If the Hub could not be reached, or the file not be stored.
+        ValueError: If the file is larger than `limit`, or `reference` cannot be a Hub id.
+        HubError: If the Hub could not be reached, or the file could not be stored.
     """
     if Path(reference).is_dir():
         path = Path(reference) / name
@@ -123,18 +108,10 @@ def download(
         _check_size(reference, name, path.stat().st_size, limit)
         return path
     repo_id = str(reference)
-    where = {"repo_type": repo_type, "revision": revision}
+    access = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        if not local_files_only:
-            try:
-                size = get_hf_file_metadata(hf_hub_url(repo_id, name, **where), token=token).size
-                _check_size(repo_id, name, size or 0, limit)
-            except tuple(MISSING):
-                raise
-            except (hub_errors.OfflineModeIsEnabled, hub_errors.HTTPError):
-                pass  # what was fetched before may do; the size is looked at again below
-        where |= {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        path = Path(hf_hub_download(repo_id, name, **where))
+        _check_size(repo_id, name, hf_hub_download(repo_id, name, dry_run=True, **access).file_size or 0, limit)
+        path = Path(hf_hub_download(repo_id, name, **access))
     except tuple(MISSING) as error:
         sentence = next(text for kind, text in MISSING.items() if isinstance(error, kind))
         raise FileNotFoundError(sentence.format(repo_id, name, revision)) from error

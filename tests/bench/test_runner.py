@@ -50,14 +50,14 @@ def bench(pair, folder, rules=RULES, config=CONFIG, prompts=PROMPTS):
 @pytest.mark.parametrize("mode", ["quality", "timing"])
 @pytest.mark.parametrize("kind", ["adapter", "midway"])
 def test_a_judge_that_sees_more_than_last_states(pair, tmp_path, kind, mode):
-    """An adapter sees the prompt too, whatever else is shared; a judge that looks midway need not."""
+    """An adapter has to see the prompt, even if its cache is shared; a judge that reads a layer midway does not."""
     target = pair.target
     judge = midway_judge(target) if kind == "midway" else adapted_judge(target, adapter(target))
     methods, config = parse_methods(["judge:j=0.5"]), BenchConfig(mode, max_new_tokens=24, at_once=3)
     records = decode(pair, PROMPTS, methods, {"j": judge}, config, tmp_path)
     judged = JudgedModel(target, JudgeRule(judge, 0.5), 5, pair.tokenizer)
     for prompt in PROMPTS:
-        ids = encode(pair.tokenizer, prompt.said, 256, 24)
+        ids = encode(pair.tokenizer, prompt.conversation, 256, 24)
         alone = judged.generate(ids, assistant_model=pair.draft, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         (record,) = (each for each in records if (each.method, each.prompt) == ("judge:j=0.5", prompt.id))
         assert record.tokens == alone[: len(record.tokens)].tolist()
@@ -111,7 +111,7 @@ def test_quality_gives_the_text_that_each_method_gives_alone(architecture, token
 
 
 def count(target):
-    """Counts the forwards of a model from now on, until it is asked."""
+    """Counts the forwards of a model until the returned function is called."""
     seen = []
     handle = target.register_forward_hook(lambda *_: seen.append(None))
 
@@ -142,7 +142,7 @@ def test_accepted_share():
 
 @pytest.mark.parametrize("lookup", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_a_coin_that_always_says_yes_accepts_all_it_is_asked(pair, tmp_path, lookup):
-    """Mismatches with a special token and rounds without a draft do not count: the rule has no say there."""
+    """Mismatches with a special token and rounds without a draft do not count: the rule is not asked there."""
     pair = Pair(pair.target, None, pair.tokenizer) if lookup else pair
     _, _, records = bench(pair, tmp_path, ["coin=1"])
     assert accepted_share([record for record in records if record.method == "coin=1"]) == 1
@@ -227,10 +227,10 @@ def test_timing_may_let_the_clock_choose(pair, tmp_path):
     [
         ({"mode": "speed"}, "`mode` must be one of quality, timing"),
         ({"draft_length": "auto"}, "`draft_length` 'auto' goes by the clock"),
-        ({"repeats": 2}, "`repeats`: in `mode` quality"),
+        ({"repeats": 2}, "`repeats` in `mode` quality"),
     ],
 )
-def test_what_makes_no_sense_is_refused(wrong, message):
+def test_wrong_options_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         BenchConfig(**wrong)
 
@@ -244,7 +244,7 @@ def test_the_models_are_left_as_they_were(pair, tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["quality", "timing"])
 def test_prompts_that_are_too_long_are_left_out(pair, tmp_path, mode):
-    """The others are answered as without them, and a bench that is started again finds them so."""
+    """The answers to the others do not change, and a bench that is started again finds them."""
     config, rules = BenchConfig(mode, max_new_tokens=24), ["lossless", "stock"]
     prompts = [PROMPTS[0], Prompt("long", "a" * 233), PROMPTS[1]]
     _, _, records = bench(pair, tmp_path, rules, config, prompts)
@@ -258,7 +258,7 @@ def test_prompts_that_are_too_long_are_left_out(pair, tmp_path, mode):
 
 
 def test_the_context_of_a_draft_that_answers_alone_counts_too(pair, tmp_path):
-    # Its positions are learned: behind the last one there is nothing.
+    # Its positions are learned: there is none after the last one.
     draft = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
     pair = Pair(pair.target, draft, pair.tokenizer)
     prompts = [Prompt("fits", "a" * 40), Prompt("long", "a" * 41), Prompt("longer", "a" * 65)]

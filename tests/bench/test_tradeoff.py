@@ -11,9 +11,8 @@ from rich.markdown import Markdown
 
 from hf_selfjudge.bench.answers import AnswerRecord
 from hf_selfjudge.bench.methods import Method
-from hf_selfjudge.bench.plots import plot_tradeoff
+from hf_selfjudge.bench.report import plot_tradeoff, quality_tables
 from hf_selfjudge.bench.summary import operating_points, summarise_quality
-from hf_selfjudge.bench.tables import quality_tables
 from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, separation, speed_at
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.scoring.statistics import Interval, draws
@@ -131,8 +130,8 @@ def test_no_setting_keeps_more_than_a_slower_one():
     )
 
 
-def test_noise_is_no_merit():
-    """Rules with the same true curve: whichever has more thresholds must not look much better for it."""
+def test_noise_does_not_make_a_rule_look_better():
+    """Of rules with the same true curve, one with more thresholds must not look much better."""
     rng, speed = np.random.default_rng(0), np.linspace(1, 2, 10)[None].repeat(2000, 0)
     true = 1 - 0.2 * (speed - 1)
     noisy = np.where(speed == 1, 1, true + rng.normal(scale=0.05, size=true.shape))
@@ -153,9 +152,9 @@ def test_rules_are_compared_where_they_keep_the_same():
     assert same["area_between"] == (0, 0, 0)
 
 
-def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
-    """In wording both rules are alike; the judge leaves all numbers as they were, the margin half of them. Where there
-    are no numbers the margin is ten times as fast, which is not to be seen in what is said of numbers."""
+def test_rules_are_compared_at_equal_shares_of_unchanged_numbers_too(tmp_path, monkeypatch):
+    """Both rules keep the wording; the judge leaves all numbers unchanged, the margin half of them. On prompts without
+    numbers the margin is ten times as fast, which must not change the comparison of numbers."""
     methods = [Method("lossless"), Method("margin", (1,)), Method("judge", (Threshold(0.5),), "j")]
     judges = {"j": random_judge(build("llama"))}
     numbers = np.array([[1, 1, np.nan, np.nan], [1, 0, np.nan, np.nan], [1, 1, np.nan, np.nan]])
@@ -164,10 +163,10 @@ def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
     made = grid_of_methods(methods, list("aabb"), rounds, scores)
     records = [AnswerRecord(method.name, "p", 0, None, [1], True, None, -1.0, [1], 1) for method in methods]
     found = summarise_quality(made, records, methods, judges)
-    (kept,), (told,) = found["comparisons"], found["comparisons_unchanged"]
+    (kept,), (unchanged,) = found["comparisons"], found["comparisons_unchanged"]
     assert [value[0] for value in kept["speed_ratio"].values()] == pytest.approx([12 / 30] * 4)
     # Of the margin, which keeps half of them at twice the speed, a mixture with lossless decoding.
-    assert [value[0] for value in told["speed_ratio"].values()] == pytest.approx([1.9, 1.8, 1.6, 1.4])
+    assert [value[0] for value in unchanged["speed_ratio"].values()] == pytest.approx([1.9, 1.8, 1.6, 1.4])
     assert "| judge (1) ÷ margin (1) | 1.90 [" in quality_tables(found)
     drawn, draw = [], Axes.errorbar
 
@@ -195,7 +194,7 @@ def test_numbers_that_stay_are_compared_too(tmp_path, monkeypatch):
 
 
 def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
-    """Of a judge's folder, of a category."""
+    """The names of a judge's folder and of a category."""
     judge, category = r"judge:$\frac$ | *x*", "a | <b>"
     folder = judge.partition(":")[2]
     methods = [Method("lossless"), Method("margin", (1,)), Method("judge", (Threshold(0.5),), folder, named=True)]
@@ -242,7 +241,7 @@ def test_operating_points_are_the_fastest_that_keep_enough():
     assert operating_points(found, "judge:other") == {}
 
 
-def test_a_measure_that_tells_nothing_shows():
+def test_a_measure_that_does_not_separate_has_an_interval_around_zero():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(5, 200))
     good = np.array([1, 0.8, 0.6, 0.5, 0])[:, None] + rng.normal(scale=0.5, size=(5, 200))

@@ -85,7 +85,6 @@ def test_bench_of_timing(succeed, bench, tmp_path):
     assert (timing["prompts"], timing["repeats"], len(timing["settings"])) == (6, 2, 13)
     stock = next(row for row in timing["settings"] if row["setting"] == "stock")
     assert stock["speed_over_stock"] == [1, 1, 1]
-    assert {*stock["speed_over_greedy_by_category"]} == {"math_reasoning", "mt_bench", "rag"}
     assert "seconds of stock ÷ its own" in (tmp_path / "b" / "timing-results.md").read_text()
     assert not list((tmp_path / "b").glob("*.incomplete*"))
     answers = [json.loads(x) for x in (tmp_path / "b" / "spec-bench" / "lossless.jsonl").open()]

@@ -33,7 +33,6 @@ SHIPPED = shipped_judge("qwen2.5-coder")
             ("mine", "--prompts", "p.jsonl", "--output", "labels", "--threshold", "0.5"),
             "`threshold` is that of a judge",
         ),
-        (("quickstart", "--dtype", "int4"), "`dtype` must be one of bfloat16, float16, float32, got 'int4'"),
         (("train", "--labels", "labels", "--output_dir", "judge", "--config"), "`config`: no file is named"),
         (("train", "--config=none.yaml", "--output_dir", "judge"), "none.yaml"),
         (("card", "nothing/here"), "nothing/here is neither a folder nor in the cache"),
@@ -43,6 +42,12 @@ SHIPPED = shipped_judge("qwen2.5-coder")
 def test_mistakes_end_in_a_sentence(fail, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in fail(*arguments)
+
+
+def test_an_unknown_dtype_is_refused(run):
+    code, _, err = run("quickstart", "--dtype", "int4")
+    assert code == 2
+    assert "'int4' is not one of" in err
 
 
 def test_unwritable_paths_fail_before_the_work(fail, prompts_file, tmp_path):

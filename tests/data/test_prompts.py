@@ -52,8 +52,8 @@ def write(path, *rows):
 def test_shapes(tmp_path, row, text, check):
     (prompt,) = read_prompts(write(tmp_path / "p.jsonl", row))
     assert (prompt.text, prompt.check, prompt.category) == (text, check, "p")
-    assert prompt.said[-1] == {"role": "user", "content": text}
-    assert len(prompt.said) == (4 if "Be brief." in json.dumps(row) else 1)
+    assert prompt.conversation[-1] == {"role": "user", "content": text}
+    assert len(prompt.conversation) == (4 if "Be brief." in json.dumps(row) else 1)
 
 
 def test_options(tmp_path):
@@ -95,8 +95,8 @@ def test_standard_input(monkeypatch):
 def test_fingerprints(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"})
     first = fingerprint_of(read_prompts(path))
-    assert first == fingerprint_of(read_prompts(path))
-    others = [read_prompts(path, 1), read_prompts(path, shuffle=0), read_prompts(path, system="s")]
+    assert first == fingerprint_of(read_prompts(path, 2))
+    others = [read_prompts(path, 1), read_prompts(path, shuffle=3), read_prompts(path, system="s")]
     write(path, {"prompt": "a"}, {"prompt": "c"})
     changed = read_prompts(path)
     assert changed[1].text == "c"
@@ -140,7 +140,7 @@ def test_fingerprints(tmp_path):
             "p.jsonl:1: `tests` only define something",
         ),
         ('{"prompt": "a", "tests": "import re\\nclass T: pass"}', "p.jsonl:1: `tests` only define something"),
-        ('{"prompt": "a", "functions": [{"name": "f"}]}', "p.jsonl:1: `functions` is the older form.* Write `tools`"),
+        ('{"prompt": "a", "functions": [{"name": "f"}]}', "p.jsonl:1: `functions` is an old form.* Write `tools`"),
         (
             '{"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}',
             "p.jsonl:1: a message has `function_call`, .* Write it as `tool_calls`",
@@ -177,20 +177,6 @@ def test_missing_values(tmp_path):
     assert (second.id, second.answer) == ("p-2", "x")
 
 
-def test_what_is_cached_is_as_good_as_the_code(tmp_path, monkeypatch):
-    path = write(tmp_path / "p.jsonl", {"prompt": "a"})
-    assert read_prompts(path)[0].text == "a"
-    edited = tmp_path / "edited.py"
-    edited.write_text("another version of the parser")
-    monkeypatch.setattr("hf_selfjudge.data.rows.__file__", str(edited))
-    monkeypatch.setattr("hf_selfjudge.data.rows.COLUMNS", ("id", "prompt"))
-    write(path, {"prompt": "a"})
-    assert read_prompts(path)[0].text == "a"
-    monkeypatch.setattr("hf_selfjudge.data.rows._messages", lambda said, where: [{"role": "user", "content": "other"}])
-    edited.write_text("and another")
-    assert read_prompts(path)[0].text == "other"
-
-
 def test_a_template_that_takes_no_system_message(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
     with pytest.raises(ValueError, match=r"does not take these messages \(system, user\): System role not supported"):
@@ -199,7 +185,7 @@ def test_a_template_that_takes_no_system_message(tokenizer, monkeypatch):
 
 def test_encode(tokenizer):
     assert encode(tokenizer, "abc", 10, 7).tolist() == [[2, 3, 4]]
-    assert encode(tokenizer, Prompt("x", "c", messages=[*CHAT[:1], CHAT[1]]).said, 99, 7).shape == (1, 13)
+    assert encode(tokenizer, Prompt("x", "c", messages=[*CHAT[:1], CHAT[1]]).conversation, 99, 7).shape == (1, 13)
     with pytest.raises(ValueError, match="`prompt` is empty"):
         encode(tokenizer, "  ", 10, 1)
     with pytest.raises(
@@ -350,7 +336,7 @@ def test_tool_calls(tmp_path, tokenizer, monkeypatch):
     bare = [WITH_CALL[0], {"role": "assistant", "tool_calls": [text]}, *WITH_CALL[2:]]
     rows = [{"messages": WITH_CALL}, {"messages": bare, "tools": TOOLS}, {"prompt": "a", "tools": json.dumps(TOOLS)}]
     prompts = read_prompts(write(tmp_path / "p.jsonl", *rows))
-    assert [prompt.said for prompt in prompts][:2] == [WITH_CALL] * 2
+    assert [prompt.conversation for prompt in prompts][:2] == [WITH_CALL] * 2
     assert [prompt.tools for prompt in prompts] == [None, TOOLS, TOOLS]
     for prompt, missing in zip(prompts, ("tool_calls", "tools", "tools"), strict=True):
         with pytest.raises(
@@ -360,8 +346,8 @@ def test_tool_calls(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     kept, rows, _ = fitting(tokenizer, prompts, 256, 1)
     assert kept == list(prompts)
-    said = ['One?;({"a": 1});1;One.;Sure?;', 'add;One?;({"a": 1});1;One.;Sure?;', "add;a;"]
-    assert [row[0].tolist() for row in rows] == tokenizer(said)["input_ids"]
+    conversation = ['One?;({"a": 1});1;One.;Sure?;', 'add;One?;({"a": 1});1;One.;Sure?;', "add;a;"]
+    assert [row[0].tolist() for row in rows] == tokenizer(conversation)["input_ids"]
 
 
 def test_tables_add_nothing_to_tools(tmp_path):
@@ -373,21 +359,21 @@ def test_tables_add_nothing_to_tools(tmp_path):
             "type": "function",
             "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}},
         }
-        said = [WITH_CALL[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *WITH_CALL[2:]]
-        rows.append({"id": name, "messages": said, "tools": [tool]})
+        conversation = [WITH_CALL[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *WITH_CALL[2:]]
+        rows.append({"id": name, "messages": conversation, "tools": [tool]})
     expected = [(row["messages"], row["tools"]) for row in rows]
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "p.parquet")
     table.save_to_disk(tmp_path / "saved")
     for name in ("p.parquet", "saved"):
-        assert [(p.said, p.tools) for p in read_prompts(tmp_path / name)] == expected
+        assert [(p.conversation, p.tools) for p in read_prompts(tmp_path / name)] == expected
 
 
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "assistant", "content": None}, "may be null beside `tool_calls`"),
-        ({"role": "assistant", "content": None, "tool_calls": []}, "may be null beside `tool_calls`"),
+        ({"role": "assistant", "content": None}, "null only next to `tool_calls`"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "null only next to `tool_calls`"),
         ({"role": "assistant", "content": None, "tool_calls": ["add"]}, "must have a `function` with a `name`"),
         (
             {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "1"}]},

@@ -10,7 +10,7 @@ from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import DRAFT_MODEL, LOOKUP, PAIRS
 from hf_selfjudge.models.tokens import greedy
 from hf_selfjudge.models.wheels import described
-from hf_selfjudge.scoring.quality import similarity
+from hf_selfjudge.scoring.meaning import similarity
 
 
 pytestmark = pytest.mark.slow

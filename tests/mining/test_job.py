@@ -81,7 +81,7 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
     rows = mine(Pair(target, None, tokenizer), PROMPTS, config, tmp_path)
     judged = JudgedModel(target, Noting(), tokenizer=tokenizer)
     for prompt in PROMPTS:
-        ids = encode(tokenizer, prompt.said, 256, 48)
+        ids = encode(tokenizer, prompt.conversation, 256, 48)
         judged.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=48, do_sample=False)
         mine_rows = [row for row in rows if row["prompt_id"] == prompt.id]
         found = {(r["position"], r["substitute"]) for r in mine_rows if r["kind"] == "mismatch"}
@@ -90,7 +90,7 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
         assert any(row["kind"] == "alternative" for row in mine_rows)
         met.clear()
     # Along a text that has other tokens than the target's choices, what proposes these is a mismatch too.
-    ids = encode(tokenizer, PROMPTS[0].said, 256, 48)
+    ids = encode(tokenizer, PROMPTS[0].conversation, 256, 48)
     all_judged = JudgedModel(target, Always(), tokenizer=tokenizer)
     text = all_judged.generate(ids, prompt_lookup_num_tokens=4, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
     (read,) = read_answers(target, PROMPTS[:1], [ids], [text])
@@ -399,7 +399,7 @@ def test_answers_are_greedy_whatever_the_models_own_config_says(llama, tokenizer
     target, draft = copy.copy(llama[0]), llama[1]
     target.generation_config = copy.deepcopy(target.generation_config)
     target.generation_config.update(**own)
-    ids = [encode(tokenizer, prompt.said, 256, 24) for prompt in PROMPTS]
+    ids = [encode(tokenizer, prompt.conversation, 256, 24) for prompt in PROMPTS]
     answers = target_answers(target, PROMPTS, ids, 24)
     for answer, row in zip(answers, ids, strict=True):
         assert torch.equal(answer.ids[None], llama[0].generate(row, max_new_tokens=24))

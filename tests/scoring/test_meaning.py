@@ -27,7 +27,7 @@ def test_reconvergence():
         ("```python\nwhile True: pass\n```", False),
         ("```python\ndef double(x):\n    return 2 * x", True),  # cut off in the block
         ("```python\ndef double(x):\n    return 2 * x\n```\nUse:\n```python\ndouble(3)\n```\n```\n6\n```", True),
-        ("```python\ndef double(x):\n    return 2 * x\n```\nUse:\n```python\nprint(doub", True),  # cut off behind it
+        ("```python\ndef double(x):\n    return 2 * x\n```\nUse:\n```python\nprint(doub", True),  # cut off after it
         ("```\ndef double(x):\n    return 2 * x\n```\nprints\n```\n6\n```", True),
         ("import sys\nsys.exit(0)", False),
         ("import os\nos._exit(0)", False),
@@ -101,7 +101,7 @@ INDENTED = "    ".join(("", *DOUBLE.splitlines(keepends=True)))
         "double.checked = True\n```\n```python\nassert double.checked\n```",
     ],
 )
-def test_right_code_passes_whatever_stands_around_it(answer):
+def test_right_code_passes_with_any_text_around_it(answer):
     assert passes_tests(answer, "assert double(2) == 4")
 
 
@@ -172,17 +172,17 @@ IMPORTS = "from typing import (\n    List,\n    Dict,\n)\nimport math\n"
     ],
 )
 def test_the_prompts_imports_are_there(prompt, passes):
-    said = [{"role": "user", "content": prompt}]
-    assert passes_tests(USES, "assert count([7, 8]) == 2", said) == passes
-    later = [{"role": "system", "content": "x"}, *said, {"role": "assistant", "content": ""}]
+    conversation = [{"role": "user", "content": prompt}]
+    assert passes_tests(USES, "assert count([7, 8]) == 2", conversation) == passes
+    later = [{"role": "system", "content": "x"}, *conversation, {"role": "assistant", "content": ""}]
     assert passes_tests(USES, "assert count([7, 8]) == 2", [*later, {"role": "user", "content": "Go."}]) == passes
 
 
 def test_only_imports_are_taken_from_a_prompt():
-    said = [{"role": "user", "content": f"```python\nimport math\n{DOUBLE}```\nIs it right?"}]
-    assert not passes_tests("Yes.", "assert double(2) == 4", said)
-    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"```python\n{IMPORTS}```"}]
-    assert not passes_tests(USES, "assert count([7]) == 1", [*said, {"role": "user", "content": "?"}])
+    conversation = [{"role": "user", "content": f"```python\nimport math\n{DOUBLE}```\nIs it right?"}]
+    assert not passes_tests("Yes.", "assert double(2) == 4", conversation)
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"```python\n{IMPORTS}```"}]
+    assert not passes_tests(USES, "assert count([7]) == 1", [*conversation, {"role": "user", "content": "?"}])
 
 
 def test_code_sees_neither_the_folder_nor_the_environment(monkeypatch, tmp_path):
@@ -191,7 +191,7 @@ def test_code_sees_neither_the_folder_nor_the_environment(monkeypatch, tmp_path)
     assert passes_tests("x = 1", "import os\nassert not os.listdir('.') and 'SECRET' not in os.environ")
 
 
-def test_no_argument_tells_the_mark():
+def test_no_argument_is_the_mark():
     assert passes_tests("x = 1", "import sys\nassert len(sys.argv) == len(sys.orig_argv) == 1")
 
 

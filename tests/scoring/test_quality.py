@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from hf_selfjudge.data import rows
 from hf_selfjudge.data.prompts import Prompt
-from hf_selfjudge.scoring.checks import CHECKS, CheckedAnswer, check_of
-from hf_selfjudge.scoring.quality import check_can_score, repetition, similarity
+from hf_selfjudge.scoring.checks import CHECKS, CheckedAnswer, check_can_score, check_of
+from hf_selfjudge.scoring.meaning import repetition, similarity
 
 
 def prompt(category="math_reasoning", check="text", references=None, tests=None):
@@ -83,11 +83,11 @@ def test_chrf_by_hand():
     assert found == pytest.approx((0.5 + 0) / 2)
 
 
-def test_code_is_scored_behind_the_prompts_imports():
+def test_code_is_run_after_the_imports_of_the_prompt():
     code = "```python\ndef f(x: List[int]):\n    return len(x)\n```"
     asked = Prompt("1", "from typing import List\n\ndef f(x: List[int]):", check="tests", tests="assert f([7]) == 1")
-    said = [{"role": "user", "content": asked.text}, {"role": "assistant", "content": "?"}]
-    later = replace(asked, text="Go.", messages=[*said, {"role": "user", "content": "Go."}])
+    conversation = [{"role": "user", "content": asked.text}, {"role": "assistant", "content": "?"}]
+    later = replace(asked, text="Go.", messages=[*conversation, {"role": "user", "content": "Go."}])
     scores = [
         check_of(each, allow_code=True).score(each, CheckedAnswer(code, True))
         for each in (asked, later, replace(asked, text="Go."))
@@ -128,14 +128,14 @@ def test_same_result(check, first, second, same):
 
 
 def test_every_check_is_known_where_prompts_are_read():
-    assert list(rows.CHECKS) == [*CHECKS]
+    assert list(rows.CHECK_COLUMNS) == [*CHECKS]
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     check_can_score([prompt("qa", references=["a"]), prompt("translation"), GSM8K], None)
     check_can_score([prompt("translation", check="number", references=["4"])], None)
-    with pytest.raises(ValueError, match="`prompts` need sacrebleu to be scored: pip install"):
+    with pytest.raises(ValueError, match="`prompts` need sacrebleu.metrics to be scored: pip install"):
         check_can_score([prompt("translation", references=["a"])], None)
 
 

@@ -280,7 +280,7 @@ def test_two_processes_train_what_one_trains(fitted, tmp_path):
     arguments = {"labels": folder, "resamples": 2, "per_device_train_batch_size": rows // 2}
     arguments = TRAINING | options | arguments | {"output_dir": tmp_path / "two"}
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    command = [*launcher, "-m", "hf_selfjudge.cli.app", "train", *words]
+    command = [*launcher, "-m", "hf_selfjudge", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = Judge.from_pretrained(tmp_path / "two")

@@ -69,7 +69,7 @@ def test_characters_belong_to_the_piece_that_completes_them(byte_decoder):
     assert pieces(byte_decoder, ids, [first + 1, first + 2, len(ids)])[1:] == ["", "😀 sky"]
 
 
-def test_a_token_behind_others(byte_decoder):
+def test_the_text_that_a_token_adds(byte_decoder):
     before, (*half, last) = tokens_of(byte_decoder, "the"), tokens_of(byte_decoder, "x😀")[-4:]
     sky = next(i for i in range(len(byte_decoder)) if byte_decoder.convert_ids_to_tokens(i) in ("▁sky", "Ġsky"))
     assert token_text(byte_decoder, before, sky) == " sky"
