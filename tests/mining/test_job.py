@@ -317,7 +317,7 @@ def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
     assert {*rows["own"]} == {False}
     texts = {row["prompt_id"]: row["answer_ids"] for row in rows if row["changed"] is None}
     assert tokenizer.decode(texts["a"]) == given[0].answer
-    (text,) = judged_texts(judged, draft, [encode(tokenizer, given[1].said, 256, 24)], MINING)
+    (text,) = judged_texts(judged, draft, [encode(tokenizer, given[1].conversation, 256, 24)], MINING)
     assert texts["b"] == text.tolist()
     assert json.loads((tmp_path / "mining.json").read_text())["written_by"] == "someone"
 
