@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from ..forward.tap import ForwardTap
 from ..judge.lora import ReplaySession
+from ..models.offload import shallow_copy
 from ..models.tokens import context_of
 from .drafting import AutoLength, FastDraft, set_draft_length, stay_within_context
 from .rules import Rule
@@ -211,12 +212,12 @@ def _wrap(
 def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares the weights. Early exit drafts with fewer layers by changing the config for a while; threads
     that verify must not see the change, and an exception must not leave it behind."""
-    model = copy.copy(model)
+    model = shallow_copy(model)
     _remove_overrides(model)
     model.generation_config = copy.deepcopy(model.generation_config)
     model.generation_config.assistant_early_exit = None  # its own drafts would have drafts
     model._modules = dict(model._modules)
-    base = copy.copy(getattr(model, model.base_model_prefix))
+    base = shallow_copy(getattr(model, model.base_model_prefix))
     setattr(model, model.base_model_prefix, base)
     model.config = base.config = copy.copy(base.config)
     return model

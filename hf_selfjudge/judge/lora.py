@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ..forward.tap import ForwardTap, LayerInput
+from ..models.offload import shallow_copy
 from .layers import layers_of
 
 
@@ -87,7 +88,7 @@ class Replay:
 
     def __init__(self, target: PreTrainedModel, adapter: Adapter):
         products, layers = adapter.products(), layers_of(target)
-        if len({parameter.device for parameter in target.parameters()}) > 1:
+        if len({parameter.device for parameter in target.parameters()} - {torch.device("meta")}) > 1:
             raise ValueError(
                 "`target` is spread over several devices: its last layers cannot be replayed with the judge's "
                 "adapter. Use a judge without one."
@@ -118,7 +119,7 @@ class Replay:
                     f"`adapter`: {name} of layer {layer} has matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
                     f"which fit no linear layer of `target` there ({shape}). It was made for another one."
                 )
-            _add_product(module, a, b, scale)
+            _add_product(module, a.to(target.device), b.to(target.device), scale)
 
     def start(self) -> ReplaySession:
         """Begin another text."""
@@ -178,7 +179,7 @@ class ReplaySession:
 
 def shared_copy(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module and its submodules that shares all weights, without the hooks."""
-    clone = copy.copy(module)
+    clone = shallow_copy(module)
     clone._modules = {name: None if child is None else shared_copy(child) for name, child in module._modules.items()}
     clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()
     return clone
@@ -188,8 +189,7 @@ def _add_product(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scal
     """Make a linear layer add `scale * B A x` to its output."""
 
     def add(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        first, second = a.to(output.device), b.to(output.device)
-        return output + (inputs[0].to(a.dtype) @ first.T @ second.T * scale).to(output.dtype)
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T * scale).to(output.dtype)
 
-    a, b = a.to(module.weight.device, torch.float32), b.to(module.weight.device, torch.float32)
+    a, b = a.float(), b.float()
     module.register_forward_hook(add)

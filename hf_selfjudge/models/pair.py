@@ -82,7 +82,11 @@ def parse_pair(pair: str, with_draft: bool = True) -> tuple[str, str | None]:
 
 
 def load_pair(
-    pair: str, draft_length: int | str = 5, dtype: torch.dtype | None = None, with_draft: bool = True
+    pair: str,
+    draft_length: int | str = 5,
+    dtype: torch.dtype | None = None,
+    with_draft: bool = True,
+    device_map: str | dict[str, str | int] | None = None,
 ) -> Pair:
     """
     Load a target, its draft and their tokenizer.
@@ -92,13 +96,14 @@ def load_pair(
         draft_length (`int` or `"auto"`): See [`load_draft`].
         dtype (`torch.dtype`, *optional*): See [`load_model`].
         with_draft (`bool`): Whether to load the draft model; if not, drafts come from prompt lookup.
+        device_map (`str` or `dict`, *optional*): Where the target is; see [`load_model`]. The draft is in memory.
 
     Raises:
         ValueError: If the draft has another tokenizer.
         SourceError: If no source has one of the models.
     """
     target_name, draft_name = parse_pair(pair, with_draft)
-    target, tokenizer = load_model(target_name, dtype)
+    target, tokenizer = load_model(target_name, dtype, device_map=device_map)
     draft = load_draft(draft_name, target, tokenizer, draft_length, dtype) if with_draft else None
     return Pair(target, draft, tokenizer)
 
