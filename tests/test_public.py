@@ -9,6 +9,7 @@ import pytest
 import hf_selfjudge
 from hf_selfjudge import Judge, rules
 from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
+from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import PAIRS
 
 
@@ -51,8 +52,10 @@ def test_files_of_a_shipped_judge(folder):
 
 
 @pytest.mark.parametrize("folder", JUDGE_FOLDERS, ids=lambda folder: folder.name)
-def test_a_shipped_judge_loads(folder):
+def test_a_shipped_judge_loads(folder, tmp_path, monkeypatch):
     judge = Judge.from_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(Judge.from_pretrained(folder.name)) == fingerprint(judge)
     assert judge.info.target in {target for target, _ in PAIRS.values()}
     assert judge.head.weight.isfinite().all()
     assert 0 < judge.info.threshold.limit < 1

@@ -29,6 +29,7 @@ from .card import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, plot_reliabi
 from .features import SCALARS, STATES
 from .info import JudgeInfo
 from .lora import Adapter
+from .shipped import find_judge
 
 
 logger = logging.get_logger(__name__)
@@ -170,11 +171,12 @@ class Judge(torch.nn.Module):
         local_files_only: bool = False,
     ) -> Judge:
         """
-        Load a judge from a folder or a Hub repo: safetensors only, never a pickle. Names, shapes and types are checked
-        before any weight is read.
+        Load a judge from a folder or a Hub repo, or a shipped one by its name: safetensors only, never a pickle.
+        Names, shapes and types are checked before any weight is read.
 
         Args:
-            reference (`str`): Folder or Hub id.
+            reference (`str`): Folder, Hub id, or the name of a judge that comes with the package, such as
+                `qwen2.5-coder-1.5b-selfjudge`.
             revision, token, cache_dir, local_files_only: See [`download`].
 
         Raises:
@@ -182,6 +184,8 @@ class Judge(torch.nn.Module):
             ValueError: If a file is damaged or too large, or is not that of a judge of this version.
             HubError: If the Hub could not be reached.
         """
+
+        reference = find_judge(reference)
 
         def fetch(name: str, limit: int) -> Path:
             access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}

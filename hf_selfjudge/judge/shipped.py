@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..models.pair import DRAFT_MODEL, LOOKUP
@@ -14,6 +15,12 @@ SHIPPED = {
     ("qwen2.5-coder", DRAFT_MODEL): "qwen2.5-coder-1.5b-selfjudge",
     ("qwen2.5-coder", LOOKUP): "qwen2.5-coder-1.5b-lookup-selfjudge",
 }
+
+
+def find_judge(reference: str | os.PathLike) -> str | os.PathLike:
+    """The folder of a shipped judge, by the judge's name; any other reference, and a folder of that name, as it is."""
+    is_name = str(reference) in SHIPPED.values() and not Path(reference).is_dir()
+    return HUB_CARDS / reference if is_name else reference
 
 
 def shipped_judge(pair: str, drafts: str = DRAFT_MODEL) -> Path:
