@@ -26,14 +26,8 @@ TRUNK, DEAD = -1, -2  # owners of cache slots that belong to no branch
 
 @dataclass(eq=False)
 class Branch:
-    """
-    A continuation.
-
-    Args:
-        number (`int`): Its owner mark in the cache.
-        start (`int`): It sees this many tokens of the answer; its own follow.
-        length (`int`): Tokens fed to it so far.
-    """
+    """A continuation: it sees the first `start` tokens of the answer, then the `length` tokens that were fed to it.
+    `number` is its owner mark in the cache."""
 
     number: int
     start: int
@@ -48,16 +42,10 @@ class Branches:
     Args:
         model ([`~transformers.PreTrainedModel`]): Its forward is called with one sequence.
         trunk (`Keys`): The cache of the answer.
-        layer_states ([`LayerStates`], *optional*): Reads the hidden states that enter one of the model's layers, in
-            the place of the last ones.
+        layer_states ([`LayerStates`], *optional*): Reads the states that enter one of the layers, not the last ones.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        trunk: Keys,
-        layer_states: Callable | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, trunk: Keys, layer_states: Callable | None = None):
         self.model, self.layer_states = model, layer_states
         self.windows = attention_windows(model.config.get_text_config())
         self.cache = DynamicCache()
@@ -76,21 +64,15 @@ class Branches:
     def feed(
         self, branches: Sequence[Branch], tokens: Sequence[torch.LongTensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """
-        One forward: `tokens[i]` of shape `(n_i,)` go behind what `branches[i]` holds.
-
-        Returns:
-            For each its logits `(n_i, vocab_size)` and hidden states `(n_i, hidden_size)`.
-        """
+        """One forward: `tokens[i]` of shape `(n_i,)` go behind what `branches[i]` holds. Returns for each its logits
+        `(n_i, vocab_size)` and hidden states `(n_i, hidden_size)`."""
         device = self.owner.device
         counts = [len(new) for new in tokens]
         times = torch.tensor(counts, device=device)
         owner = torch.tensor([b.number for b in branches], device=device).repeat_interleave(times)
         start = torch.tensor([b.start for b in branches], device=device).repeat_interleave(times)
-        position = torch.cat([
-            torch.arange(b.start + b.length, b.start + b.length + n, device=device)
-            for b, n in zip(branches, counts, strict=True)
-        ])  # fmt: skip
+        ends = [b.start + b.length + n for b, n in zip(branches, counts, strict=True)]
+        position = torch.cat([torch.arange(end - n, end, device=device) for end, n in zip(ends, counts, strict=True)])
         self.owner, self.position = torch.cat([self.owner, owner]), torch.cat([self.position, position])
         trunk = (self.owner == TRUNK) & (self.position < start[:, None])
         sees = (trunk | (self.owner == owner[:, None])) & (self.position <= position[:, None])
@@ -136,12 +118,7 @@ class Branches:
 class Alone(Branches):
     """The same for a model that cannot take such a mask: one branch, in a cache of its own."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        trunk: Keys,
-        layer_states: Callable | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, trunk: Keys, layer_states: Callable | None = None):
         self.model, self.trunk, self.layer_states = model, trunk, layer_states
 
     def branch(self, start: int) -> Branch:
@@ -236,12 +213,7 @@ def _try_to_pack(model: PreTrainedModel) -> bool:
         _hidden(model, ids[:16], cache)
         branches = Branches(model, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
         packed = [hidden for _, hidden in branches.feed([branches.branch(start) for start in starts], tails)]
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-    ):  # what forwards raise for what they do not support
+    except (TypeError, ValueError, RuntimeError, LookupError):  # raised for what a forward does not support
         return False
     difference = torch.stack([(a - b).norm() / b.norm() for a, b in zip(packed, plain, strict=True)]).max()
     return bool(difference < torch.finfo(plain[0].dtype).eps ** 0.5)

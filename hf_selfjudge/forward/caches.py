@@ -16,13 +16,12 @@ def stack_masks(masks: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(mask, (0, longest - mask.shape[-1])) for mask in masks], 2)
 
 
-class EndToEnd(Cache):
+class _Joined(Cache):
     """
-    The caches of several sequences as one cache of a single sequence, for the time of a forward: attention sees the
-    keys of one behind those of the other.
+    The caches of several sequences as one, for the time of a forward.
 
     Args:
-        caches (`list[Cache]`): One for each sequence, of layers that keep every key.
+        caches (`list[Cache]`): One for each sequence.
         news (`list[int]`): How many tokens the forward adds to each.
     """
 
@@ -30,6 +29,11 @@ class EndToEnd(Cache):
         super().__init__(layers=caches[0].layers)
         self.caches, self.news = caches, news
         self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
+
+
+class EndToEnd(_Joined):
+    """One cache of a single sequence: attention sees the keys of one behind those of the other. The layers of `caches`
+    must keep every key."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -40,17 +44,9 @@ class EndToEnd(Cache):
         return torch.cat(keys, 2), torch.cat(values, 2)
 
 
-class SideBySide(Cache):
-    """
-    The caches of several sequences as one cache of a batch, for the time of a forward.
-
-    What a forward adds goes into the sequences' own caches; attention sees them aligned on the right. So sequences
-    of different lengths need no room for each other, and cropping one moves nothing.
-
-    Args:
-        caches (`list[Cache]`): One for each sequence.
-        news (`list[int]`): How many tokens the forward adds to each.
-    """
+class SideBySide(_Joined):
+    """One cache of a batch. What a forward adds goes into the sequences' own caches; attention sees them aligned on
+    the right. So sequences of different lengths need no room for each other, and cropping one moves nothing."""
 
     def __init__(self, caches: list[Cache], news: list[int]):
         kinds = {type(layer) for cache in caches for layer in cache.layers}
@@ -59,9 +55,7 @@ class SideBySide(Cache):
             raise ValueError(
                 f"A batch needs caches of keys and values alone, got {names}. Ask for one prompt at a time."
             )
-        super().__init__(layers=caches[0].layers)
-        self.caches, self.news = caches, news
-        self.lengths = [cache.get_seq_length() + new for cache, new in zip(caches, news, strict=True)]
+        super().__init__(caches, news)
         self.total = max(self.lengths)
 
     def update(
@@ -77,8 +71,7 @@ class SideBySide(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.total - max(self.news)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.total - max(self.news)
+    get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         sizes = (cache.get_mask_sizes(new, layer_idx) for cache, new in zip(self.caches, self.news, strict=True))

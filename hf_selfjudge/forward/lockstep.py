@@ -63,12 +63,9 @@ def run_in_lockstep(
     """
     hub = getcurrent()
     rows = [
-        _Call(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
-        for call in calls
+        _Call(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))), seed)
+        for call, seed in zip(calls, [None] * len(calls) if seeds is None else seeds, strict=True)
     ]
-    if seeds is not None:
-        for row, seed in zip(rows, seeds, strict=True):
-            row.seed(seed)
     later, waiting = deque(rows), []
     try:
         while True:
@@ -143,29 +140,27 @@ class Coroutine(greenlet):
 
 
 class _Call:
-    """One call in its coroutine: the request that it waits for, or its result."""
+    """One call in its coroutine: the request that it waits for, or its result. With a seed it has random numbers of
+    its own."""
 
-    def __init__(self, coroutine: Coroutine):
-        self.coroutine = coroutine
+    def __init__(self, coroutine: Coroutine, seed: int | None):
+        self.coroutine, self.seed = coroutine, seed
         self.coroutine.gr_context = without_taps()
         self.request: Request | Meeting | None = None
         self.result = None
         self.random: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
-    def seed(self, seed: int) -> None:
-        """Give it random numbers of its own."""
-        with _fork_random():
-            torch.manual_seed(seed)
-            self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
     def resume(self, *output) -> None:
         """Run on to the next forward or to the end."""
-        if self.random is None:
+        if self.seed is None:
             value = self.coroutine.switch(*output)
         else:
-            with _fork_random():
-                torch.set_rng_state(self.random[0])
-                torch.cuda.set_rng_state_all(self.random[1])
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                if self.random is None:
+                    torch.manual_seed(self.seed)
+                else:
+                    torch.set_rng_state(self.random[0])
+                    torch.cuda.set_rng_state_all(self.random[1])
                 value = self.coroutine.switch(*output)
                 self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         self.request, self.result = (None, value) if self.coroutine.dead else (value, None)
@@ -189,9 +184,8 @@ def _group(model: PreTrainedModel, rows: list[_Call]) -> list[list[_Call]]:
         cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
         single = kinds & {"dynamic", "longrope"} or not cached
         padding = longest * len(part) - sum(row.request.tokens for row in part)
-        padded = padding > max(32, 0.25 * (longest * len(part) - padding)) and not _takes_end_to_end(
-            model, row.request
-        )
+        wasteful = padding > max(32, 0.25 * (longest * len(part) - padding))
+        padded = wasteful and not _takes_end_to_end(model, row.request)
         unlike = row.request.masked != part[0].request.masked
         if parts[-1] and (single or padded or unlike):
             parts.append([row])
@@ -205,22 +199,14 @@ def _takes_end_to_end(model: PreTrainedModel, request: Request) -> bool:
     return request.masked and takes_end_to_end(model)
 
 
-def _fork_random() -> contextlib.AbstractContextManager:
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-
-
 def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedModel:
     """A shallow copy whose forward waits in `hub` for the others. Its generation config is its own."""
     stand_in = copy.copy(model)
     stand_in.generation_config = copy.deepcopy(model.generation_config)
     # Hooks of the model run in the shared forward, not once more for each row.
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        setattr(stand_in, hooks, OrderedDict())
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(stand_in, kind, OrderedDict())
+        setattr(stand_in, f"{kind}_with_kwargs", OrderedDict())
 
     @functools.wraps(model.forward)  # `generate` looks at the signature
     def forward(**arguments) -> ModelOutput:
@@ -265,10 +251,8 @@ def _forward(
             if row["position_ids"] is not None:
                 positions[..., i, -new:] = row["position_ids"][..., 0, :]
         masks = [row["attention_mask"] for row in rows]
-        if isinstance(masks[0], dict):  # one for each kind of attention
-            mask = {kind: align_masks([mask[kind] for mask in masks], cache) for kind in masks[0]}
-        elif requests[0].masked:
-            mask = align_masks(masks, cache)
+        if requests[0].masked:
+            mask = _for_each_kind(lambda kind: align_masks(kind, cache), masks)
         else:
             mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
             for i, length in enumerate(cache.lengths):
@@ -299,27 +283,23 @@ def _tapped(
 def _end_to_end(model: PreTrainedModel, rows: list[dict], news: list[int]) -> ModelOutput:
     """One forward for rows that say for each pair of tokens who sees whom: no token of it is padding."""
     cache = EndToEnd([row["past_key_values"] for row in rows], news)
-    masks = [row["attention_mask"] for row in rows]
+    ids = torch.cat([row["input_ids"] for row in rows], 1)
+    positions = torch.cat([row["position_ids"] for row in rows], -1)
+    mask = _for_each_kind(stack_masks, [row["attention_mask"] for row in rows])
+    batch = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
     with end_to_end(news, cache.lengths):
-        return model(
-            input_ids=torch.cat([row["input_ids"] for row in rows], 1),
-            position_ids=torch.cat([row["position_ids"] for row in rows], -1),
-            attention_mask=(
-                {kind: stack_masks([mask[kind] for mask in masks]) for kind in masks[0]}
-                if isinstance(masks[0], dict)
-                else stack_masks(masks)
-            ),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        return model(**batch, use_cache=True, return_dict=True)
+
+
+def _for_each_kind(join: Callable, masks: list) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The masks of several rows as one; where they are dicts, one for each kind of attention."""
+    if isinstance(masks[0], dict):
+        return {kind: join([mask[kind] for mask in masks]) for kind in masks[0]}
+    return join(masks)
 
 
 def _arguments(arguments: dict) -> dict:
-    """
-    Raises:
-        ValueError: If the forward is given something that cannot be put together with others.
-    """
+    """All of `ARGUMENTS`; raise if the forward is given something that cannot be put together with others."""
     unknown = {name for name, value in arguments.items() if not (value is None or value is False or value == {})}
     unknown -= {*ARGUMENTS, "use_cache", "return_dict", "cache_position"}
     if unknown:
