@@ -31,16 +31,8 @@ def decode_batch(
     seeds: Sequence[int] | None,
     **kwargs,
 ) -> tuple[torch.LongTensor | GenerateDecoderOnlyOutput, list[Stats]]:
-    """
-    Decode each row of `ids`, of shape `(rows, length)`, by [`decode_one`].
-
-    Args:
-        rules, seeds: One for each row, see [`JudgedModel.generate`].
-        target, special_tokens, draft_length, generation_config, logits_processor, kwargs: See [`decode_one`].
-
-    Returns:
-        What `generate` returns, and the statistics of each row.
-    """
+    """Decode each row of `ids`, of shape `(rows, length)`, by [`decode_one`], whose arguments these are; `rules` and
+    `seeds` have one for each row. Returns what `generate` returns, and the statistics of each row."""
     mask = kwargs.pop("attention_mask", None)
     kwargs.pop("input_ids", None)
     draft, streamers = kwargs.pop("assistant_model", None), kwargs.pop("streamer", None)
@@ -104,10 +96,7 @@ def _prompts(ids: torch.LongTensor, mask: torch.Tensor | None, pad: int | None) 
 
 
 def _check(target: PreTrainedModel, ids: torch.LongTensor, options: dict, kwargs: dict, for_each: dict) -> None:
-    """
-    Raises:
-        ValueError: If an option works for one prompt only, or one of `for_each` has not one entry for each row.
-    """
+    """Raise if an option works for one prompt only, or one of `for_each` has not one entry for each row."""
     if target.config.is_encoder_decoder:
         raise ValueError("A batch with a draft needs a decoder-only target. Decode one prompt at a time.")
     single = [

@@ -115,26 +115,14 @@ def _check(target: PreTrainedModel, rule: Rule, ids: torch.Tensor | None, kwargs
 
 
 class _Parts:
-    """
-    What `generate` builds for a call, with the call in it.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`]): A shallow copy, whose methods are overridden until [`release`].
-        call ([`Call`]): The call.
-        draft_length (`int`, `"auto"` or `None`): See [`JudgedModel`].
-        streamer ([`HeldStreamer`], *optional*): Gets the text.
-
-    Attributes:
-        criteria ([`KeptTokens`], *optional*): Once they are built.
-        generator ([`JudgeCandidateGenerator`], *optional*): If the call decodes with a draft.
-    """
+    """What `generate` builds for a call, with the call in it. `target` is a shallow copy, whose methods are overridden
+    until [`release`]. There is a `generator` only if the call decodes with a draft."""
 
     def __init__(
         self, target: PreTrainedModel, call: Call, draft_length: int | str | None, streamer: HeldStreamer | None
     ):
         self.target, self.call, self.draft_length, self.streamer = target, call, draft_length, streamer
-        self.criteria: KeptTokens | None = None
-        self.generator: JudgeCandidateGenerator | None = None
+        self.criteria = self.generator = None
         self.stock_processors, self.stock_criteria, self.stock_generator = (getattr(target, n) for n in OVERRIDDEN)
         overrides = self.build_processors, self.build_criteria, self.build_generator
         vars(target).update(zip(OVERRIDDEN, overrides, strict=True))
@@ -178,12 +166,7 @@ def _remove_overrides(target: PreTrainedModel) -> None:
 def _wrap(
     target: PreTrainedModel, inner: CandidateGenerator, call: Call, draft_length: int | str | None
 ) -> JudgeCandidateGenerator:
-    """
-    Wrap what transformers built.
-
-    Raises:
-        ValueError: If the rule or the draft length cannot work with it.
-    """
+    """Wrap what transformers built; raise if the rule or the draft length cannot work with it."""
     if call.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS) and not isinstance(inner, WITH_LOGITS):
         raise ValueError(
             f"`rule` {type(call.rule).__name__} compares target and draft, but drafts of {type(inner).__name__} "
@@ -223,15 +206,8 @@ def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _return_states(generator: JudgeCandidateGenerator, arguments: dict) -> None:
-    """
-    Where hidden states or attentions are returned, let the target read the prompt without candidates: stock assisted
-    generation returns states of the prompt as those of the first candidates.
-
-    Args:
-        arguments (`dict`): Of `_get_candidate_generator`.
-
-    Raises:
-        ValueError: If the states would still not be those of the target alone.
+    """Where hidden states or attentions are returned, let the target read the prompt without candidates: stock
+    assisted generation returns states of the prompt as those of the first candidates. Raise where that is not enough.
     """
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
     returned = [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name)]
@@ -253,13 +229,8 @@ def _return_states(generator: JudgeCandidateGenerator, arguments: dict) -> None:
 
 
 def _read_embeddings(generator: JudgeCandidateGenerator) -> None:
-    """
-    Let the target read a prompt of embeddings without candidates: stock assisted generation leaves the first
-    candidates out of that forward, but reads logits for them from it.
-
-    Raises:
-        ValueError: If drafts come from a model: it cannot read the target's embeddings.
-    """
+    """Let the target read a prompt of embeddings without candidates: stock assisted generation leaves the first
+    candidates out of that forward, but reads logits for them from it."""
     if not isinstance(generator.inner, PromptLookupCandidateGenerator):
         raise ValueError(
             "`inputs_embeds` are the target's own, and a draft model cannot read them. Pass `input_ids`, or draft "
@@ -269,16 +240,8 @@ def _read_embeddings(generator: JudgeCandidateGenerator) -> None:
 
 
 def _continue_cache(target: PreTrainedModel, generator: JudgeCandidateGenerator, arguments: dict) -> None:
-    """
-    Let the first forward of `target`, a copy, read only what its cache does not hold yet. Stock assisted generation
-    reads all of the prompt again, behind what the cache holds of it.
-
-    Args:
-        arguments (`dict`): Of `_get_candidate_generator`.
-
-    Raises:
-        ValueError: If the cache does not hold a part of this prompt.
-    """
+    """Let the first forward of `target`, a copy, read only what its cache does not hold yet. Stock assisted generation
+    reads all of the prompt again, behind what the cache holds of it."""
     cache, mask = (arguments["model_kwargs"].get(name) for name in ("past_key_values", "attention_mask"))
     held, length = cache.get_seq_length(), arguments["input_ids"].shape[1]
     masked = arguments["generation_config"]._mask_length if mask is None else mask.shape[-1]

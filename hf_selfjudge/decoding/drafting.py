@@ -190,12 +190,9 @@ class ContextFullError(Exception):
 
 
 def stay_within_context(generator: AssistedCandidateGenerator) -> None:
-    """
-    End drafts where the draft's context ends, also where it is shorter than the target's, or where the draft's
-    tokenizer makes more tokens of the same text.
-
-    A text that leaves no room for a candidate makes `get_candidates` raise [`ContextFullError`].
-    """
+    """End drafts where the draft's context ends, also where it is shorter than the target's, or where the draft's
+    tokenizer makes more tokens of the same text. A text that leaves no room for a candidate
+    makes `get_candidates` raise [`ContextFullError`]."""
     context = context_of(generator.assistant_model)
     if context is None:
         return
@@ -212,10 +209,7 @@ def stay_within_context(generator: AssistedCandidateGenerator) -> None:
 
 
 def set_draft_length(generator: CandidateGenerator, length: int) -> None:
-    """
-    Raises:
-        ValueError: If the length of this generator's drafts is not ours to choose.
-    """
+    """Let `generator` draft `length` tokens; raise `ValueError` if it takes no length."""
     if isinstance(generator, PromptLookupCandidateGenerator):
         generator.num_output_tokens = length
     elif isinstance(generator, AssistedCandidateGenerator):

@@ -102,14 +102,9 @@ class JudgedModel:
         draft_length: int | str | None = None,
         **hub_kwargs,
     ) -> JudgedModel:
-        """
-        Put a judge from a folder or a Hub repo on a target.
-
-        Args:
-            threshold, allow_other_weights: See [`JudgeRule`].
-            draft_length: See [`JudgedModel`].
-            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of [`Judge.from_pretrained`].
-        """
+        """Put a judge from a folder or a Hub repo on a target. For `threshold` and `allow_other_weights` see
+        [`JudgeRule`], for `draft_length` [`JudgedModel`], and for `revision`, `token`, `cache_dir` and
+        `local_files_only` [`Judge.from_pretrained`]."""
         rule = JudgeRule(Judge.from_pretrained(judge, **hub_kwargs), threshold, allow_other_weights)
         return cls(target, rule, draft_length)
 
@@ -235,11 +230,7 @@ class _ThreadStats(threading.local):
 
 
 def _check_rule(name: str, rule: Rule, target: PreTrainedModel) -> None:
-    """
-    Raises:
-        TypeError: If it is not a [`Rule`].
-        ValueError: If it cannot work on `target`.
-    """
+    """Raise if it is not a [`Rule`] or cannot work on `target`."""
     if not isinstance(rule, Rule):
         hint = "Wrap it: `JudgeRule(judge)`." if isinstance(rule, Judge) else "Use one of hf_selfjudge.rules."
         raise TypeError(f"`{name}` must be a Rule, got {type(rule).__name__}. {hint}")
@@ -273,13 +264,7 @@ def _local_tokenizer(reference: str) -> PreTrainedTokenizerBase | None:
 
 
 def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:
-    """
-    The prompts' tokens, if they are given.
-
-    Raises:
-        TypeError: If they or their mask are no tensor.
-        ValueError: If they are not one row for each prompt.
-    """
+    """The prompts' tokens, if they are given; raise if they or their mask are no tensor of one row for each prompt."""
     tensors = {"inputs": inputs} | {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
     for name, value in tensors.items():
         if value is not None and not isinstance(value, torch.Tensor):

@@ -106,12 +106,8 @@ class Lossless(Rule):
 
 @dataclass(frozen=True)
 class TopK(Rule):
-    """
-    Accept a candidate among the target's `k` most likely tokens.
-
-    Args:
-        k (`int`): 1 accepts only the target's choice. Ties count as more likely.
-    """
+    """Accept a candidate among the target's `k` most likely tokens. 1 accepts only the target's choice. Ties count as
+    more likely."""
 
     k: int
 
@@ -124,13 +120,8 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class Margin(Rule):
-    """
-    Accept a candidate that the target finds at most `nats` less likely than its choice:
-    log P(choice) − log P(candidate) ≤ `nats`.
-
-    Args:
-        nats (`float`): log 2 ≈ 0.69 accepts what is at least half as likely.
-    """
+    """Accept a candidate that the target finds at most `nats` less likely than its choice:
+    log P(choice) − log P(candidate) ≤ `nats`. log 2 ≈ 0.69 accepts what is at least half as likely."""
 
     nats: float
 

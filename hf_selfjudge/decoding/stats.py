@@ -74,15 +74,7 @@ class Stats:
         return [kept / offered for kept, offered in zip(self.kept_at, self.offered_at, strict=True)]
 
     def count(self, drafted: int, asked: int, sources: list[str], given_up: float) -> None:
-        """
-        Count one round.
-
-        Args:
-            drafted (`int`): Candidates of the round.
-            asked (`int`): Mismatches that the rule was asked about.
-            sources (`list[str]`): Who decided each token that the round added.
-            given_up (`float`): Log-probability that its judged tokens gave up, nats.
-        """
+        """Count one round. `given_up` is its `logprob_given_up`, nats; the others are as in [`Stats`]."""
         kept = len(sources) - sources.count("target")
         self.rounds += 1
         self.drafted += drafted

@@ -22,12 +22,7 @@ PER_TOKEN_OUTPUTS = (
 
 
 class HeldStreamer(BaseStreamer):
-    """
-    Holds back what a round kept until it is known how much of it is text.
-
-    Args:
-        streamer ([`~transformers.generation.BaseStreamer`]): The caller's.
-    """
+    """Holds back from the caller's `streamer` what a round kept until it is known how much of it is text."""
 
     def __init__(self, streamer: BaseStreamer):
         self.streamer, self.holding = streamer, False
@@ -48,13 +43,8 @@ class HeldStreamer(BaseStreamer):
 
 
 class LateCrop:
-    """
-    Puts off the cropping of a cache to the end of a round: a cache with a sliding window can be cropped only once
-    behind a forward.
-
-    Args:
-        cache ([`~transformers.Cache`]): Of the target.
-    """
+    """Puts off the cropping of the target's cache to the end of a round: a cache with a sliding window can be cropped
+    only once behind a forward."""
 
     def __init__(self, cache: Cache):
         self.cache = cache
@@ -80,11 +70,6 @@ class KeptTokens(StoppingCriteriaList):
     """
     Asks stopping criteria about each token that a round kept, in order, as plain decoding does, and ends the text
     behind the first token at which they end it.
-
-    Args:
-        criteria ([`~transformers.StoppingCriteriaList`]): Those of transformers and the caller's.
-        call ([`Call`]): The call.
-        streamer ([`HeldStreamer`], *optional*): Gets what is text.
 
     Attributes:
         cache ([`LateCrop`], *optional*): Set when decoding with a draft begins.

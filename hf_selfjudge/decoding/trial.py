@@ -80,13 +80,8 @@ class TrialProcessor(LogitsProcessor):
 
 
 def copied(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
-    """
-    Copies with a memory of their own; what several processors share, their copies share too. Models and tokenizers are
-    not copied.
-
-    Raises:
-        ValueError: If one cannot be copied.
-    """
+    """Copies with a memory of their own; what several processors share, their copies share too. Models and tokenizers
+    are not copied. Raises `ValueError` if one cannot be copied."""
     memo: dict[int, object] = {}
     return [_copied(processor, memo) for processor in processors]
 

@@ -93,7 +93,6 @@ class Call:
     What one call of `generate` decodes with, and what it has done so far.
 
     Args:
-        rule ([`Rule`]): What decides.
         special_tokens (`set[int]`): Neither accepted nor overruled, beside those that the generation config names.
         replay ([`LayerStates`] or [`ReplaySession`], *optional*): Computes the hidden states that the rule reads.
 
@@ -150,13 +149,9 @@ class Call:
         round.hidden, round.logits = hidden[0, -rows:], logits[0, -rows:]
 
     def accepts(self, row: int, final_scores: torch.FloatTensor) -> bool:
-        """
-        Whether the rule accepts candidate `row`. Under greedy decoding it is asked about mismatches only; under
-        sampling about every candidate, since the target's own token is not drawn yet.
-
-        Args:
-            final_scores (`torch.FloatTensor` of shape `(vocab_size,)`): See [`Candidate`].
-        """
+        """Whether the rule accepts candidate `row`; for `final_scores` see [`Candidate`]. Under greedy decoding it is
+        asked about mismatches only; under sampling about every candidate, since the target's own token is not drawn
+        yet."""
         round = self.round
         token = round.tokens[row]
         # Under sampling the likeliest token stands for the choice.
@@ -227,16 +222,13 @@ class JudgeCandidateGenerator(CandidateGenerator):
     Wraps the candidate generator that transformers built, and begins a round with what it drafted.
 
     Args:
-        inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
-        call ([`Call`]): The call.
         length ([`AutoLength`], *optional*): Learns from the rounds.
-        sets_length (`bool`): Set the draft length that `length` chooses before each draft, since
-            `inner` does not ask it while drafting.
+        sets_length (`bool`): Set the draft length that `length` chooses before each draft, since `inner` does not ask
+            it while drafting.
         context (`int`, *optional*): Tokens that the target can attend to: candidates beyond are left out.
 
     Attributes:
-        waits (`bool`): Whether the first round goes without candidates, because the target has to read the prompt
-            first.
+        waits (`bool`): Whether the first round goes without candidates, so that the target reads the prompt first.
     """
 
     waits = False
