@@ -31,29 +31,31 @@ from .stats import Stats
 
 logger = logging.get_logger(__name__)
 
+# Options of `generate` that make it decode with a draft.
+DRAFT_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
+
 
 class JudgedModel:
     """
-    A target with a rule that decides which mismatches to keep; otherwise it behaves like the target: all other
-    attributes and methods are the target's.
+    A target with a rule that decides which mismatches to keep. All other attributes and methods are the target's.
 
-    Tokens that the rule, the tokenizer or the generation config names as special are never accepted against the
-    target's choice, nor overruled.
+    Special tokens (of the rule, the tokenizer and the generation config) are never accepted against the target's
+    choice, nor overruled.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The model whose quality counts. It is not changed.
         rule ([`Rule`]): What decides: a judge ([`JudgeRule`]) or one of the training-free rules.
         draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round, unless transformers'
             `assistant_confidence_threshold` ends it before; `"auto"` ends each draft where another token is not
-            expected to pay off ([`AutoLength`]). By default the options of transformers itself decide:
+            expected to pay off ([`AutoLength`]). By default the options of transformers decide:
             `draft.generation_config`, `prompt_lookup_num_tokens`, …
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The target's, for its special tokens. Not
             needed with a judge, which knows them, nor if the tokenizer of `target.config.name_or_path` is on this
             machine.
 
     Attributes:
-        stats ([`Stats`]): Of the last call with a draft that this thread made or, if it made none, any thread
-            (streaming calls run in a thread of their own).
+        stats ([`Stats`]): Of the last call with a draft that this thread made; if it made none, of the last one in any
+            thread (streaming calls run in a thread of their own).
         total ([`Stats`]): Of all calls.
 
     Raises:
@@ -127,11 +129,11 @@ class JudgedModel:
 
     @property
     def stats(self) -> Stats:
-        return self._of_thread.stats or self._last
+        return getattr(self._of_thread, "stats", self._last)
 
     def _reset_stats(self) -> None:
         self.total, self._last = Stats(), Stats()
-        self._of_thread, self._lock = _ThreadStats(), threading.Lock()
+        self._of_thread, self._lock = threading.local(), threading.Lock()
 
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling
@@ -174,14 +176,13 @@ class JudgedModel:
         Stock `generate`, with all its arguments. Where it decodes with a draft (`assistant_model`,
         `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
-        Unlike stock it also takes several prompts with a draft, as `input_ids` and `attention_mask` padded on the
-        left. Each row is decoded as if it were alone, so that its answer is the one it would get alone. (With
-        `draft_length="auto"`, measured times affect the answer if it is sampled or if the rule accepts mismatches.)
-        `stats.rows` has the statistics of each row. `streamer` is then a list, one for each row. Stopping criteria and
-        processors are asked about one row at a time, without its padding; each row has copies of the processors.
-
-        Unlike stock, stopping criteria are evaluated after each kept token, and processors that keep a state see each
+        Unlike stock, it asks stopping criteria about each kept token, and shows processors that keep a state each
         token of the text once.
+
+        It also takes several prompts with a draft: `input_ids` and `attention_mask` padded on the left, and as
+        `streamer` a list, one for each row. Each row gets the answer that it would get alone. (With
+        `draft_length="auto"`, measured times affect the answer if it is sampled or if the rule accepts mismatches.)
+        Stopping criteria and copies of the processors are asked about one row at a time, without its padding.
 
         Args:
             rules (`Sequence[Rule]`, *optional*): One for each row, instead of the model's own.
@@ -196,18 +197,22 @@ class JudgedModel:
                 are padded on the right, or an option works for one prompt only.
         """
         ids = _token_ids(inputs, kwargs)
+        kwargs["logits_processor"] = logits_processor
         kwargs = _with_fitted_draft(kwargs, self.target)
-        several = ids is not None and len(ids) > 1 and self._has_draft(generation_config, kwargs)
-        if not several and rules is None and seeds is None:
+        several = rules is not None or seeds is not None
+        if not several and ids is not None and len(ids) > 1:
+            options = with_defaults(self.target, generation_config).to_dict() | kwargs
+            several = any(options.get(name) is not None for name in DRAFT_OPTIONS)
+        if not several:
             shared = self.target, self.rule, self.special_tokens, self.draft_length
-            output, stats = decode_one(*shared, inputs, generation_config, logits_processor, **kwargs)
+            output, stats = decode_one(*shared, inputs, generation_config=generation_config, **kwargs)
         else:
             if ids is None:
                 raise ValueError("`rules` and `seeds` need `input_ids`, one row for each of them.")
             for rule in rules or ():
                 _check_rule("rules", rule, self.target)
             shared = self.target, rules or [self.rule] * len(ids), self.special_tokens, self.draft_length
-            output, rows = decode_batch(*shared, ids, generation_config, logits_processor, seeds, **kwargs)
+            output, rows = decode_batch(*shared, ids, seeds, generation_config, **kwargs)
             stats = Stats(rows=rows)
             for row in rows:
                 stats.add(row)
@@ -216,17 +221,6 @@ class JudgedModel:
             with self._lock:
                 self.total.add(stats)
         return output
-
-    def _has_draft(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
-        options = with_defaults(self.target, generation_config).to_dict() | kwargs
-        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
-        return any(options.get(name) is not None for name in names)
-
-
-class _ThreadStats(threading.local):
-    """The statistics of each thread's last call."""
-
-    stats: Stats | None = None
 
 
 def _check_rule(name: str, rule: Rule, target: PreTrainedModel) -> None:
@@ -238,7 +232,7 @@ def _check_rule(name: str, rule: Rule, target: PreTrainedModel) -> None:
 
 
 def _special_tokens(target: PreTrainedModel, rule: Rule, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
-    """Those that the rule and the tokenizer name; without either, those of the tokenizer that belongs to `target`."""
+    """Those of the rule and the tokenizer; without either, those of the tokenizer that belongs to `target`."""
     if tokenizer is None and rule.special_tokens is not None:
         return set(rule.special_tokens)
     tokenizer = tokenizer or _local_tokenizer(target.config.name_or_path)
