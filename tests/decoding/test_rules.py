@@ -84,7 +84,7 @@ def test_coin_is_fair_and_always_falls_the_same_way():
     ],
 )
 def test_a_threshold_for_each_token_gained(llama, threshold, accepted):
-    """The candidate and the two behind it that match: a probability of 0.4 is 0.133 for each."""
+    """The candidate and the two after it that match: a probability of 0.4 is 0.133 for each."""
     judge = random_judge(llama[0])
     judge.forward = lambda scalars, hidden: torch.tensor([0.4]).logit()
     assert JudgeRule(judge, threshold).accept(candidate([0.5, 0.5], matches_after=2)) == accepted
@@ -107,7 +107,7 @@ def test_an_operating_point_for_each_token_gained(llama):
     assert rule.threshold.limit == 0.5
 
 
-def test_the_judge_is_told_what_a_rule_is_told():
+def test_the_judge_gets_the_features_of_the_candidate():
     """The features of one candidate, in a batch of one."""
     target = build("llama", vocab_size=3, hidden_size=4, intermediate_size=4)
     rule = JudgeRule(random_judge(target), 0.5)
