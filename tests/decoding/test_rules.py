@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import AddedToken
 from transformers.utils import logging
 
@@ -13,6 +14,7 @@ from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import candidate_scalars
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.models.tokens import special_tokens
+from hf_selfjudge.models.wheels import PINNED, PinnedWheels, wheels_folder
 from hf_selfjudge.rules import Candidate, Coin, KLGate, LookAhead, Lossless, Margin, TopK
 from tests.builders import VOCAB, build, random_judge, tiny_tokenizer
 
@@ -195,6 +197,17 @@ def test_special_tokens_of_a_rule_that_knows_none(llama, prompt, tmp_path):
     rule = JudgeRule(random_judge(llama[0], special_tokens=(7,)), allow_other_weights=True)
     assert JudgedModel(llama[0], rule).special_tokens == {7}
     assert JudgedModel(llama[0], rule, tokenizer=tokenizer).special_tokens == {0, 1, 7, token}
+
+
+def test_special_tokens_of_a_target_from_wheels(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setitem(PINNED, "tests/pinned", PinnedWheels((), "1.0", "0" * 64))
+    target = copy.copy(llama[0])
+    target.config = copy.deepcopy(target.config)
+    target.config.name_or_path = "tests/pinned"
+    assert JudgedModel(target, Margin(1.0)).special_tokens == set()
+    tiny_tokenizer().save_pretrained(wheels_folder("tests/pinned"))
+    assert JudgedModel(target, Margin(1.0)).special_tokens == {0, 1}
 
 
 def test_a_target_without_tokenizer_is_warned_of(llama, caplog, monkeypatch):
