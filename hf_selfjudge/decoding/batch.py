@@ -1,17 +1,20 @@
 """Several prompts, decoded side by side, each as if it were alone.
 
-In: a batch padded on the left. Out: what `generate` returns for a batch. Here a batch is taken apart and put together
-again; how its rows share forwards is in `forward/lockstep.py`.
+In: a batch padded on the left. Out: what `generate` returns for a batch. How its rows share forwards is in
+`forward/lockstep.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from ..forward.lockstep import run_in_lockstep
 from .decode import decode_one
@@ -26,34 +29,28 @@ def decode_batch(
     special_tokens: set[int],
     draft_length: int | str | None,
     ids: torch.LongTensor,
-    generation_config: GenerationConfig | None,
-    logits_processor: LogitsProcessorList | None,
     seeds: Sequence[int] | None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    streamer: Sequence[BaseStreamer] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    assistant_model: PreTrainedModel | None = None,
     **kwargs,
 ) -> tuple[torch.LongTensor | GenerateDecoderOnlyOutput, list[Stats]]:
-    """
-    Decode each row of `ids`, of shape `(rows, length)`, by [`decode_one`].
-
-    Args:
-        rules, seeds: One for each row, see [`JudgedModel.generate`].
-        target, special_tokens, draft_length, generation_config, logits_processor, kwargs: See [`decode_one`].
-
-    Returns:
-        What `generate` returns, and the statistics of each row.
-    """
-    mask = kwargs.pop("attention_mask", None)
+    """Decode each row of `ids`, of shape `(rows, length)`, by [`decode_one`], whose arguments these are; `rules`,
+    `seeds` and `streamer` have one for each row. Returns what `generate` returns, and the statistics of each row."""
     kwargs.pop("input_ids", None)
-    draft, streamers = kwargs.pop("assistant_model", None), kwargs.pop("streamer", None)
     config = with_defaults(target, generation_config)
     options = config.to_dict() | kwargs
-    _check(target, ids, options, kwargs, {"rules": rules, "seeds": seeds, "streamer": streamers})
-    prompts = _prompts(ids, mask, options.get("pad_token_id"))
+    _check(target, ids, options, kwargs, {"rules": rules, "seeds": seeds, "streamer": streamer})
+    prompts = _prompts(ids, attention_mask, options.get("pad_token_id"))
     if seeds is None and options.get("do_sample"):
         seeds = torch.randint(2**62, (len(ids),)).tolist()
 
     def decode_row(row: int, *stand_ins: PreTrainedModel) -> tuple:
-        own, padding = dict(kwargs), ids.shape[1] - prompts[row].shape[1]
-        row_config = copy.deepcopy(config)
+        own = kwargs | {"attention_mask": torch.ones_like(prompts[row])}
+        padding = ids.shape[1] - prompts[row].shape[1]
+        stand_ins[-1].generation_config = row_config = copy.deepcopy(config)  # the stand-in's own
         for limit in ("max_length", "min_length"):  # these count the padding
             if own.get(limit):
                 own[limit] -= padding
@@ -61,18 +58,16 @@ def decode_batch(
                 setattr(row_config, limit, getattr(row_config, limit) - padding)
         if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
             own["prefix_allowed_tokens_fn"] = lambda _, prefix: allowed(row, prefix)
-        if draft is not None:
+        if assistant_model is not None:
             own["assistant_model"] = stand_ins[0]
-        if streamers is not None:
-            own["streamer"] = streamers[row]
-        stand_ins[-1].generation_config = row_config  # the stand-in's own
-        own["attention_mask"] = torch.ones_like(prompts[row])
-        special = special_tokens.union(rules[row].special_tokens or ())
-        processors = copied(logits_processor or ())  # what they remember is of one row
-        return decode_one(stand_ins[-1], rules[row], special, draft_length, prompts[row], None, processors, **own)
+        if streamer is not None:
+            own["streamer"] = streamer[row]
+        rule, processors = rules[row], copied(logits_processor or ())  # what they remember is of one row
+        special = special_tokens.union(rule.special_tokens or ())
+        return decode_one(stand_ins[-1], rule, special, draft_length, prompts[row], processors, **own)
 
-    models = [target] if draft is None else [draft, target]
-    calls = [lambda *stand_ins, row=row: decode_row(row, *stand_ins) for row in range(len(ids))]
+    models = [target] if assistant_model is None else [assistant_model, target]
+    calls = [functools.partial(decode_row, row) for row in range(len(ids))]
     outputs, stats = zip(*run_in_lockstep(models, calls, seeds), strict=True)
     return _join(ids, prompts, outputs, options), [row or Stats() for row in stats]
 
@@ -104,10 +99,7 @@ def _prompts(ids: torch.LongTensor, mask: torch.Tensor | None, pad: int | None) 
 
 
 def _check(target: PreTrainedModel, ids: torch.LongTensor, options: dict, kwargs: dict, for_each: dict) -> None:
-    """
-    Raises:
-        ValueError: If an option works for one prompt only, or one of `for_each` has not one entry for each row.
-    """
+    """Raise if an option works for one prompt only, or one of `for_each` has not one entry for each row."""
     if target.config.is_encoder_decoder:
         raise ValueError("A batch with a draft needs a decoder-only target. Decode one prompt at a time.")
     single = [
@@ -131,19 +123,16 @@ def _join(
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
     """A batch of answers, shorter ones filled up: tokens with padding, scores with zeros."""
     detailed = not isinstance(outputs[0], torch.Tensor)
-    answers = [
-        (output.sequences if detailed else output)[0, prompt.shape[1] :]
-        for output, prompt in zip(outputs, prompts, strict=True)
-    ]
+    texts = [output.sequences if detailed else output for output in outputs]
+    answers = [text[0, prompt.shape[1] :] for text, prompt in zip(texts, prompts, strict=True)]
     pad, end = options.get("pad_token_id"), options.get("eos_token_id")
     fill = pad if pad is not None else end if isinstance(end, int) else (end or [0])[0]
-    new = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=fill)
-    sequences = torch.cat([ids, new], dim=-1)
+    sequences = torch.cat([ids, pad_sequence(answers, batch_first=True, padding_value=fill)], dim=-1)
     if not detailed:
         return sequences
-    scores = {}
-    for name in ("scores", "logits"):
-        if outputs[0].get(name) is not None:
-            rows = torch.nn.utils.rnn.pad_sequence([torch.cat(output[name]) for output in outputs])
-            scores[name] = tuple(rows.unbind())
+    scores = {
+        name: tuple(pad_sequence([torch.cat(output[name]) for output in outputs]).unbind())
+        for name in ("scores", "logits")
+        if outputs[0].get(name) is not None
+    }
     return GenerateDecoderOnlyOutput(sequences=sequences, **scores)

@@ -12,9 +12,10 @@ the text. [`ForwardTap`] reads the verification forward.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import (
     AssistedCandidateGeneratorDifferentTokenizers,
@@ -22,6 +23,7 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
     UniversalSpeculativeDecodingGenerator,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..forward.tap import ForwardTap
@@ -47,36 +49,28 @@ def decode_one(
     rule: Rule,
     special_tokens: set[int],
     draft_length: int | str | None,
-    inputs: torch.Tensor | None,
-    generation_config: GenerationConfig | None,
-    logits_processor: LogitsProcessorList | None,
+    inputs: torch.Tensor | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    streamer: BaseStreamer | None = None,
     **kwargs,
 ) -> tuple[torch.LongTensor | ModelOutput, Stats | None]:
     """
-    Decode one prompt, or without a draft any number of them.
-
-    Args:
-        target, rule, draft_length: See [`JudgedModel`].
-        special_tokens (`set[int]`): Tokens that are never accepted against the target's choice, nor overruled.
-        inputs, generation_config, logits_processor, kwargs: Of `generate`.
+    Decode one prompt, or without a draft any number of them. `special_tokens` are never accepted against the target's
+    choice, nor overruled; the other arguments are those of [`JudgedModel`] and `generate`, and so are the errors.
 
     Returns:
         What `generate` returns, and the statistics of the call; `None` if it had no draft.
-
-    Raises:
-        ValueError: See [`JudgedModel.generate`].
     """
     _check(target, rule, kwargs.get("input_ids") if inputs is None else inputs, kwargs)
     replay = rule.replay_on(target)
     call = Call(rule, special_tokens, None if replay is None else replay.start())
-    if (streamer := kwargs.get("streamer")) is not None:
-        kwargs["streamer"] = streamer = HeldStreamer(streamer)
     processors = LogitsProcessorList([*(logits_processor or []), call.keep_constrained])
+    streamer = None if streamer is None else HeldStreamer(streamer)
     # Overridden on a shallow copy: it shares the weights, and other callers of the target do not see the overrides.
     parts = _Parts(copy.copy(target), call, draft_length, streamer)
     try:
         with ForwardTap(parts.target, call.observe, None if replay is None else replay.entering):
-            output = parts.target.generate(inputs, generation_config, processors, **kwargs)
+            output = parts.target.generate(inputs, logits_processor=processors, streamer=streamer, **kwargs)
     finally:
         parts.release()
     if parts.generator is None:
@@ -116,26 +110,14 @@ def _check(target: PreTrainedModel, rule: Rule, ids: torch.Tensor | None, kwargs
 
 
 class _Parts:
-    """
-    What `generate` builds for a call, with the call in it.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`]): A shallow copy, whose methods are overridden until [`release`].
-        call ([`Call`]): The call.
-        draft_length (`int`, `"auto"` or `None`): See [`JudgedModel`].
-        streamer ([`HeldStreamer`], *optional*): Gets the text.
-
-    Attributes:
-        criteria ([`KeptTokens`], *optional*): Once they are built.
-        generator ([`JudgeCandidateGenerator`], *optional*): If the call decodes with a draft.
-    """
+    """What `generate` builds for a call, with the call in it. `target` is a shallow copy, whose methods are overridden
+    until [`release`]. There is a `generator` only if the call decodes with a draft."""
 
     def __init__(
         self, target: PreTrainedModel, call: Call, draft_length: int | str | None, streamer: HeldStreamer | None
     ):
         self.target, self.call, self.draft_length, self.streamer = target, call, draft_length, streamer
-        self.criteria: KeptTokens | None = None
-        self.generator: JudgeCandidateGenerator | None = None
+        self.criteria = self.generator = None
         self.stock_processors, self.stock_criteria, self.stock_generator = (getattr(target, n) for n in OVERRIDDEN)
         overrides = self.build_processors, self.build_criteria, self.build_generator
         vars(target).update(zip(OVERRIDDEN, overrides, strict=True))
@@ -155,19 +137,17 @@ class _Parts:
         arguments["logits_processor"] = LogitsProcessorList(p for p in processors if p not in own)
         self.call.prepare(arguments["generation_config"])
         self.generator = _wrap(self.target, self.stock_generator(**arguments), self.call, self.draft_length)
-        _return_states(self.generator, arguments)
-        if not self.target.config.is_encoder_decoder and arguments["model_kwargs"].get("inputs_embeds") is not None:
-            _read_embeddings(self.generator)
+        self.generator.waits = _reads_prompt_first(self.target, self.generator, arguments)
         if cache.get_seq_length():
             _continue_cache(self.target, self.generator, arguments)
         self.criteria.begin(cache)
         return self.generator
 
     def release(self) -> None:
-        """End the overrides. What refers to itself would keep caches until the next garbage collection."""
+        """End the overrides: as references to themselves they would keep caches until the next garbage collection."""
         _remove_overrides(self.target)
         if self.generator is not None and self.criteria.cache is not None:
-            self.criteria.cache.undo()
+            self.criteria.end()
 
 
 def _remove_overrides(target: PreTrainedModel) -> None:
@@ -179,12 +159,7 @@ def _remove_overrides(target: PreTrainedModel) -> None:
 def _wrap(
     target: PreTrainedModel, inner: CandidateGenerator, call: Call, draft_length: int | str | None
 ) -> JudgeCandidateGenerator:
-    """
-    Wrap what transformers built.
-
-    Raises:
-        ValueError: If the rule or the draft length cannot work with it.
-    """
+    """Wrap what transformers built; raise if the rule or the draft length cannot work with it."""
     if call.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS) and not isinstance(inner, WITH_LOGITS):
         raise ValueError(
             f"`rule` {type(call.rule).__name__} compares target and draft, but drafts of {type(inner).__name__} "
@@ -199,19 +174,18 @@ def _wrap(
     if isinstance(inner, EarlyExitCandidateGenerator):
         inner.assistant_model = _with_own_config(inner.assistant_model)
     length = AutoLength() if draft_length == "auto" else None
-    fast = type(inner) is AssistedCandidateGenerator
-    if fast:
+    if type(inner) is AssistedCandidateGenerator:
         FastDraft(inner, length)
-    elif length is not None:
+    if length is not None and not length.ends_drafts:
         set_draft_length(inner, length.first)  # refuse now what cannot be set
     if isinstance(draft_length, int):
         set_draft_length(inner, draft_length)
-    return JudgeCandidateGenerator(inner, call, length, length is not None and not fast, context_of(target))
+    return JudgeCandidateGenerator(inner, call, length, context_of(target))
 
 
 def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares the weights. Early exit drafts with fewer layers by changing the config for a while; threads
-    that verify must not see the change, and an exception must not leave it behind."""
+    """A copy that shares the weights. Early exit changes the config while it drafts with fewer layers; threads that
+    verify must not see that, and an exception must not leave it so."""
     model = shallow_copy(model)
     _remove_overrides(model)
     model.generation_config = copy.deepcopy(model.generation_config)
@@ -223,63 +197,37 @@ def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _return_states(generator: JudgeCandidateGenerator, arguments: dict) -> None:
-    """
-    Where hidden states or attentions are returned, let the target read the prompt without candidates: stock assisted
-    generation returns states of the prompt as those of the first candidates.
-
-    Args:
-        arguments (`dict`): Of `_get_candidate_generator`.
-
-    Raises:
-        ValueError: If the states would still not be those of the target alone.
-    """
+def _reads_prompt_first(target: PreTrainedModel, generator: JudgeCandidateGenerator, arguments: dict) -> bool:
+    """Whether the target has to read the prompt without candidates. Stock assisted generation returns states of the
+    prompt as those of the first candidates; and of a prompt of embeddings it reads logits for candidates that it left
+    out of the forward. Raise where that is not enough."""
     config, kwargs = arguments["generation_config"], arguments["model_kwargs"]
+    cache, embedded = kwargs["past_key_values"], kwargs.get("inputs_embeds") is not None
     returned = [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name)]
-    if not config.return_dict_in_generate or not returned:
-        return
-    cache = kwargs["past_key_values"]
-    reasons = {
-        "attention has a window": config.output_attentions and any(cache.is_sliding),
-        "the prompt is in `past_key_values` or `inputs_embeds`": cache.get_seq_length()
-        or kwargs.get("inputs_embeds") is not None,
-        "drafts are made of the target's states": generator.requires_model_outputs,
-    }
-    for reason, applies in reasons.items():
-        if applies:
+    if returned and config.return_dict_in_generate:
+        reasons = {
+            "attention has a window": config.output_attentions and any(cache.is_sliding),
+            "the prompt is in `past_key_values` or `inputs_embeds`": embedded or cache.get_seq_length(),
+            "drafts are made of the target's states": generator.requires_model_outputs,
+        }
+        if found := [reason for reason, applies in reasons.items() if applies]:
             raise ValueError(
-                f"`{returned[-1]}` cannot be returned with a draft where {reason}. Decode without a draft."
+                f"`{returned[-1]}` cannot be returned with a draft where {found[0]}. Decode without a draft."
             )
-    generator.waits = True
-
-
-def _read_embeddings(generator: JudgeCandidateGenerator) -> None:
-    """
-    Let the target read a prompt of embeddings without candidates: stock assisted generation leaves the first
-    candidates out of that forward, but reads logits for them from it.
-
-    Raises:
-        ValueError: If drafts come from a model: it cannot read the target's embeddings.
-    """
+        return True
+    if target.config.is_encoder_decoder or not embedded:
+        return False
     if not isinstance(generator.inner, PromptLookupCandidateGenerator):
         raise ValueError(
             "`inputs_embeds` are the target's own, and a draft model cannot read them. Pass `input_ids`, or draft "
             "with `prompt_lookup_num_tokens`."
         )
-    generator.waits = True
+    return True
 
 
 def _continue_cache(target: PreTrainedModel, generator: JudgeCandidateGenerator, arguments: dict) -> None:
-    """
-    Let the first forward of `target`, a copy, read only what its cache does not hold yet. Stock assisted generation
-    reads all of the prompt again, behind what the cache holds of it.
-
-    Args:
-        arguments (`dict`): Of `_get_candidate_generator`.
-
-    Raises:
-        ValueError: If the cache does not hold a part of this prompt.
-    """
+    """Let the first forward of `target`, a copy, read only what its cache does not hold yet. Stock assisted generation
+    reads all of the prompt again, in addition to what the cache holds of it."""
     cache, mask = (arguments["model_kwargs"].get(name) for name in ("past_key_values", "attention_mask"))
     held, length = cache.get_seq_length(), arguments["input_ids"].shape[1]
     masked = arguments["generation_config"]._mask_length if mask is None else mask.shape[-1]
@@ -297,9 +245,9 @@ def _continue_cache(target: PreTrainedModel, generator: JudgeCandidateGenerator,
         )
     prepare = target.prepare_inputs_for_generation
 
-    def behind_cache(ids: torch.LongTensor, **kwargs) -> dict:
+    def after_cache(ids: torch.LongTensor, **kwargs) -> dict:
         if kwargs.get("is_first_iteration") and kwargs.get("past_key_values") is cache:
             kwargs["next_sequence_length"] = ids.shape[1] - held
         return prepare(ids, **kwargs)
 
-    target.prepare_inputs_for_generation = behind_cache
+    target.prepare_inputs_for_generation = after_cache

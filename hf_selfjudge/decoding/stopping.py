@@ -1,7 +1,7 @@
 """Where a text ends: after the first token at which a stopping criterion ends it.
 
 In: what a round kept. Out: how much of it is text. Stock assisted generation asks its criteria once a round, about all
-that the round kept, so that the text runs on behind the token that should have ended it.
+that the round kept, so that the text runs on after the token that should have ended it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,8 @@ from transformers.utils import ModelOutput
 from .verification import Call
 
 
-# Outputs of `generate` with an entry for each token.
-PER_TOKEN_OUTPUTS = (
-    *("scores", "logits", "attentions", "hidden_states"),
-    *("decoder_attentions", "decoder_hidden_states", "cross_attentions"),
-)
-
-
 class HeldStreamer(BaseStreamer):
-    """
-    Holds back what a round kept until it is known how much of it is text.
-
-    Args:
-        streamer ([`~transformers.generation.BaseStreamer`]): The caller's.
-    """
+    """Holds back from the caller's `streamer` what a round kept until it is known how much of it is text."""
 
     def __init__(self, streamer: BaseStreamer):
         self.streamer, self.holding = streamer, False
@@ -39,69 +27,49 @@ class HeldStreamer(BaseStreamer):
         else:  # the prompt; or decoding without a draft
             self.streamer.put(value)
 
-    def release(self, tokens: int) -> None:
-        """Hand on the first `tokens` of the held ones."""
-        self.streamer.put(self.held[:, :tokens])
-
     def end(self) -> None:
         self.streamer.end()
-
-
-class LateCrop:
-    """
-    Puts off the cropping of a cache to the end of a round: a cache with a sliding window can be cropped only once
-    behind a forward.
-
-    Args:
-        cache ([`~transformers.Cache`]): Of the target.
-    """
-
-    def __init__(self, cache: Cache):
-        self.cache = cache
-        self.tokens: int | None = None  # to remove
-        cache.crop = self._postpone
-
-    def _postpone(self, tokens_to_remove: int) -> None:
-        self.tokens = abs(tokens_to_remove)
-
-    def crop(self, more: int = 0) -> None:
-        """Remove what was to be removed, and `more` tokens."""
-        type(self.cache).crop(self.cache, -(self.tokens + more))
-        self.tokens = None
-
-    def undo(self) -> None:
-        """From now on crop at once; also what is still put off because a criterion raised."""
-        vars(self.cache).pop("crop", None)
-        if self.tokens is not None:
-            self.crop()
 
 
 class KeptTokens(StoppingCriteriaList):
     """
     Asks stopping criteria about each token that a round kept, in order, as plain decoding does, and ends the text
-    behind the first token at which they end it.
+    after the first token at which they end it.
 
-    Args:
-        criteria ([`~transformers.StoppingCriteriaList`]): Those of transformers and the caller's.
-        call ([`Call`]): The call.
-        streamer ([`HeldStreamer`], *optional*): Gets what is text.
+    The target's cache is cropped only then, since a cache with a sliding window can be cropped only once after a
+    forward.
 
     Attributes:
-        cache ([`LateCrop`], *optional*): Set when decoding with a draft begins.
-        dropped (`int`): Tokens that the last round kept behind the end of the text.
+        cache (`Cache`, *optional*): The target's; set when decoding with a draft begins.
+        to_crop (`int`, *optional*): Tokens that stock decoding wants to remove from it.
+        dropped (`int`): Tokens that the last round kept after the end of the text.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, call: Call, streamer: HeldStreamer | None):
         super().__init__(criteria)
         self.call, self.streamer = call, streamer
-        self.cache: LateCrop | None = None
+        self.cache: Cache | None = None
+        self.to_crop: int | None = None
         self.dropped = 0
 
     def begin(self, cache: Cache) -> None:
         """Decoding with a draft begins."""
-        self.cache = LateCrop(cache)
+        self.cache, cache.crop = cache, self._crop_later
         if self.streamer is not None:
             self.streamer.holding = True
+
+    def _crop_later(self, tokens_to_remove: int) -> None:
+        self.to_crop = abs(tokens_to_remove)
+
+    def _crop(self, more: int = 0) -> None:
+        type(self.cache).crop(self.cache, -(self.to_crop + more))
+        self.to_crop = None
+
+    def end(self) -> None:
+        """Decoding with a draft has ended; crop what is left to crop because a criterion raised."""
+        vars(self.cache).pop("crop", None)
+        if self.to_crop is not None:
+            self._crop()
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: tuple[torch.FloatTensor, ...] | None, **kwargs
@@ -118,9 +86,9 @@ class KeptTokens(StoppingCriteriaList):
                 break
         self.dropped = length - end
         call.end_round(input_ids[0, start:end].tolist())
-        self.cache.crop(self.dropped)
+        self._crop(self.dropped)
         if self.streamer is not None:
-            self.streamer.release(end - start)
+            self.streamer.streamer.put(self.streamer.held[:, : end - start])
         return done
 
 
@@ -131,7 +99,7 @@ def without_last(output: torch.Tensor | ModelOutput, tokens: int) -> torch.Tenso
     if isinstance(output, torch.Tensor):
         return output[:, :-tokens]
     output.sequences = output.sequences[:, :-tokens]
-    for name in PER_TOKEN_OUTPUTS:
-        if output.get(name) is not None:
-            output[name] = output[name][:-tokens]
+    for name, value in output.items():
+        if isinstance(value, tuple) and not name.startswith("encoder_"):  # an entry for each token
+            output[name] = value[:-tokens]
     return output

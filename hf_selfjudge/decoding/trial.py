@@ -1,12 +1,13 @@
 """Logits processors that remember what they were asked, such as a grammar or a counter.
 
 In: the processors of a call. Out: the same, asked once about each token of the text, in order, as in plain decoding.
-Assisted generation asks every processor about every row, also about rows behind a candidate that is then rejected.
+Assisted generation asks every processor about every row, also about rows after a candidate that is then rejected.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from types import CellType, FunctionType, ModuleType
 
@@ -27,7 +28,7 @@ class Trial:
 
     Args:
         processors (`list[LogitsProcessor]`): All of the call. Those that may remember something are replaced in this
-            list with a [`TrialProcessor`].
+            list with [`Trial.ask`].
         own (`list[Callable]`): Those of them that belong to the call itself, and are left as they are.
 
     Raises:
@@ -45,13 +46,13 @@ class Trial:
             # Those of transformers look at the text alone, but for this watermark (and guidance).
             stateless = type(processor).__module__.startswith("transformers.") or processor in own
             if isinstance(processor, SynthIDTextWatermarkLogitsProcessor) or not stateless:
-                processors[place] = TrialProcessor(self, len(self.processors))
+                processors[place] = functools.partial(self.ask, len(self.processors))
                 self.processors.append(processor)
         copied(self.processors)  # refuse now what would fail later
         self.begin()
 
     def begin(self) -> None:
-        """A draft or a verification begins behind the kept text."""
+        """A draft or a verification begins after the kept text."""
         self.copies: list[LogitsProcessor] | None = None
         # For each processor: by the length of the text, what it was asked.
         self.asked: list[dict[int, tuple[torch.LongTensor, torch.FloatTensor]]] = [{} for _ in self.processors]
@@ -64,29 +65,14 @@ class Trial:
         return self.copies[number](input_ids, scores)
 
     def keep(self, length: int) -> None:
-        """The token behind the first `length` tokens of the text was kept."""
+        """The token after the first `length` tokens of the text was kept."""
         for processor, asked in zip(self.processors, self.asked, strict=True):
             processor(*asked[length])
 
 
-class TrialProcessor(LogitsProcessor):
-    """Stands for processor `number` of a [`Trial`]."""
-
-    def __init__(self, trial: Trial, number: int):
-        self.trial, self.number = trial, number
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.trial.ask(self.number, input_ids, scores)
-
-
 def copied(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
-    """
-    Copies with a memory of their own; what several processors share, their copies share too. Models and tokenizers are
-    not copied.
-
-    Raises:
-        ValueError: If one cannot be copied.
-    """
+    """Copies with a memory of their own; what several processors share, their copies share too. Models and tokenizers
+    are not copied. Raises `ValueError` if one cannot be copied."""
     memo: dict[int, object] = {}
     return [_copied(processor, memo) for processor in processors]
 

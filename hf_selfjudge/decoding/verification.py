@@ -27,35 +27,20 @@ from .trial import Trial
 
 @dataclass(eq=False)
 class Verification:
-    """
-    One round.
+    """One round: `k` candidates, and the `k + 1` rows of the target's forward over them. Row `i` chooses candidate
+    `i`, the last row what comes after them."""
 
-    Args:
-        start (`int`): Tokens of the text before the first candidate.
-        prompt_length (`int`): Tokens of the prompt.
-        candidates (`torch.LongTensor` of shape `(k,)`): What was drafted.
-        draft_logits (`torch.FloatTensor` of shape `(k, vocab_size)`, *optional*): If the draft has logits.
-
-    Attributes:
-        hidden, logits (`torch.Tensor` of shape `(k + 1, …)`): Of the target's forward; row `i` chooses candidate `i`.
-        scores (`torch.FloatTensor` of shape `(vocab_size,)`): Of the row that is being processed, see [`Candidate`].
-        asked (`list[int]`): Mismatches that were put to the rule.
-        judged (`dict[int, float]`): Mismatches that it accepted, and the log-probability that each gives up, nats.
-        rejected (`bool`): Whether a candidate was rejected in such a way that nothing behind it can be kept.
-        seconds (`float`): Of the target's forward.
-    """
-
-    start: int
+    start: int  # tokens of the text before the first candidate
     prompt_length: int
-    candidates: torch.LongTensor
-    draft_logits: torch.FloatTensor | None = None
-    hidden: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    scores: torch.FloatTensor | None = None
-    asked: list[int] = field(default_factory=list)
-    judged: dict[int, float] = field(default_factory=dict)
-    rejected: bool = False
-    seconds: float = 0.0
+    candidates: torch.LongTensor  # (k,)
+    draft_logits: torch.FloatTensor | None = None  # (k, vocab_size), if the draft has logits
+    hidden: torch.Tensor | None = None  # (k + 1, hidden_size)
+    logits: torch.Tensor | None = None  # (k + 1, vocab_size)
+    scores: torch.FloatTensor | None = None  # (vocab_size,), of the row that is being processed; see `Candidate`
+    asked: list[int] = field(default_factory=list)  # mismatches that the rule was asked about
+    judged: dict[int, float] = field(default_factory=dict)  # those accepted, and the log-probability given up, nats
+    rejected: bool = False  # a candidate was rejected, and nothing after it can be kept
+    seconds: float = 0.0  # of the target's forward
     began: float = field(default_factory=time.perf_counter)
 
     @functools.cached_property
@@ -68,7 +53,7 @@ class Verification:
         return (self.logits[:-1].argmax(-1).to(self.candidates.device) == self.candidates).tolist()
 
     def candidate(self, row: int, final_scores: torch.FloatTensor) -> Candidate:
-        """What a rule is told about candidate `row`."""
+        """What a rule gets to see of candidate `row`."""
         device = self.candidates.device
         return Candidate(
             token=self.tokens[row],
@@ -83,9 +68,9 @@ class Verification:
 
     def sources(self, kept: list[int]) -> list[str]:
         """Who decided each of the tokens that the round kept."""
-        decided = ["judged" if row in self.judged else "matched" for row in range(len(self.tokens))]
-        pairs = itertools.zip_longest(kept, self.tokens[: len(kept)], decided[: len(kept)])
-        return [source if token == candidate else "target" for token, candidate, source in pairs]
+        decided = ["judged" if row in self.judged else "matched" for row in range(len(kept))]
+        is_candidate = [self.tokens[row : row + 1] == [token] for row, token in enumerate(kept)]
+        return [source if own else "target" for source, own in zip(decided, is_candidate, strict=True)]
 
 
 class Call:
@@ -93,8 +78,7 @@ class Call:
     What one call of `generate` decodes with, and what it has done so far.
 
     Args:
-        rule ([`Rule`]): What decides.
-        special_tokens (`set[int]`): Neither accepted nor overruled, beside those that the generation config names.
+        special_tokens (`set[int]`): Neither accepted nor overruled, in addition to those of the generation config.
         replay ([`LayerStates`] or [`ReplaySession`], *optional*): Computes the hidden states that the rule reads.
 
     Attributes:
@@ -130,13 +114,13 @@ class Call:
         """Candidates are about to be verified; see [`Verification`]."""
         if self.prompt_length is None:
             self.prompt_length = start
-        # Scores behind a token that was then rejected were discarded.
+        # Scores after a token that was then rejected were discarded.
         self.replaced = {place: row for place, row in self.replaced.items() if place < start - self.prompt_length}
         self.trial.begin()
         self.round = Verification(start, self.prompt_length, candidates, draft_logits)
 
     def observe(self, hidden: torch.Tensor, logits: torch.Tensor, entered: LayerInput | None = None) -> None:
-        """Read the verification: the target's first forward behind the draft. (A processor may run the target too.)"""
+        """Read the verification: the target's first forward after the draft. (A processor may run the target too.)"""
         round = self.round
         if round is None or round.logits is not None:
             return
@@ -150,16 +134,12 @@ class Call:
         round.hidden, round.logits = hidden[0, -rows:], logits[0, -rows:]
 
     def accepts(self, row: int, final_scores: torch.FloatTensor) -> bool:
-        """
-        Whether the rule accepts candidate `row`. Under greedy decoding it is asked about mismatches only; under
-        sampling about every candidate, since the target's own token is not drawn yet.
-
-        Args:
-            final_scores (`torch.FloatTensor` of shape `(vocab_size,)`): See [`Candidate`].
-        """
+        """Whether the rule accepts candidate `row`; for `final_scores` see [`Candidate`]. Under greedy decoding it is
+        asked about mismatches only; under sampling about every candidate, since the target's own token is not drawn
+        yet."""
         round = self.round
         token = round.tokens[row]
-        # Under sampling the likeliest token stands for the choice.
+        # Under sampling the likeliest token counts as the choice.
         choice = int((round.scores if self.do_sample else final_scores).argmax())
         mismatch = choice != token
         if round.rejected or not (mismatch or self.do_sample):
@@ -183,13 +163,13 @@ class Call:
         round = self.round
         sources = round.sources(kept)
         given_up = sum(round.judged[row] for row, source in enumerate(sources) if source == "judged")
-        # What was asked behind the end of the text does not count.
+        # Questions after the end of the text do not count.
         asked = sum(row < len(kept) for row in round.asked)
         self.stats.count(len(round.candidates), asked, sources, given_up)
 
     def keep_constrained(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """A logits processor that keeps a row as it is behind the penalties and constraints and before temperature and
-        filters, where transformers puts the caller's processors. It is what a rule sees."""
+        """A logits processor that keeps what a rule sees of a row: the scores after penalties and constraints, before
+        temperature and filters. transformers puts the caller's processors there."""
         if self.round is not None:
             self.round.scores = scores[0]
         return scores
@@ -200,7 +180,7 @@ class Call:
         temperature, filters or a watermark mask is accepted, and nothing changes the row again.
 
         transformers calls the processors once for each row of a verification, with the candidates before it as input.
-        Elsewhere (plain decoding, drafting, the row behind the last candidate) this one changes nothing.
+        Elsewhere (plain decoding, drafting, the row after the last candidate) this one changes nothing.
         """
         round = self.round
         row = None if round is None else input_ids.shape[1] - round.start
@@ -227,24 +207,17 @@ class JudgeCandidateGenerator(CandidateGenerator):
     Wraps the candidate generator that transformers built, and begins a round with what it drafted.
 
     Args:
-        inner ([`~transformers.generation.CandidateGenerator`]): The one to wrap.
-        call ([`Call`]): The call.
         length ([`AutoLength`], *optional*): Learns from the rounds.
-        sets_length (`bool`): Set the draft length that `length` chooses before each draft, since
-            `inner` does not ask it while drafting.
-        context (`int`, *optional*): Tokens that the target can attend to: candidates beyond are left out.
+        context (`int`, *optional*): Tokens that the target can attend to; candidates beyond are left out.
 
     Attributes:
-        waits (`bool`): Whether the first round goes without candidates, because the target has to read the prompt
-            first.
+        waits (`bool`): Whether the first round has no candidates, so that the target reads the prompt first.
     """
 
     waits = False
 
-    def __init__(
-        self, inner: CandidateGenerator, call: Call, length: AutoLength | None, sets_length: bool, context: int | None
-    ):
-        self.inner, self.call, self.length, self.sets_length, self.context = inner, call, length, sets_length, context
+    def __init__(self, inner: CandidateGenerator, call: Call, length: AutoLength | None, context: int | None):
+        self.inner, self.call, self.length, self.context = inner, call, length, context
         self.requires_model_outputs = inner.requires_model_outputs
 
     @property
@@ -253,23 +226,21 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
         self.call.begin_draft()
-        if self.sets_length:
+        if self.length is not None and not self.length.ends_drafts:
             set_draft_length(self.inner, self.length.blind())
-        since = time.perf_counter()
-        candidate_ids, logits = input_ids, None  # where the target goes alone
+        since, start = time.perf_counter(), input_ids.shape[1]
+        ids, logits = input_ids, None  # without candidates the target goes on alone
         with contextlib.suppress(ContextFullError):
-            candidate_ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+            ids, logits = self.inner.get_candidates(input_ids, **kwargs)
         if self.waits:  # drafted all the same: the draft has read the prompt
-            candidate_ids, logits, self.waits = input_ids, None, False
+            ids, logits, self.waits = input_ids, None, False
         self.draft_seconds = time.perf_counter() - since
         self.call.stats.draft_seconds += self.draft_seconds
-        start = input_ids.shape[1]
-        if self.context is not None and candidate_ids.shape[1] > max(start, self.context):
-            candidate_ids = candidate_ids[:, : max(start, self.context)]
-            logits = None if logits is None else logits[:, : candidate_ids.shape[1] - start]
-        candidates = candidate_ids[0, start:].to(input_ids.device)
-        self.call.begin_round(start, candidates, None if logits is None else logits[0])
-        return candidate_ids, logits
+        if self.context is not None:
+            room = max(0, self.context - start)
+            ids, logits = ids[:, : start + room], None if logits is None else logits[:, :room]
+        self.call.begin_round(start, ids[0, start:].to(input_ids.device), None if logits is None else logits[0])
+        return ids, logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         if self.length is not None:

@@ -1,8 +1,7 @@
 """An answer, and continuations that leave it at different places, side by side in one cache.
 
-In: a model and the cache of an answer. Out: logits and hidden states of whatever is fed to each branch. A branch sees
-the answer up to its start, and itself: the answer is computed once, however many branches it has. Knows nothing of
-substitutions and labels.
+In: a model and the cache of an answer. Out: logits and hidden states of whatever is fed to each branch. Knows nothing
+of substitutions and labels.
 """
 
 from __future__ import annotations
@@ -26,14 +25,8 @@ TRUNK, DEAD = -1, -2  # owners of cache slots that belong to no branch
 
 @dataclass(eq=False)
 class Branch:
-    """
-    A continuation.
-
-    Args:
-        number (`int`): Its owner mark in the cache.
-        start (`int`): It sees this many tokens of the answer; its own follow.
-        length (`int`): Tokens fed to it so far.
-    """
+    """A continuation: it sees the first `start` tokens of the answer, then the `length` tokens that were fed to it.
+    `number` marks its slots in the cache."""
 
     number: int
     start: int
@@ -43,26 +36,18 @@ class Branch:
 class Branches:
     """
     Branches of one answer, packed into one sequence: true position ids, and a mask in which a branch sees the answer
-    before its start, and itself. What it computes is what the branch alone would, to rounding.
+    before its start, and itself. The answer is computed once. The results are those of the branch alone, to rounding.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Its forward is called with one sequence.
         trunk (`Keys`): The cache of the answer.
-        layer_states ([`LayerStates`], *optional*): Reads the hidden states that enter one of the model's layers, in
-            the place of the last ones.
+        layer_states ([`LayerStates`], *optional*): Reads the states that enter one of the layers, not the last ones.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        trunk: Keys,
-        layer_states: Callable | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, trunk: Keys, layer_states: Callable | None = None):
         self.model, self.layer_states = model, layer_states
         self.windows = attention_windows(model.config.get_text_config())
-        self.cache = DynamicCache()
-        for index, (keys, values) in enumerate(trunk):
-            self.cache.update(keys[None], values[None], index)
+        self.cache = _cache_of(trunk)
         length, device = trunk[0][0].shape[1], trunk[0][0].device
         self.owner = torch.full((length,), TRUNK, device=device)
         self.position = torch.arange(length, device=device)
@@ -76,50 +61,37 @@ class Branches:
     def feed(
         self, branches: Sequence[Branch], tokens: Sequence[torch.LongTensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """
-        One forward: `tokens[i]` of shape `(n_i,)` go behind what `branches[i]` holds.
-
-        Returns:
-            For each its logits `(n_i, vocab_size)` and hidden states `(n_i, hidden_size)`.
-        """
-        device = self.owner.device
-        counts = [len(new) for new in tokens]
-        times = torch.tensor(counts, device=device)
-        owner = torch.tensor([b.number for b in branches], device=device).repeat_interleave(times)
-        start = torch.tensor([b.start for b in branches], device=device).repeat_interleave(times)
-        position = torch.cat([
-            torch.arange(b.start + b.length, b.start + b.length + n, device=device)
-            for b, n in zip(branches, counts, strict=True)
-        ])  # fmt: skip
+        """One forward that adds `tokens[i]` of shape `(n_i,)` to `branches[i]`. Returns for each its logits
+        `(n_i, vocab_size)` and hidden states `(n_i, hidden_size)`."""
+        device, counts = self.owner.device, [len(new) for new in tokens]
+        marks = torch.tensor([(branch.number, branch.start) for branch in branches], device=device)
+        owner, start = marks.repeat_interleave(torch.tensor(counts, device=device), 0).T
+        places = []
+        for branch, n in zip(branches, counts, strict=True):
+            places.append(branch.start + branch.length + torch.arange(n, device=device))
+            branch.length += n
+        position = torch.cat(places)
         self.owner, self.position = torch.cat([self.owner, owner]), torch.cat([self.position, position])
         trunk = (self.owner == TRUNK) & (self.position < start[:, None])
         sees = (trunk | (self.owner == owner[:, None])) & (self.position <= position[:, None])
         dtype = self.cache.layers[0].keys.dtype
         masks = additive_masks(sees[None], position[None], self.position[None], self.windows, dtype)
         output = self._forward(torch.cat(list(tokens)), position, masks)
-        for branch, n in zip(branches, counts, strict=True):
-            branch.length += n
         return list(zip(*(rows.split(counts) for rows in output), strict=True))
 
     def _forward(
         self, tokens: torch.LongTensor, position: torch.LongTensor, mask: torch.Tensor | dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `(n, vocab_size)` and hidden states `(n, hidden_size)` of `tokens` behind the cache."""
+        """Logits `(n, vocab_size)` and hidden states `(n, hidden_size)` of `tokens` after the cache."""
         rows = []
 
         def note(hidden: torch.Tensor, logits: torch.Tensor, entered: LayerInput | None = None) -> None:
             hidden = hidden if entered is None else self.layer_states(entered, 0)
             rows.append((logits[0], hidden[0, -logits.shape[1] :]))
 
+        text = {"input_ids": tokens[None], "position_ids": position[None], "attention_mask": mask}
         with ForwardTap(self.model, note, None if self.layer_states is None else self.layer_states.entering):
-            self.model(
-                input_ids=tokens[None],
-                position_ids=position[None],
-                attention_mask=mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-            )
+            self.model(**text, past_key_values=self.cache, use_cache=True, return_dict=True)
         return rows[0]
 
     def cut(self, branch: Branch, length: int) -> None:
@@ -136,18 +108,11 @@ class Branches:
 class Alone(Branches):
     """The same for a model that cannot take such a mask: one branch, in a cache of its own."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        trunk: Keys,
-        layer_states: Callable | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, trunk: Keys, layer_states: Callable | None = None):
         self.model, self.trunk, self.layer_states = model, trunk, layer_states
 
     def branch(self, start: int) -> Branch:
-        self.cache = DynamicCache()
-        for index, (keys, values) in enumerate(self.trunk):
-            self.cache.update(keys[None, :, :start], values[None, :, :start], index)
+        self.cache = _cache_of([(keys[:, :start], values[:, :start]) for keys, values in self.trunk])
         return Branch(0, start)
 
     def feed(
@@ -155,10 +120,9 @@ class Alone(Branches):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         (branch,), (new,) = branches, tokens
         length = branch.start + branch.length
-        position = torch.arange(length, length + len(new), device=new.device)
-        mask = torch.ones(1, length + len(new), dtype=torch.long, device=new.device)
         branch.length += len(new)
-        return [self._forward(new, position, mask)]
+        position = torch.arange(length, length + len(new), device=new.device)
+        return [self._forward(new, position, new.new_ones(1, length + len(new)))]
 
     def cut(self, branch: Branch, length: int) -> None:
         if length < branch.length:
@@ -166,10 +130,17 @@ class Alone(Branches):
         branch.length = length
 
 
+def _cache_of(trunk: Keys) -> DynamicCache:
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(trunk):
+        cache.update(keys[None], values[None], index)
+    return cache
+
+
 def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
-    """For each kind of attention that a model has, how many tokens it sees (`None`: all); empty if there is one whose
-    mask is not told by that: one with a window of its own (GPT-Neo's local attention), or with positions whose
-    frequencies follow the longest sequence of a forward."""
+    """For each kind of attention that a model has, how many tokens it sees (`None`: all). Empty if that does not tell
+    the mask: for attention with a window of its own (GPT-Neo's local attention), and for positions whose frequencies
+    follow the longest sequence of a forward."""
     config = config.to_dict()
     window = config.get("sliding_window")
     kinds = set(config.get("layer_types") or ["sliding_attention" if window else "full_attention"])
@@ -187,7 +158,7 @@ def additive_masks(
     dtype: torch.dtype,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    Masks in which new tokens see what they may, one for each kind of attention that a model has.
+    Masks in which new tokens see what they may.
 
     Args:
         sees (`torch.BoolTensor` of shape `(batch, new, length)`): Which of all tokens each new one sees.
@@ -196,7 +167,7 @@ def additive_masks(
         windows (`dict[str, int | None]`): See [`attention_windows`].
 
     Returns:
-        `torch.Tensor` of shape `(batch, 1, new, length)`, or one for each kind if there are several.
+        `torch.Tensor` of shape `(batch, 1, new, length)`; one for each kind of attention if there are several.
     """
     masks = {}
     for kind, window in windows.items():
@@ -227,8 +198,7 @@ def _try_to_pack(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     if not attention_windows(config):
         return False
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (24,), generator=generator).to(model.device)
+    ids = torch.randint(config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).to(model.device)
     starts, tails = (16, 8), ids[16:].split(4)
     plain = [_hidden(model, torch.cat([ids[:start], tail]))[-4:] for start, tail in zip(starts, tails, strict=True)]
     try:
@@ -236,12 +206,7 @@ def _try_to_pack(model: PreTrainedModel) -> bool:
         _hidden(model, ids[:16], cache)
         branches = Branches(model, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
         packed = [hidden for _, hidden in branches.feed([branches.branch(start) for start in starts], tails)]
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-    ):  # what forwards raise for what they do not support
+    except (TypeError, ValueError, RuntimeError, LookupError):  # raised for what a forward does not support
         return False
     difference = torch.stack([(a - b).norm() / b.norm() for a, b in zip(packed, plain, strict=True)]).max()
     return bool(difference < torch.finfo(plain[0].dtype).eps ** 0.5)

@@ -2,12 +2,11 @@
 
 In: models and calls. Out: what the calls return. Knows nothing of drafts and rules.
 
-`generate` is ordinary code that calls `model.forward` deep inside, and cannot be paused there by a generator or by
-`async`. A greenlet can: it is a coroutine with a call stack of its own, which may be left in any function and resumed
-later. Each call runs in one, and gets a stand-in for each model, whose `forward` does not compute but switches back to
-[`run_in_lockstep`] with a [`Request`]. When all calls wait, the forwards of one model are computed as a batch, and
-each call is resumed with its own rows. So a call behaves as if it were alone, and nothing in it is written for
-batches.
+`generate` calls `model.forward` deep inside, and neither a generator nor `async` could pause it there. A greenlet can:
+it is a coroutine with a call stack of its own, which can be left in any function and resumed later. Each call runs in
+one, with a stand-in for each model. The stand-in's `forward` does not compute, but switches to [`run_in_lockstep`]
+with a [`Request`]. When all calls wait, the forwards of one model are computed together, and each call is resumed with
+its own rows. So a call behaves as if it were alone, and nothing in it is written for batches.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import functools
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -27,13 +26,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..models.attention import end_to_end, takes_end_to_end
-from .caches import EndToEnd, SideBySide, align_masks, stack_masks
+from .caches import EndToEnd, SideBySide, is_pairwise
 from .tap import ForwardTap, without_taps
 
 
 T = TypeVar("T")
 
-# What a forward may be given; the arguments of one row are put together with those of the others.
+# Arguments of a forward that can be joined with those of other rows.
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
 
@@ -63,12 +62,9 @@ def run_in_lockstep(
     """
     hub = getcurrent()
     rows = [
-        _Call(Coroutine(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models)))))
-        for call in calls
+        _Call(functools.partial(call, *(_stand_in(model, i, hub) for i, model in enumerate(models))), seed)
+        for call, seed in zip(calls, seeds or [None] * len(calls), strict=True)
     ]
-    if seeds is not None:
-        for row, seed in zip(rows, seeds, strict=True):
-            row.seed(seed)
     later, waiting = deque(rows), []
     try:
         while True:
@@ -86,16 +82,17 @@ def run_in_lockstep(
                     row.resume(values)
                 continue
             first = min(row.request.model for row in waiting)
-            parts = _group(models[first], [row for row in waiting if row.request.model == first])
+            for_first = [row for row in waiting if row.request.model == first]
+            parts = _group(models[first], for_first)
             outputs = [_forward(models[first], [row.request for row in part]) for part in parts]
             if tally is not None and first == len(models) - 1:
                 tally.forwards += len(parts)
-                tally.tokens += sum(row.request.tokens for row in itertools.chain(*parts))
+                tally.tokens += sum(row.request.tokens for row in for_first)
             for row, output in zip(itertools.chain(*parts), itertools.chain(*outputs), strict=True):
                 row.resume(output)
     finally:
         for row in rows:
-            row.coroutine.throw(GreenletExit)  # does nothing to those that have returned
+            row.throw(GreenletExit)  # does nothing to those that have returned
 
 
 @dataclass
@@ -108,67 +105,59 @@ class Tally:
 
 @dataclass
 class Request:
-    """A forward that a call waits for: of which model, with which arguments, and which layers are looked at."""
+    """A forward that a call waits for: the model's number, its arguments, and the layers whose input is read."""
 
     model: int
     arguments: dict
-    layers: list[torch.nn.Module] = field(default_factory=list)
+    layers: list[torch.nn.Module]
 
     @property
     def tokens(self) -> int:
         return self.arguments["input_ids"].shape[1]
 
     @property
-    def masked(self) -> bool:
-        """Whether it says for each pair of tokens who sees whom, instead of where padding is."""
-        mask = self.arguments.get("attention_mask")
-        return isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
+    def pairwise(self) -> bool:
+        return is_pairwise(self.arguments.get("attention_mask"))
 
 
 @dataclass
 class Meeting:
-    """What a call tells the others, waiting for what they tell."""
+    """A value of a call that waits for the values of the others."""
 
     value: object
 
 
 def exchange(value: T) -> list[T]:
-    """What the calls side by side say at this point of their decoding, `value` among it; alone, just `[value]`."""
+    """The values of all calls side by side at this point of their decoding; of a call that runs alone `[value]`."""
     current = getcurrent()
-    return current.parent.switch(Meeting(value)) if isinstance(current, Coroutine) else [value]
+    return current.parent.switch(Meeting(value)) if isinstance(current, _Call) else [value]
 
 
-class Coroutine(greenlet):
-    """One of the calls; others than ours may run in greenlets of their own."""
+class _Call(greenlet):
+    """One call: the request that it waits for, or its result. With a seed it has random numbers of its own."""
 
-
-class _Call:
-    """One call in its coroutine: the request that it waits for, or its result."""
-
-    def __init__(self, coroutine: Coroutine):
-        self.coroutine = coroutine
-        self.coroutine.gr_context = without_taps()
+    def __init__(self, call: Callable, seed: int | None):
+        super().__init__(call)
+        self.gr_context = without_taps()
+        self.seed = seed
         self.request: Request | Meeting | None = None
         self.result = None
         self.random: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
-    def seed(self, seed: int) -> None:
-        """Give it random numbers of its own."""
-        with _fork_random():
-            torch.manual_seed(seed)
-            self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
     def resume(self, *output) -> None:
         """Run on to the next forward or to the end."""
-        if self.random is None:
-            value = self.coroutine.switch(*output)
+        if self.seed is None:
+            value = self.switch(*output)
         else:
-            with _fork_random():
-                torch.set_rng_state(self.random[0])
-                torch.cuda.set_rng_state_all(self.random[1])
-                value = self.coroutine.switch(*output)
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                if self.random is None:
+                    torch.manual_seed(self.seed)
+                else:
+                    torch.set_rng_state(self.random[0])
+                    torch.cuda.set_rng_state_all(self.random[1])
+                value = self.switch(*output)
                 self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        self.request, self.result = (None, value) if self.coroutine.dead else (value, None)
+        self.request, self.result = (None, value) if self.dead else (value, None)
 
 
 def rope_types(config: dict) -> set[str]:
@@ -181,32 +170,21 @@ def _group(model: PreTrainedModel, rows: list[_Call]) -> list[list[_Call]]:
     """Parts to compute one after another: one, unless long prompts would be padded to much more than they are. Prompts
     fill the processor by themselves, so padding costs as much as text; a few tokens cost little beside reading the
     weights."""
-    kinds = rope_types(model.config.get_text_config().to_dict())
+    # The frequencies of these positions follow the longest sequence of a batch.
+    alone = bool(rope_types(model.config.get_text_config().to_dict()) & {"dynamic", "longrope"})
     parts: list[list[_Call]] = [[]]
-    for row in sorted(rows, key=lambda row: (row.request.masked, row.request.tokens)):
-        longest, part = row.request.tokens, [*parts[-1], row]
-        # The frequencies of these follow the longest sequence of a batch; without a cache it is no step of decoding.
+    for row in sorted(rows, key=lambda row: (row.request.pairwise, row.request.tokens)):
+        request, part = row.request, [*parts[-1], row]
         cached = all(row.request.arguments.get("past_key_values") is not None for row in part)
-        single = kinds & {"dynamic", "longrope"} or not cached
-        padding = longest * len(part) - sum(row.request.tokens for row in part)
-        padded = padding > max(32, 0.25 * (longest * len(part) - padding)) and not _takes_end_to_end(
-            model, row.request
-        )
-        unlike = row.request.masked != part[0].request.masked
-        if parts[-1] and (single or padded or unlike):
+        unlike = request.pairwise != part[0].request.pairwise
+        tokens = sum(row.request.tokens for row in part)
+        padding = request.tokens * len(part) - tokens
+        wasteful = padding > max(32, 0.25 * tokens) and not (request.pairwise and takes_end_to_end(model))
+        if parts[-1] and (alone or not cached or unlike or wasteful):
             parts.append([row])
         else:
             parts[-1] = part
     return parts
-
-
-def _takes_end_to_end(model: PreTrainedModel, request: Request) -> bool:
-    """Whether a forward can be put one behind the other with those like it, instead of side by side."""
-    return request.masked and takes_end_to_end(model)
-
-
-def _fork_random() -> contextlib.AbstractContextManager:
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedModel:
@@ -214,18 +192,17 @@ def _stand_in(model: PreTrainedModel, index: int, hub: greenlet) -> PreTrainedMo
     stand_in = copy.copy(model)
     stand_in.generation_config = copy.deepcopy(model.generation_config)
     # Hooks of the model run in the shared forward, not once more for each row.
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        setattr(stand_in, hooks, OrderedDict())
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(stand_in, kind, OrderedDict())
+        setattr(stand_in, f"{kind}_with_kwargs", OrderedDict())
 
     @functools.wraps(model.forward)  # `generate` looks at the signature
     def forward(**arguments) -> ModelOutput:
-        output, hidden, entering = hub.switch(Request(index, arguments, ForwardTap.layers(model)))
-        ForwardTap.hand_over(model, hidden, entering)
+        taps = ForwardTap.entered_on(model)
+        request = Request(index, arguments, [tap.layer for tap in taps if tap.layer is not None])
+        output, hidden, entering = hub.switch(request)
+        for tap in taps:  # they see this forward when its output is returned
+            tap.hidden, tap.states = hidden, entering.get(tap.layer)
         return output
 
     stand_in.forward = forward
@@ -236,94 +213,36 @@ def _forward(
     model: PreTrainedModel, requests: list[Request]
 ) -> list[tuple[ModelOutput, torch.Tensor, dict[torch.nn.Module, torch.Tensor]]]:
     """One forward for all `requests`; for each its output, what entered the `lm_head`, and what entered the layers
-    that are looked at."""
+    whose input is read."""
     layers = list(dict.fromkeys(layer for request in requests for layer in request.layers))
     seen: list[torch.Tensor] = []
-    with contextlib.ExitStack() as taps:
-        taps.enter_context(ForwardTap(model, lambda hidden, logits: seen.append(hidden)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ForwardTap(model, lambda hidden, logits: seen.append(hidden)))
         for layer in layers:
-            taps.enter_context(ForwardTap(model, lambda hidden, logits, entered: seen.append(entered.states), layer))
+            stack.enter_context(ForwardTap(model, lambda hidden, logits, entered: seen.append(entered.states), layer))
         if len(requests) == 1:
             output = model(**requests[0].arguments)
-            return [(output, *_tapped(layers, seen))]
+            return [(output, seen[0], dict(zip(layers, seen[1:], strict=True)))]
         rows = [_arguments(request.arguments) for request in requests]
-        news = [request.tokens for request in requests]
-        if _takes_end_to_end(model, requests[0]):
-            output = _end_to_end(model, rows, news)
-            parts = output.logits.split(news, 1), zip(*(states.split(news, 1) for states in seen), strict=True)
-            return [
-                (type(output)(logits=logits, past_key_values=row["past_key_values"]), *_tapped(layers, states))
-                for row, logits, states in zip(rows, *parts, strict=True)
-            ]
-        cache = SideBySide([row["past_key_values"] for row in rows], news)
-        device = rows[0]["input_ids"].device
-        ids = torch.zeros(len(rows), max(news), dtype=torch.long, device=device)
-        leading = () if rows[0]["position_ids"] is None else rows[0]["position_ids"].shape[:-2]  # axes of an image
-        positions = ids.new_zeros(*leading, *ids.shape)
-        for i, (row, new) in enumerate(zip(rows, news, strict=True)):
-            ids[i, -new:] = row["input_ids"]
-            if row["position_ids"] is not None:
-                positions[..., i, -new:] = row["position_ids"][..., 0, :]
-        masks = [row["attention_mask"] for row in rows]
-        if isinstance(masks[0], dict):  # one for each kind of attention
-            mask = {kind: align_masks([mask[kind] for mask in masks], cache) for kind in masks[0]}
-        elif requests[0].masked:
-            mask = align_masks(masks, cache)
+        if requests[0].pairwise and takes_end_to_end(model):
+            cache = EndToEnd(rows)
+            stack.enter_context(end_to_end(cache.news, cache.lengths))
         else:
-            mask = torch.zeros(len(rows), cache.total, dtype=torch.long, device=device)
-            for i, length in enumerate(cache.lengths):
-                mask[i, -length:] = 1 if masks[i] is None else masks[i]
-        batch = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        if rows[0]["position_ids"] is not None:
-            batch["position_ids"] = positions
-        keeps = [row["logits_to_keep"] or new for row, new in zip(rows, news, strict=True)]
-        if all(row["logits_to_keep"] for row in rows):
-            batch["logits_to_keep"] = max(keeps)
-        output = model(**batch, return_dict=True)
+            cache = SideBySide(rows)
+        output = model(**cache.arguments(rows), past_key_values=cache, use_cache=True, return_dict=True)
+    parts = [cache.split(output.logits, cache.keeps), *(cache.split(states, cache.news) for states in seen)]
     return [
-        (
-            type(output)(logits=output.logits[i : i + 1, -keep:], past_key_values=row["past_key_values"]),
-            *_tapped(layers, [states[i : i + 1, -new:] for states in seen]),
-        )
-        for i, (row, keep, new) in enumerate(zip(rows, keeps, news, strict=True))
+        (type(output)(logits=logits, past_key_values=own), hidden, dict(zip(layers, entering, strict=True)))
+        for own, logits, hidden, *entering in zip(cache.caches, *parts, strict=True)
     ]
 
 
-def _tapped(
-    layers: list[torch.nn.Module], states: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, dict[torch.nn.Module, torch.Tensor]]:
-    """What entered the `lm_head`, and what entered each of `layers`."""
-    return states[0], dict(zip(layers, states[1:], strict=True))
-
-
-def _end_to_end(model: PreTrainedModel, rows: list[dict], news: list[int]) -> ModelOutput:
-    """One forward for rows that say for each pair of tokens who sees whom: no token of it is padding."""
-    cache = EndToEnd([row["past_key_values"] for row in rows], news)
-    masks = [row["attention_mask"] for row in rows]
-    with end_to_end(news, cache.lengths):
-        return model(
-            input_ids=torch.cat([row["input_ids"] for row in rows], 1),
-            position_ids=torch.cat([row["position_ids"] for row in rows], -1),
-            attention_mask=(
-                {kind: stack_masks([mask[kind] for mask in masks]) for kind in masks[0]}
-                if isinstance(masks[0], dict)
-                else stack_masks(masks)
-            ),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
-
-
 def _arguments(arguments: dict) -> dict:
-    """
-    Raises:
-        ValueError: If the forward is given something that cannot be put together with others.
-    """
+    """All of `ARGUMENTS`; raise if there are others, which cannot be joined."""
     unknown = {name for name, value in arguments.items() if not (value is None or value is False or value == {})}
     unknown -= {*ARGUMENTS, "use_cache", "return_dict", "cache_position"}
     if unknown:
         raise ValueError(
-            f"A batch cannot decode with {', '.join(sorted(unknown))}. Ask for one prompt at a time, or leave it out."
+            f"A batch cannot decode with {', '.join(sorted(unknown))}. Decode one prompt at a time, or leave it out."
         )
     return dict.fromkeys(ARGUMENTS) | arguments

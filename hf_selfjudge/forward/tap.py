@@ -1,7 +1,7 @@
 """The target's last hidden states and logits, read during any forward.
 
-In: a model. Out: for every forward, the tensor that enters its `lm_head` and the logits that the model returns. Knows
-nothing of what the rows mean: mining and generating give them their meaning. Nothing else in the package sets a hook.
+In: a model. Out: for every forward, the tensor that enters its `lm_head` and the logits that it returns. Nothing else
+in the package sets a hook to read a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 
-# The taps entered in this thread or coroutine; each begins with none.
+# The taps that were entered in this thread or coroutine; each begins with none.
 _entered: ContextVar[tuple[ForwardTap, ...]] = ContextVar("_entered", default=())
 
 
@@ -27,8 +27,8 @@ def without_taps() -> Context:
 
 
 class LayerInput(NamedTuple):
-    """What entered a layer in a forward: states of shape `(batch, tokens, hidden_size)`, and what the model was told
-    of their places."""
+    """What entered a layer in a forward: states of shape `(batch, tokens, hidden_size)`, and the mask and positions
+    that the model was given."""
 
     states: torch.Tensor
     attention_mask: torch.Tensor | None
@@ -39,16 +39,16 @@ class ForwardTap:
     """
     Context manager that hands the last hidden states and the logits of each forward to a callback.
 
-    The hooks sit on modules that threads and coroutines may share, so they answer only where the tap was entered.
-    While another thread's tap leaves, PyTorch may still call its hooks, and then without the keyword arguments.
+    Threads and coroutines may share the modules that the hooks are on, so a hook does something only where its tap was
+    entered. (While another thread leaves its tap, PyTorch may still call that tap's hooks, and then without the
+    keyword arguments.)
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A model with output embeddings.
         on_forward (`Callable[[torch.Tensor, torch.Tensor], None]`): Called with hidden states of shape
             `(batch, rows, hidden_size)` and logits of shape `(batch, rows, vocab_size)`; with `logits_to_keep=n` there
             are `n` rows, and row `i` holds the state *before* the token that it chooses.
-        layer (`torch.nn.Module`, *optional*): One of the model's. The callback is then also given what it was
-            [`LayerInput`] by.
+        layer (`torch.nn.Module`, *optional*): A layer of the model. The callback then also gets its [`LayerInput`].
 
     Raises:
         ValueError: If the model has no output embeddings.
@@ -81,20 +81,9 @@ class ForwardTap:
             handle.remove()
 
     @staticmethod
-    def layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-        """The layers that the taps on `model` that were entered here look at."""
-        return [tap.layer for tap in _entered.get() if tap._is_on(model) and tap.layer is not None]
-
-    @staticmethod
-    def hand_over(model: PreTrainedModel, hidden: torch.Tensor, entering: dict[torch.nn.Module, torch.Tensor]) -> None:
-        """Give the taps on `model` that were entered here the hidden states of a forward that was computed
-        elsewhere, and what entered its layers, before its output is returned."""
-        for tap in _entered.get():
-            if tap._is_on(model):
-                tap.hidden, tap.states = hidden, entering.get(tap.layer)
-
-    def _is_on(self, model: PreTrainedModel) -> bool:
-        return self.head is model.get_output_embeddings()
+    def entered_on(model: PreTrainedModel) -> list[ForwardTap]:
+        """The taps on `model` that were entered in this thread or coroutine."""
+        return [tap for tap in _entered.get() if tap.head is model.get_output_embeddings()]
 
     def _at_start(self, module: torch.nn.Module, inputs: tuple, arguments: dict | None = None) -> None:
         if self in _entered.get():
@@ -110,7 +99,7 @@ class ForwardTap:
 
     def _at_end(self, module: torch.nn.Module, inputs: tuple, output: ModelOutput) -> None:
         if self in _entered.get():
-            told = self.hidden, output.logits.detach()
+            seen = self.hidden, output.logits.detach()
             if self.layer is not None:
-                told += (LayerInput(self.states, *map(self.arguments.get, ("attention_mask", "position_ids"))),)
-            self.on_forward(*told)
+                seen += (LayerInput(self.states, *map(self.arguments.get, ("attention_mask", "position_ids"))),)
+            self.on_forward(*seen)

@@ -76,6 +76,12 @@ def described(weights: str) -> str | None:
     return {pinned.weights: pinned.copy for pinned in PINNED.values() if pinned.copy}.get(weights)
 
 
+def wheels_folder(reference: str) -> Path:
+    """Where [`from_wheels`] puts a model in [`PINNED`]."""
+    name = f"{reference.replace('/', '--')}-{PINNED[reference].sha256[:12]}"
+    return Path(constants.HF_HOME) / "hf_selfjudge" / "models" / name
+
+
 def from_wheels(reference: str) -> Path:
     """
     The folder of a model in [`PINNED`], which is made if it is not there. An interruption leaves nothing half-written,
@@ -85,8 +91,8 @@ def from_wheels(reference: str) -> Path:
         SourceError: If the wheels are not those that were pinned.
         OSError, subprocess.CalledProcessError: If they cannot be fetched or written.
     """
-    pinned, root = PINNED[reference], Path(constants.HF_HOME) / "hf_selfjudge" / "models"
-    folder = root / f"{reference.replace('/', '--')}-{pinned.sha256[:12]}"
+    pinned, folder = PINNED[reference], wheels_folder(reference)
+    root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():

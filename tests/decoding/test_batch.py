@@ -55,7 +55,7 @@ def alone(judged: JudgedModel, prompt: torch.Tensor, seed: int | None, **options
 
 
 def rows_of(judged: JudgedModel, prompts: list[torch.Tensor], **options) -> list[list[int]]:
-    """The answers of a batch behind their prompts, without padding."""
+    """The answers of a batch after their prompts, without padding."""
     batch = padded(prompts)
     output = judged.generate(**batch, **options)
     starts = batch["attention_mask"].argmax(-1).tolist()
@@ -193,7 +193,7 @@ def test_drafts_with_another_tokenizer(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [(), ("scores",), ("logits",)])
-def test_details_that_are_not_asked_for(llama, kept):
+def test_outputs_that_were_not_requested(llama, kept):
     target, draft = llama
     output = JudgedModel(target, Margin(1.0)).generate(
         **padded(prompts_of(2)), assistant_model=draft, max_new_tokens=5, return_dict_in_generate=True,
@@ -226,7 +226,7 @@ def note_where(ids, scores):
     return scores
 
 
-def test_hooks_and_context_are_the_callers(llama):
+def test_hooks_and_context_are_those_of_the_caller(llama):
     target, draft = llama
     judged, forwards = JudgedModel(target, Lossless()), []
     WHERE.set("here")
@@ -306,7 +306,7 @@ def test_plain_batches_are_the_targets_own(llama):
     assert torch.equal(judged.generate(**batch, **options), target.generate(**batch, **options))
 
 
-def test_what_cannot_be_asked_of_a_batch(llama):
+def test_options_that_a_batch_refuses(llama):
     target, draft = llama
     judged, batch = JudgedModel(target, Lossless()), padded(prompts_of(3))
     right = {name: tensor.flip(-1) for name, tensor in batch.items()}

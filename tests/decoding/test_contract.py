@@ -79,7 +79,7 @@ def test_generate_asks_the_instance(llama, prompt, monkeypatch):
 
 
 def test_order_of_processors(llama):
-    """The caller's processors stand behind the constraints and before temperature and filters."""
+    """The caller's processors come after the constraints and before temperature and filters."""
     target, _ = llama
     config = target._prepare_generation_config(None, do_sample=True, temperature=2.0, suppress_tokens=[3])[0]
     processors = target._get_logits_processor(
@@ -128,8 +128,8 @@ def test_a_round(llama, prompt, monkeypatch):
 
 
 def test_the_end_of_a_round(llama, prompt, monkeypatch):
-    """What was kept is streamed, the cache cropped, the generator told, and then the criteria are asked, with the
-    scores of the round among those they get."""
+    """First what was kept is streamed, then the cache is cropped, then the generator is updated, then the criteria are
+    asked. The scores that they get include those of the round."""
     target, draft = llama
     events, cache = [], DynamicCache(config=target.config)
 
@@ -166,7 +166,7 @@ def test_the_end_of_a_round(llama, prompt, monkeypatch):
 
 @pytest.mark.parametrize("weight", [None, 0.5])
 def test_a_one_hot_row_is_always_accepted(weight):
-    """In speculative sampling: p = 1 on the candidate is never less than q. The row behind it is untouched."""
+    """In speculative sampling: p = 1 on the candidate is never less than q. The row after it is untouched."""
     torch.manual_seed(0)
     for _ in range(50):
         draft_logits, logits = torch.randn(1, 2, 8), torch.randn(1, 3, 8)
@@ -215,7 +215,7 @@ def test_what_an_assisted_generator_holds(llama, prompt, monkeypatch):
 
 
 def test_heuristic_lengths_are_written_back_by_type(llama, prompt):
-    """Only for what it built itself: behind a wrapper it must be done by hand."""
+    """Only for generators that it built itself; in a wrapper they must be written back by hand."""
     source = inspect.getsource(GenerationMixin._assisted_decoding)
     assert "isinstance(candidate_generator, AssistedCandidateGenerator)" in source
     assert 'num_assistant_tokens_schedule == "heuristic"' in source

@@ -128,7 +128,7 @@ def test_greedy_choice_is_the_watermarked_one(llama, prompt):
         assert candidate.final_scores.argmax() != candidate.token
 
 
-def test_the_rule_is_asked_behind_what_the_ensemble_kept(llama, prompt):
+def test_the_rule_is_asked_after_a_candidate_that_the_ensemble_kept(llama, prompt):
     target, draft = llama
     asked = []
 
@@ -327,7 +327,7 @@ def test_threads(llama):
                 )
         try:
             together[i] = answer(i)
-        except Exception as error:  # told by the main thread
+        except Exception as error:  # raised again by the main thread
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]

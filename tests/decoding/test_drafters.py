@@ -180,7 +180,7 @@ class Fixed(AutoLength):
 
 
 class Blind(AutoLength):
-    """Is not told how confident the draft is."""
+    """Does not know how confident the draft is."""
 
     def goes_on(self, confidence: float | None) -> bool:
         return super().goes_on(None)

@@ -166,8 +166,8 @@ def test_outputs_streamer_and_config(llama, prompt):
     assert all(torch.equal(scores, logits) for scores, logits in zip(output.scores, output.logits, strict=True))
 
 
-def test_scores_of_what_was_judged_behind_a_rejection(llama, prompt):
-    """Under sampling the rule is asked behind a rejected candidate too; what it accepted there did not happen."""
+def test_scores_of_tokens_judged_after_a_rejection(llama, prompt):
+    """Under sampling the rule is also asked after a rejected candidate; what it accepts there is not kept."""
     target, draft = llama
     how = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     judged = JudgedModel(target, Coin(0.5))

@@ -164,7 +164,7 @@ def test_a_criterion_may_ask_a_processor(llama, prompt):
 
 
 @pytest.mark.parametrize("place", [1, 2, 5])
-def test_a_cache_behind_a_criterion_that_raised(pair, prompt, place):
+def test_a_cache_after_a_criterion_that_raised(pair, prompt, place):
     """It holds what was kept, and the conversation goes on with it."""
     target, draft = pair
     cache, asked = DynamicCache(config=target.config), []
@@ -204,7 +204,7 @@ def test_scores_that_criteria_see_are_the_targets_own(llama, prompt):
     assert all(torch.equal(*rows) for rows in zip(seen, output.scores, strict=True))
 
 
-def test_criteria_without_a_draft_are_asked_as_ever(llama, prompt):
+def test_criteria_without_a_draft_are_those_of_plain_decoding(llama, prompt):
     target, _ = llama
     for options in ({}, {"num_beams": 3}):
         plain, ours, streamer = Counter(5), Counter(5), Collect()

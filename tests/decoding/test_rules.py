@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import AddedToken
 from transformers.utils import logging
 
@@ -13,6 +14,7 @@ from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import candidate_scalars
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.models.tokens import special_tokens
+from hf_selfjudge.models.wheels import PINNED, PinnedWheels, wheels_folder
 from hf_selfjudge.rules import Candidate, Coin, KLGate, LookAhead, Lossless, Margin, TopK
 from tests.builders import VOCAB, build, random_judge, tiny_tokenizer
 
@@ -84,7 +86,7 @@ def test_coin_is_fair_and_always_falls_the_same_way():
     ],
 )
 def test_a_threshold_for_each_token_gained(llama, threshold, accepted):
-    """The candidate and the two behind it that match: a probability of 0.4 is 0.133 for each."""
+    """The candidate and the two after it that match: a probability of 0.4 is 0.133 for each."""
     judge = random_judge(llama[0])
     judge.forward = lambda scalars, hidden: torch.tensor([0.4]).logit()
     assert JudgeRule(judge, threshold).accept(candidate([0.5, 0.5], matches_after=2)) == accepted
@@ -107,7 +109,7 @@ def test_an_operating_point_for_each_token_gained(llama):
     assert rule.threshold.limit == 0.5
 
 
-def test_the_judge_is_told_what_a_rule_is_told():
+def test_the_judge_gets_the_features_of_the_candidate():
     """The features of one candidate, in a batch of one."""
     target = build("llama", vocab_size=3, hidden_size=4, intermediate_size=4)
     rule = JudgeRule(random_judge(target), 0.5)
@@ -195,6 +197,17 @@ def test_special_tokens_of_a_rule_that_knows_none(llama, prompt, tmp_path):
     rule = JudgeRule(random_judge(llama[0], special_tokens=(7,)), allow_other_weights=True)
     assert JudgedModel(llama[0], rule).special_tokens == {7}
     assert JudgedModel(llama[0], rule, tokenizer=tokenizer).special_tokens == {0, 1, 7, token}
+
+
+def test_special_tokens_of_a_target_from_wheels(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setitem(PINNED, "tests/pinned", PinnedWheels((), "1.0", "0" * 64))
+    target = copy.copy(llama[0])
+    target.config = copy.deepcopy(target.config)
+    target.config.name_or_path = "tests/pinned"
+    assert JudgedModel(target, Margin(1.0)).special_tokens == set()
+    tiny_tokenizer().save_pretrained(wheels_folder("tests/pinned"))
+    assert JudgedModel(target, Margin(1.0)).special_tokens == {0, 1}
 
 
 def test_a_target_without_tokenizer_is_warned_of(llama, caplog, monkeypatch):
