@@ -17,6 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ..forward.lockstep import run_in_lockstep
+from .auto_length import AutoLength
 from .decode import decode_one
 from .rules import Rule
 from .stats import Stats
@@ -35,6 +36,7 @@ def decode_batch(
     streamer: Sequence[BaseStreamer] | None = None,
     attention_mask: torch.Tensor | None = None,
     assistant_model: PreTrainedModel | None = None,
+    measured: AutoLength | None = None,
     **kwargs,
 ) -> tuple[torch.LongTensor | GenerateDecoderOnlyOutput, list[Stats]]:
     """Decode each row of `ids`, of shape `(rows, length)`, by [`decode_one`], whose arguments these are; `rules`,
@@ -64,8 +66,11 @@ def decode_batch(
             own["streamer"] = streamer[row]
         rule, processors = rules[row], copied(logits_processor or ())  # what they remember is of one row
         special = special_tokens.union(rule.special_tokens or ())
+        own["measured"] = lengths[row]
         return decode_one(stand_ins[-1], rule, special, draft_length, prompts[row], processors, **own)
 
+    # Rows measure the same forwards; what the first one learns is kept.
+    lengths = [measured, *(copy.deepcopy(measured) for _ in prompts[1:])]
     models = [target] if assistant_model is None else [assistant_model, target]
     calls = [functools.partial(decode_row, row) for row in range(len(ids))]
     outputs, stats = zip(*run_in_lockstep(models, calls, seeds), strict=True)

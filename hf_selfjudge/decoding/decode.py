@@ -15,7 +15,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import (
     AssistedCandidateGeneratorDifferentTokenizers,
@@ -30,7 +30,8 @@ from ..forward.tap import ForwardTap
 from ..judge.lora import ReplaySession
 from ..models.offload import shallow_copy
 from ..models.tokens import context_of
-from .drafting import AutoLength, FastDraft, set_draft_length, stay_within_context
+from .auto_length import AutoLength
+from .drafting import FastDraft, set_draft_length, stay_within_context
 from .rules import Rule
 from .stats import Stats
 from .stopping import HeldStreamer, KeptTokens, without_last
@@ -52,11 +53,13 @@ def decode_one(
     inputs: torch.Tensor | None = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     streamer: BaseStreamer | None = None,
+    measured: AutoLength | None = None,
     **kwargs,
 ) -> tuple[torch.LongTensor | ModelOutput, Stats | None]:
     """
     Decode one prompt, or without a draft any number of them. `special_tokens` are never accepted against the target's
-    choice, nor overruled; the other arguments are those of [`JudgedModel`] and `generate`, and so are the errors.
+    choice, nor overruled; `measured` is what earlier calls measured, and learns from this one. The other arguments are
+    those of [`JudgedModel`] and `generate`, and so are the errors.
 
     Returns:
         What `generate` returns, and the statistics of the call; `None` if it had no draft.
@@ -67,7 +70,7 @@ def decode_one(
     processors = LogitsProcessorList([*(logits_processor or []), call.keep_constrained])
     streamer = None if streamer is None else HeldStreamer(streamer)
     # Overridden on a shallow copy: it shares the weights, and other callers of the target do not see the overrides.
-    parts = _Parts(copy.copy(target), call, draft_length, streamer)
+    parts = _Parts(copy.copy(target), call, draft_length, streamer, measured or AutoLength())
     try:
         with ForwardTap(parts.target, call.observe, None if replay is None else replay.entering):
             output = parts.target.generate(inputs, logits_processor=processors, streamer=streamer, **kwargs)
@@ -114,9 +117,15 @@ class _Parts:
     until [`release`]. There is a `generator` only if the call decodes with a draft."""
 
     def __init__(
-        self, target: PreTrainedModel, call: Call, draft_length: int | str | None, streamer: HeldStreamer | None
+        self,
+        target: PreTrainedModel,
+        call: Call,
+        draft_length: int | str | None,
+        streamer: HeldStreamer | None,
+        measured: AutoLength,
     ):
-        self.target, self.call, self.draft_length, self.streamer = target, call, draft_length, streamer
+        self.target, self.call, self.streamer = target, call, streamer
+        self.draft_length, self.measured = draft_length, measured
         self.criteria = self.generator = None
         self.stock_processors, self.stock_criteria, self.stock_generator = (getattr(target, n) for n in OVERRIDDEN)
         overrides = self.build_processors, self.build_criteria, self.build_generator
@@ -136,7 +145,12 @@ class _Parts:
         # The draft gets the target's processors, but not those of the call.
         arguments["logits_processor"] = LogitsProcessorList(p for p in processors if p not in own)
         self.call.prepare(arguments["generation_config"])
-        self.generator = _wrap(self.target, self.stock_generator(**arguments), self.call, self.draft_length)
+        inner, draft_length = self.stock_generator(**arguments), self.draft_length
+        if draft_length is None and _leaves_length_open(inner, arguments["generation_config"]):
+            draft_length = "auto"
+        self.generator = _wrap(
+            self.target, inner, self.call, self.measured if draft_length == "auto" else draft_length
+        )
         self.generator.waits = _reads_prompt_first(self.target, self.generator, arguments)
         if cache.get_seq_length():
             _continue_cache(self.target, self.generator, arguments)
@@ -156,8 +170,17 @@ def _remove_overrides(target: PreTrainedModel) -> None:
         vars(target).pop(name, None)
 
 
+def _leaves_length_open(inner: CandidateGenerator, config: GenerationConfig) -> bool:
+    """Whether nothing says how long drafts are, and their length does not change the text that is sampled."""
+    if type(inner) is not AssistedCandidateGenerator or config.do_sample:
+        return False
+    own = inner.assistant_model.generation_config
+    lengths = own.num_assistant_tokens, own.num_assistant_tokens_schedule, own.assistant_confidence_threshold
+    return all(value is None for value in lengths)
+
+
 def _wrap(
-    target: PreTrainedModel, inner: CandidateGenerator, call: Call, draft_length: int | str | None
+    target: PreTrainedModel, inner: CandidateGenerator, call: Call, draft_length: int | AutoLength | None
 ) -> JudgeCandidateGenerator:
     """Wrap what transformers built; raise if the rule or the draft length cannot work with it."""
     if call.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS) and not isinstance(inner, WITH_LOGITS):
@@ -173,11 +196,12 @@ def _wrap(
         inner.logits_processor = LogitsProcessorList()  # the target's are about its own tokens
     if isinstance(inner, EarlyExitCandidateGenerator):
         inner.assistant_model = _with_own_config(inner.assistant_model)
-    length = AutoLength() if draft_length == "auto" else None
+    length = draft_length if isinstance(draft_length, AutoLength) else None
     if type(inner) is AssistedCandidateGenerator:
         FastDraft(inner, length)
-    if length is not None and not length.ends_drafts:
-        set_draft_length(inner, length.first)  # refuse now what cannot be set
+    elif length is not None:
+        length.begin_call(pauses=isinstance(inner, PromptLookupCandidateGenerator))
+        set_draft_length(inner, length.FIRST)  # refuse now what cannot be set
     if isinstance(draft_length, int):
         set_draft_length(inner, draft_length)
     return JudgeCandidateGenerator(inner, call, length, context_of(target))

@@ -1,4 +1,4 @@
-"""How candidates are drafted: the same as in transformers, at less cost and with a draft length that adapts.
+"""How candidates are drafted: the same as in transformers, at less cost and with a length that adapts.
 
 In: a candidate generator of transformers. Out: candidates. Knows nothing of rules.
 """
@@ -6,15 +6,18 @@ In: a candidate generator of transformers. Out: candidates. Knows nothing of rul
 from __future__ import annotations
 
 import weakref
-from bisect import bisect
 
-import numpy as np
 import torch
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers.generation.candidate_generator import (
+    PromptLookupCandidateGenerator,
+    _prepare_attention_mask,
+    _prepare_position_ids,
+    _prepare_token_type_ids,
+)
 
-from ..forward.lockstep import exchange
 from ..models.tokens import context_of
+from .auto_length import AutoLength
 
 
 class FastDraft:
@@ -38,13 +41,21 @@ class FastDraft:
         self.prepared: tuple | None = None
         generator._generate_candidates = self
         if length is not None:
-            length.ends_drafts = True
+            length.begin_call(ends_drafts=True, pauses=True)
             set_draft_length(generator, length.longest)
             for config in (generator.generation_config, generator.assistant_generation_config):
                 config.assistant_confidence_threshold = 0.0
 
     def __call__(self, generation_args: dict) -> tuple[torch.LongTensor, torch.Tensor]:
         draft, kwargs = self.generator.assistant_model, self.generator.assistant_kwargs
+        if kwargs.get("past_key_values") is None:  # where rounds went without a draft, the prompt has grown
+            length, is_encoder_decoder = (
+                generation_args[self.generator.input_ids_key].shape[1],
+                draft.config.is_encoder_decoder,
+            )
+            _prepare_attention_mask(kwargs, length, is_encoder_decoder)
+            _prepare_position_ids(kwargs, length, is_encoder_decoder)
+            _prepare_token_type_ids(kwargs, length)
         if generation_args["min_new_tokens"] or draft.config.is_encoder_decoder or "encoder_outputs" in kwargs:
             if self.length is not None:
                 blind = self.length.blind()
@@ -101,90 +112,6 @@ class FastDraft:
 def _prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs) -> tuple:
     """A decoding method for `custom_generate` that only returns what `generate` prepared."""
     return logits_processor, generation_config, model_kwargs
-
-
-class AutoLength:
-    """
-    Ends a draft where one more candidate would cost more than it is worth.
-
-    One more candidate earns a token if it and all before it are kept; it costs a forward of the draft and its part of
-    the verification. By renewal-reward theory tokens a second are highest if drafting goes on while that probability
-    exceeds cost times tokens a second. All of it is measured in the call: seconds, tokens, and how often candidates
-    are kept, by the draft's confidence in them where it is known (the idea of SpecDec++,
-    https://huggingface.co/papers/2405.19715, with counts instead of a trained head). Calls side by side share their
-    forwards, so they draft equally many: probabilities and tokens a second are then those of all.
-
-    Args:
-        first (`int`, defaults to 5): Length of the first drafts, before anything is measured, tokens.
-    """
-
-    longest = 16  # tokens
-    ends_drafts = False  # whether it is asked while drafting; if not, a length is set before each draft
-    MEMORY = 0.95  # weight of the past when a round is added
-    EDGES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # of the ranges of confidence
-    PRIOR = (0.2, 0.4, 0.6, 0.75, 0.88, 0.95, 0.985)  # share kept in each, believed as much as 4 candidates
-
-    def __init__(self, first: int = 5):
-        self.first = first
-        self.tested = np.full(len(self.PRIOR), 4.0)
-        self.kept = self.tested * self.PRIOR
-        self.all_tested, self.all_kept = 4.0, 3.0
-        self.rounds = 0
-        # Sums over rounds, the past fading: 1, drafted, drafted², seconds of verification, drafted · these seconds,
-        # seconds of the draft, tokens gained
-        self.sums = np.zeros(7)
-        self.begin()
-
-    def begin(self) -> None:
-        """A new draft."""
-        self.confidences: list[float | None] = []
-        self.reach = 1.0  # probability that all candidates so far are kept
-
-    def goes_on(self, confidence: float | None) -> bool:
-        """Whether to draft on after a candidate in which the draft had this confidence, in [0, 1] (`None`:
-        unknown)."""
-        self.confidences.append(confidence)
-        if len(self.confidences) >= self.longest:
-            return False
-        if self.rounds < 2:  # the first one also reads the prompt and says nothing of time
-            return len(self.confidences) < self.first
-        share = self.all_kept / self.all_tested
-        at = self._range(confidence)
-        self.reach *= share if at is None else self.kept[at] / self.tested[at]
-        gains, seconds, speeds = np.transpose(exchange((self.reach * share, *self._costs())))
-        return gains.sum() > seconds.mean() * speeds.sum()
-
-    def blind(self) -> int:
-        """The length of a draft that has to be chosen beforehand, tokens."""
-        self.begin()
-        while self.goes_on(None):
-            pass
-        return len(self.confidences)
-
-    def observe(self, drafted: int, kept: int, draft_seconds: float, verify_seconds: float) -> None:
-        """Learn from a round: of `drafted` candidates the first `kept` were kept."""
-        for place, confidence in enumerate(self.confidences[: min(kept + 1, drafted)]):
-            at = self._range(confidence)
-            if at is not None:
-                self.tested[at] += 1
-                self.kept[at] += place < kept
-        self.all_kept = self.MEMORY * self.all_kept + kept
-        self.all_tested = self.MEMORY * self.all_tested + min(kept + 1, drafted)
-        if self.rounds and drafted:
-            seen = (1, drafted, drafted**2, verify_seconds, drafted * verify_seconds, draft_seconds, kept + 1)
-            self.sums = self.MEMORY * self.sums + seen
-        self.rounds += bool(drafted)
-
-    def _range(self, confidence: float | None) -> int | None:
-        return None if confidence is None else bisect(self.EDGES, confidence)
-
-    def _costs(self) -> tuple[float, float]:
-        """Seconds of one more candidate, and tokens a second."""
-        rounds, x, xx, verify, xv, draft, tokens = self.sums
-        spread = xx / rounds - (x / rounds) ** 2
-        # Rounds of one length do not show what a row of the verification costs. Take it as free; longer ones will.
-        row = max(0.0, (xv / rounds - x * verify / rounds**2) / spread) if spread > 0.05 else 0.0
-        return draft / x + row, tokens / (draft + verify)
 
 
 class ContextFullError(Exception):

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -26,6 +27,7 @@ from ..models.cpu import check_packed
 from ..models.pair import fit_vocabulary, same_tokens
 from ..models.tokens import special_tokens
 from ..models.wheels import PINNED, wheels_folder
+from .auto_length import AutoLength
 from .batch import decode_batch, with_defaults
 from .decode import decode_one
 from .rules import JudgeRule, Rule
@@ -50,8 +52,10 @@ class JudgedModel:
         rule ([`Rule`]): What decides: a judge ([`JudgeRule`]) or one of the training-free rules.
         draft_length (`int` or `"auto"`, *optional*): Tokens that the draft proposes in a round, unless transformers'
             `assistant_confidence_threshold` ends it before; `"auto"` ends each draft where another token is not
-            expected to pay off ([`AutoLength`]). By default the options of transformers decide:
-            `draft.generation_config`, `prompt_lookup_num_tokens`, …
+            expected to pay off, and drafts nothing while the target alone is faster ([`AutoLength`]). By default
+            the options of transformers decide (`draft.generation_config`, `prompt_lookup_num_tokens`, …), and
+            `"auto"` where a draft model has none and decoding is greedy. Since `"auto"` measures time, text with
+            accepted mismatches may then differ from run to run.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The target's, for its special tokens. Not
             needed with a judge, which knows them, nor if the tokenizer of `target.config.name_or_path` is on this
             machine.
@@ -137,6 +141,7 @@ class JudgedModel:
     def _reset_stats(self) -> None:
         self.total, self._last = Stats(), Stats()
         self._of_thread, self._lock = threading.local(), threading.Lock()
+        self._measured: WeakKeyDictionary[torch.nn.Module, dict[int, AutoLength]] = WeakKeyDictionary()
 
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling
@@ -206,12 +211,17 @@ class JudgedModel:
         if not several and ids is not None and len(ids) > 1:
             options = with_defaults(self.target, generation_config).to_dict() | kwargs
             several = any(options.get(name) is not None for name in DRAFT_OPTIONS)
+        if several and ids is None:
+            raise ValueError("`rules` and `seeds` need `input_ids`, one row for each of them.")
+        # How long drafts should be is another matter for each draft and each number of rows.
+        base, count = (kwargs.get("assistant_model") or self.target).base_model, len(ids) if several else 1
+        with self._lock:
+            measured = copy.deepcopy(self._measured.get(base, {}).get(count, AutoLength()))
+        kwargs["measured"] = measured
         if not several:
             shared = self.target, self.rule, self.special_tokens, self.draft_length
             output, stats = decode_one(*shared, inputs, generation_config=generation_config, **kwargs)
         else:
-            if ids is None:
-                raise ValueError("`rules` and `seeds` need `input_ids`, one row for each of them.")
             for rule in rules or ():
                 _check_rule("rules", rule, self.target)
             shared = self.target, rules or [self.rule] * len(ids), self.special_tokens, self.draft_length
@@ -223,6 +233,7 @@ class JudgedModel:
             self._of_thread.stats = self._last = stats
             with self._lock:
                 self.total.add(stats)
+                self._measured.setdefault(base, {})[count] = measured
         return output
 
 

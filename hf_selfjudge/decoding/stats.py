@@ -45,6 +45,11 @@ class Stats:
         return self.tokens / self.rounds if self.rounds else 0.0
 
     @property
+    def judged_share(self) -> float:
+        """Share of the tokens that the rule accepted against the target's choice."""
+        return self.judged / self.tokens if self.tokens else 0.0
+
+    @property
     def acceptance_by_position(self) -> list[float]:
         """For each place in the draft, the share of rounds that drafted that far and kept the candidate there."""
         return [kept / offered for kept, offered in zip(self.kept_at, self.offered_at, strict=True)]

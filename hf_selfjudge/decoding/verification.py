@@ -19,7 +19,8 @@ from transformers.generation import CandidateGenerator
 from ..forward.tap import LayerInput
 from ..judge.layers import LayerStates
 from ..judge.lora import ReplaySession
-from .drafting import AutoLength, ContextFullError, set_draft_length
+from .auto_length import AutoLength
+from .drafting import ContextFullError, set_draft_length
 from .rules import Candidate, Rule
 from .stats import Stats
 from .trial import Trial
@@ -219,6 +220,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
     def __init__(self, inner: CandidateGenerator, call: Call, length: AutoLength | None, context: int | None):
         self.inner, self.call, self.length, self.context = inner, call, length, context
         self.requires_model_outputs = inner.requires_model_outputs
+        self.read = 0  # tokens of the text that the draft has read
 
     @property
     def model_kwargs_overrides(self) -> dict:
@@ -226,12 +228,17 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
         self.call.begin_draft()
-        if self.length is not None and not self.length.ends_drafts:
+        start = input_ids.shape[1]
+        self.unread = start - self.read
+        drafts = self.length is None or self.length.drafts(self.unread)
+        if drafts and self.length is not None and not self.length.ends_drafts:
             set_draft_length(self.inner, self.length.blind())
-        since, start = time.perf_counter(), input_ids.shape[1]
+        since = time.perf_counter()
         ids, logits = input_ids, None  # without candidates the target goes on alone
-        with contextlib.suppress(ContextFullError):
-            ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        if drafts:
+            self.read = start
+            with contextlib.suppress(ContextFullError):
+                ids, logits = self.inner.get_candidates(input_ids, **kwargs)
         if self.waits:  # drafted all the same: the draft has read the prompt
             ids, logits, self.waits = input_ids, None, False
         self.draft_seconds = time.perf_counter() - since
@@ -245,5 +252,5 @@ class JudgeCandidateGenerator(CandidateGenerator):
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         if self.length is not None:
             round = self.call.round
-            self.length.observe(len(round.candidates), num_matches, self.draft_seconds, round.seconds)
+            self.length.observe(len(round.candidates), num_matches, self.draft_seconds, round.seconds, self.unread)
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)

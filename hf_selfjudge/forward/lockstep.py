@@ -77,6 +77,8 @@ def run_in_lockstep(
             if not waiting:
                 return [row.result for row in rows]
             if meeting := [row for row in waiting if isinstance(row.request, Meeting)]:
+                topic = meeting[0].request.topic
+                meeting = [row for row in meeting if row.request.topic == topic]
                 values = [row.request.value for row in meeting]
                 for row in meeting:
                     row.resume(values)
@@ -122,15 +124,16 @@ class Request:
 
 @dataclass
 class Meeting:
-    """A value of a call that waits for the values of the others."""
+    """A value of a call that waits for the values of the others on the same topic."""
 
+    topic: str
     value: object
 
 
-def exchange(value: T) -> list[T]:
-    """The values of all calls side by side at this point of their decoding; of a call that runs alone `[value]`."""
+def exchange(value: T, topic: str) -> list[T]:
+    """The values on a topic of all calls side by side; of a call that runs alone `[value]`."""
     current = getcurrent()
-    return current.parent.switch(Meeting(value)) if isinstance(current, _Call) else [value]
+    return current.parent.switch(Meeting(topic, value)) if isinstance(current, _Call) else [value]
 
 
 class _Call(greenlet):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StoppingCriteria, TextStreamer
 
 from hf_selfjudge import JudgedModel
-from hf_selfjudge.decoding.drafting import AutoLength
+from hf_selfjudge.decoding.auto_length import AutoLength
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.forward.lockstep import exchange, run_in_lockstep
 from hf_selfjudge.forward.tap import ForwardTap
@@ -380,11 +380,11 @@ def test_calls_that_meet():
     def call(model, name, forwards):
         for _ in range(forwards):
             model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
-        return exchange(name)
+        return exchange(name, "other" if name == "d" else "names")
 
-    calls = [lambda m, n=name, f=f: call(m, n, f) for name, f in (("a", 1), ("b", 1), ("c", 3))]
-    assert run_in_lockstep([target], calls) == [["a", "b"], ["a", "b"], ["c"]]
-    assert exchange("alone") == ["alone"]
+    calls = [lambda m, n=name, f=f: call(m, n, f) for name, f in (("a", 1), ("b", 1), ("c", 3), ("d", 1))]
+    assert run_in_lockstep([target], calls) == [["a", "b"], ["a", "b"], ["c"], ["d"]]
+    assert exchange("alone", "names") == ["alone"]
 
 
 @pytest.mark.parametrize("price", [0.2, 1.0, 3.0])
@@ -395,12 +395,14 @@ def test_auto_length_is_one_decision_for_all_rows(price, monkeypatch):
 
     def goes_on(self, confidence, goes_on=AutoLength.goes_on):
         decision = goes_on(self, confidence)
-        if self.rounds >= 2:
+        if self.sums[0]:
             asked.append((len(self.confidences), self.reach * self.all_kept / self.all_tested, decision))
         return decision
 
     monkeypatch.setattr(AutoLength, "goes_on", goes_on)
-    monkeypatch.setattr(AutoLength, "_costs", lambda self: (price / 4, 1.0))  # of four rows: the price of a token
+    monkeypatch.setattr(AutoLength, "_drafts", lambda self, unread: True)
+    monkeypatch.setattr(AutoLength, "_speed", lambda self: 1.0)
+    monkeypatch.setattr(AutoLength, "_cost", lambda self: price / 4)  # of four rows: the price of a token
     judged = JudgedModel(target, Lossless(), "auto")
     prompts = [torch.randint(1, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 5, 8, 9)]
     rows_of(judged, prompts, assistant_model=draft, max_new_tokens=30, do_sample=False)

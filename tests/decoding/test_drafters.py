@@ -3,14 +3,13 @@
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import AssistedCandidateGenerator
 
 from hf_selfjudge import JudgedModel
-from hf_selfjudge.decoding.drafting import AutoLength
+from hf_selfjudge.decoding.auto_length import AutoLength
 from hf_selfjudge.rules import Coin, Lossless
 from tests.builders import VOCAB, perturbed
 from tests.drafters import DRAFTERS, dflash, other_tokenizer
@@ -161,7 +160,7 @@ def test_length_with_a_minimum_and_transformers_own_schedules(llama, prompt, len
     judged = JudgedModel(target, Lossless(), draft_length=length)
     output = judged.generate(prompt, assistant_model=draft, **options)
     assert torch.equal(output, target.generate(prompt, **options))
-    assert len(judged.stats.offered_at) <= (3 if length == 3 else 16)
+    assert len(judged.stats.offered_at) <= (3 if length == 3 else AutoLength.longest)
     assert draft.generation_config.num_assistant_tokens == 5
 
 
@@ -169,64 +168,6 @@ def test_length_of_drafts_that_have_their_own(llama, tokenizer, prompt, monkeypa
     target, options = dflash(llama[0], tokenizer, monkeypatch)
     with pytest.raises(ValueError, match="`draft_length` cannot be set for DFlashTokenCandidateGenerator"):
         JudgedModel(target, Lossless(), draft_length=3).generate(prompt, max_new_tokens=NEW, **options)
-
-
-class Fixed(AutoLength):
-    """Drafts of one length."""
-
-    def goes_on(self, confidence: float | None) -> bool:
-        self.confidences.append(confidence)
-        return len(self.confidences) < self.first
-
-
-class Blind(AutoLength):
-    """Does not know how confident the draft is."""
-
-    def goes_on(self, confidence: float | None) -> bool:
-        return super().goes_on(None)
-
-
-def speed(length: AutoLength, draft: float, row: float, tokens: int = 4000) -> float:
-    """Tokens a second where candidates are kept as often as the draft's confidence in them says, a candidate costs
-    `draft` seconds, and a verification 1 and `row` more for each of its rows."""
-    rng, done, seconds = np.random.default_rng(0), 0, 0.0
-    while done < tokens:
-        length.begin()
-        confidences = rng.choice([0.35, 0.92, 0.97], p=[0.2, 0.3, 0.5], size=length.longest)
-        drafted = next(place for place, c in enumerate(confidences, start=1) if not length.goes_on(c))
-        kept = int((rng.random(drafted) < confidences[:drafted]).cumprod().sum())
-        costs = drafted * draft, 1 + row * drafted
-        length.observe(drafted, kept, *costs)
-        done, seconds = done + kept + 1, seconds + sum(costs)
-    return done / seconds
-
-
-@pytest.mark.parametrize(
-    ("draft", "row", "gain"),
-    [
-        (0.1, 0.1, 1.08),
-        *(
-            pytest.param(*case, marks=pytest.mark.heavy)
-            for case in ((0.02, 0, 0.97), (0.1, 0, 1.05), (0.5, 0, 1.03), (0.3, 0.3, 1.02))
-        ),
-    ],
-)
-def test_auto_length_is_near_the_best_fixed_one_and_better_with_confidence(draft, row, gain):
-    best = max(speed(Fixed(first), draft, row) for first in range(1, 17))
-    assert speed(Blind(), draft, row) > 0.95 * best
-    assert speed(AutoLength(), draft, row) > gain * best
-
-
-def test_auto_length_ends():
-    assert AutoLength().blind() == 5  # nothing measured yet
-    for kept, lengths in ((0, {1}), (99, {16})):
-        length = AutoLength()
-        for _ in range(60):
-            drafted = length.blind()
-            length.observe(drafted, min(kept, drafted), 0.1 * drafted, 1.0)
-        assert {length.blind()} == lengths
-    length.observe(0, 0, 0.1, 1.0)  # prompt lookup found nothing
-    assert length.blind() == 16
 
 
 def test_heuristic_schedule_is_kept_as_transformers_keeps_it(llama, prompt):
