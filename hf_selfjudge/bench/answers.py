@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..data.prompts import Prompt
 from ..decoding.judged_model import JudgedModel
-from ..decoding.rules import JudgeRule, Rule
+from ..decoding.rules import JudgeRule
 from ..decoding.stats import Stats
 from ..forward.branches import Keys
 from ..models.load import fingerprint
@@ -70,13 +69,14 @@ def accepted_share(records: Iterable[AnswerRecord]) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """An answer to decode. `ids`, of shape `(1, prompt_length)`, are the prompt's tokens; `rule` is the method's."""
+    """An answer to decode. `ids`, of shape `(1, prompt_length)`, are the prompt's tokens; `judged` is the target with
+    the method's rule, if it has one."""
 
     method: Method
     prompt: Prompt
     ids: torch.LongTensor
     repeat: int
-    rule: Rule | None
+    judged: JudgedModel | None
     share: float | None = None
 
     @property
@@ -86,8 +86,8 @@ class Job:
     @functools.cached_property
     def made_with(self) -> str:
         judge = None
-        if isinstance(self.rule, JudgeRule):
-            judge = [fingerprint(self.rule.judge), self.rule.special_tokens, str(self.rule.threshold)]
+        if self.judged is not None and isinstance(rule := self.judged.rule, JudgeRule):
+            judge = [fingerprint(rule.judge), rule.special_tokens, str(rule.threshold)]
         return hashlib.sha256(json.dumps([self.ids.tolist(), judge, self.share]).encode()).hexdigest()[:16]
 
 
@@ -138,7 +138,6 @@ class Recorder:
 def decode_answer(
     job: Job,
     models: Sequence[PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     draft_length: int | str,
     prompt_keys: Sequence[Keys | None] | None = None,
@@ -168,15 +167,15 @@ def decode_answer(
         (options.assistant_ensemble_weight,) = job.method.arguments
     model = models[0] if family == "draft" else target
     model.generation_config = options  # else `generate` fills unset options from the model's own
-    if job.rule is not None:
-        model = JudgedModel(target, job.rule, draft_length, tokenizer)
+    if job.judged is not None:
+        model = job.judged.on(target)
     start = time.perf_counter()
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **drafts)
     seconds = time.perf_counter() - start
     answer, finished = until_eos(output[0, ids.shape[1] :], eos_tokens(target))
     tokens, recorder, logprob = answer.tolist(), recorders[-1], None
     lengths, draft_forwards = recorder.lengths(len(tokens)), 0 if lookup else len(recorders[0].starts)
-    stats = Stats() if job.rule is None else replace(model.stats)
+    stats = Stats() if job.judged is None else replace(model.stats)
     if quality:
         seconds, stats.draft_seconds, stats.verify_seconds, stats.rule_seconds = None, 0.0, 0.0, 0.0
         if family == "draft":  # the target has not seen the answer yet

@@ -21,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from transformers import DynamicCache, PreTrainedModel
 
 from ..data.prompts import Prompt, fitting
+from ..decoding.judged_model import JudgedModel
 from ..decoding.stats import Stats
 from ..forward.branches import Keys
 from ..forward.lockstep import run_in_lockstep
@@ -28,6 +29,7 @@ from ..judge.judge import Judge
 from ..judge.lora import Replay
 from ..models.cpu import precision
 from ..models.load import fingerprint
+from ..models.offload import is_offloaded
 from ..models.pair import Pair
 from ..models.tokens import context_of
 from ..utils.files import JsonlLog, check_or_write_settings
@@ -96,12 +98,14 @@ def decode(
         _claim(folder, pair, config)
     prompts, tokens, _ = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     texts = [(prompt, ids.to(pair.target.device)) for prompt, ids in zip(prompts, tokens, strict=True)]
-    # One rule for each method, so that a judge is checked against its target once, on the target itself.
-    rules = {method: method.rule(judges) for method in methods if method.like is None}
+
+    # One judged model for each method: a judge is checked against its target once, and measured times are kept.
+    def with_rule(method: Method, share: float | None = None) -> JudgedModel | None:
+        rule = method.rule(judges, share)
+        return None if rule is None else JudgedModel(pair.target, rule, config.draft_length, pair.tokenizer)
+
     coins = [method for method in methods if method.like is not None]
-    for method, rule in rules.items():
-        if method.judge is not None:
-            rule.check_target(pair.target)
+    judged = {method: with_rule(method) for method in methods if method.like is None}
     log = None if folder is None else JsonlLog(folder / f"{config.mode}.jsonl")
     written = {record.key: record for record in _records(log)}
     done: dict[tuple, AnswerRecord] = {}
@@ -119,13 +123,13 @@ def decode(
             measured = () if folder is None else _records(JsonlLog(folder / "quality.jsonl"))
             stages = [methods]
         else:  # a coin that imitates a judge comes after it
-            measured, stages = done.values(), [[*rules], coins]
+            measured, stages = done.values(), [[*judged], coins]
         for stage in stages:
             shares = {coin: _coin_share(coin, written.values(), measured) for coin in coins if coin in stage}
-            rules |= {coin: coin.rule(judges, share) for coin, share in shares.items()}
+            judged |= {coin: with_rule(coin, share) for coin, share in shares.items()}
             jobs = []
             for repeat, (prompt, ids), method in itertools.product(range(config.repeats), texts, stage):
-                job = Job(method, prompt, ids, repeat, rules[method], shares.get(method))
+                job = Job(method, prompt, ids, repeat, judged[method], shares.get(method))
                 if job.key not in written:
                     jobs.append(job)
                 elif written[job.key].made_with == job.made_with:
@@ -179,9 +183,9 @@ def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Keep) 
         left[job.prompt.id] -= 1
         if not left[job.prompt.id]:
             del read[job.prompt.id]
-        if job.rule is not None and isinstance(job.rule.replay_on(pair.target), Replay):
+        if job.judged is not None and isinstance(job.judged.rule.replay_on(pair.target), Replay):
             keys = [*keys[:-1], None]  # an adapter has to see the prompt too
-        keep(decode_answer(job, models, pair.tokenizer, config.max_new_tokens, config.draft_length, keys))
+        keep(decode_answer(job, models, config.max_new_tokens, config.draft_length, keys))
 
     run_in_lockstep(pair.models, [functools.partial(call, job) for job in jobs], at_once=config.at_once)
 
@@ -193,7 +197,7 @@ def _in_turns(jobs: list[Job], pair: Pair, config: BenchConfig, drafts: Mapping,
     def answer(job: Job, max_new_tokens: int) -> AnswerRecord:
         draft = pair.draft if job.method.draft is None else drafts[job.method.draft]
         models = [copy.copy(model) for model in (draft, pair.target) if model is not None]
-        return decode_answer(job, models, pair.tokenizer, max_new_tokens, config.draft_length)
+        return decode_answer(job, models, max_new_tokens, config.draft_length)
 
     for job in {job.method: job for job in reversed(jobs)}.values():
         answer(job, 8)
@@ -230,7 +234,7 @@ def _claim(folder: Path, pair: Pair, config: BenchConfig) -> None:
     for name, model in (("target", pair.target), ("draft", pair.draft)):
         settings[name] = None if model is None else absolute_if_folder(model.config.name_or_path)
         settings[f"{name}_fingerprint"] = None if model is None else fingerprint(model)
-        settings[f"{name}_dtype"] = None if model is None else precision(model)
+        settings[f"{name}_dtype"] = None if model is None else precision(model) + ", offloaded" * is_offloaded(model)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()

@@ -19,7 +19,7 @@ from ..models.load import fingerprint, load_model
 from ..utils.files import check_writable
 from ..utils.names import absolute_if_folder
 from .console import say, say_left_out
-from .options import DtypeOptions, JudgeOptions, OutputOptions, PairOptions, PromptOptions, option, reuse
+from .options import JudgeOptions, OutputOptions, PairOptions, PromptOptions, TargetOptions, option, reuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class MineOptions(JudgeOptions, OutputOptions, PromptOptions, PairOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddLayerOptions(OutputOptions, DtypeOptions):
+class AddLayerOptions(OutputOptions, TargetOptions):
     layer: int = reuse(MiningConfig, "layer")
     batch: int = option("Answers in a forward.", 4, min=1)
 
@@ -67,6 +67,6 @@ def add_layer_command(
 ) -> None:
     """Write mined labels again with the hidden states of another layer, for a judge that reads that layer."""
     record = read_mining(labels)
-    target, _ = load_model(record["target"], options.torch_dtype(default=record["dtype"]))
+    target, _ = load_model(record["target"], options.torch_dtype(record["dtype"]), device_map=options.placement)
     rows = add_layer_states(target, labels, options.layer, options.output, options.batch)
     say(f"{len(rows)} substitutions in {options.output}, with the hidden states that enter layer {options.layer}.")

@@ -71,24 +71,39 @@ def _number_or_text(value: int | str) -> int | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DtypeOptions:
+class TargetOptions:
     dtype: Literal["bfloat16", "float16", "float32"] | None = option(
-        "By default the type that labels were mined with; without labels bfloat16 on a GPU, on a CPU the fastest.",
+        "By default the type that labels were mined with; without labels bfloat16 on a GPU or if the target is "
+        "offloaded, on a CPU the fastest.",
         None,
+    )
+    offload: bool = option(
+        "Keep the target's layers on disk and read them in each forward, for a target that does not fit into memory.",
+        False,
+    )
+    device_map: str | None = option(
+        "Where the target's modules are: auto, balanced, … as in `from_pretrained` of transformers.", None
     )
 
     def torch_dtype(self, default: str | None = None) -> torch.dtype | None:
         """The type of the weights, or the type named `default`; `None` if that is not one of them."""
         return DTYPES.get(self.dtype or default)
 
+    @property
+    def placement(self) -> str | None:
+        """The `device_map` of [`load_model`]."""
+        if self.offload and self.device_map is not None:
+            raise ValueError("`--offload` and `--device-map` both say where the target is. Use one of the two.")
+        return "disk" if self.offload else self.device_map
+
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(DtypeOptions):
+class PairOptions(TargetOptions):
     pair: str = option("A known pair or 'TARGET,DRAFT', each a Hub id or a folder.", "qwen2.5-coder")
 
-    def load(self, draft_length: int | str = 5, with_draft: bool = True) -> Pair:
+    def load(self, draft_length: int | str | None = 5, with_draft: bool = True) -> Pair:
         """See [`load_pair`]."""
-        return load_pair(self.pair, draft_length, self.torch_dtype(), with_draft)
+        return load_pair(self.pair, draft_length, self.torch_dtype(), with_draft, self.placement)
 
 
 @dataclass(frozen=True, kw_only=True)

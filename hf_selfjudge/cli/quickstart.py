@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bench.quickstart import coloured_answer, figures, quickstart_table, run_quickstart, speed_lines
+from ..bench.quickstart import (
+    Prices,
+    coloured_answer,
+    conclusions,
+    figures,
+    quickstart_table,
+    run_quickstart,
+    visible_threshold,
+)
 from ..bench.runner import BenchConfig
 from ..data.prompts import fitting, read_prompts
 from ..judge.judge import Judge
@@ -13,7 +21,8 @@ from ..judge.shipped import shipped_judge
 from ..judge.threshold import Threshold
 from ..mining.config import MiningConfig
 from ..mining.job import mine
-from ..models.cpu import precision
+from ..models.cpu import precision, takes_packed
+from ..models.offload import is_offloaded
 from ..models.pair import PAIRS, load_draft, parse_pair
 from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
@@ -25,6 +34,7 @@ from .train import train_judge
 
 
 PROMPTS = Path(__file__).parents[1] / "data"
+OFFLOADED_PROMPTS = 4  # a forward of an offloaded target takes seconds
 # Small enough for a first try on two cores.
 QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 
@@ -32,26 +42,27 @@ QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 @dataclass(frozen=True, kw_only=True)
 class QuickstartOptions(JsonOptions, OutputOptions, JudgeOptions, PromptOptions, PairOptions):
     prompts: str | None = reuse(PromptOptions, "prompts", None)
-    max_new_tokens: int = reuse(BenchConfig, "max_new_tokens", 96)
-    draft_length: int | str = reuse(BenchConfig, "draft_length", 5)
-    int8_draft: bool = option("Compare a draft with int8 weights, too (CPU).", False)
+    max_new_tokens: int = reuse(BenchConfig, "max_new_tokens", 128)
+    draft_length: int | str = reuse(BenchConfig, "draft_length", "auto")
     train: bool = option("First mine labels of shipped prompts and train a judge, in the folder --output.", False)
     output: Path = reuse(OutputOptions, "output", Path("selfjudge-quickstart"))
 
 
 def quickstart_command(options: QuickstartOptions) -> None:
-    """Compare plain greedy, stock assisted and judged decoding on a real pair."""
+    """Compare plain greedy, stock assisted, lossless and judged decoding of a real pair on this machine."""
     if options.train and options.judge is not None:
         raise ValueError("`--train` makes a judge and `--judge` names one. Use one of the two.")
     if options.train:
         check_writable(options.output)
     BenchConfig("timing", options.max_new_tokens, options.draft_length)  # refuses wrong values before models load
     prompts = options.read(default=PROMPTS / "quickstart.jsonl")
+    if options.offload and options.limit is None and options.prompts is None:
+        prompts = prompts[:OFFLOADED_PROMPTS]
     judge = None if options.train else Judge.from_pretrained(options.judge or shipped_judge(options.pair))
     # A judge that is trained now has no operating points.
     named = {} if judge is None else judge.info.thresholds
     threshold = None if options.threshold is None else Threshold.parse(options.threshold, named)
-    pair = options.load(options.draft_length)
+    pair, names = options.load(draft_length=None), parse_pair(options.pair)
     prompts, _, left_out = fitting(pair.tokenizer, prompts, pair.context, options.max_new_tokens)
     say_left_out(left_out)
     if judge is None:
@@ -59,26 +70,32 @@ def quickstart_command(options: QuickstartOptions) -> None:
         mine(pair, read_prompts(PROMPTS / "train.jsonl"), QUICK_MINING, labels, "train.jsonl")
         train_judge(ScriptArguments([str(labels)]), JudgeConfig(str(trained), components=16))
         judge = Judge.from_pretrained(trained)
-    names, int8_draft = parse_pair(options.pair), None
-    if options.int8_draft:
-        int8_draft = load_draft(names[1], pair.target, pair.tokenizer, options.draft_length, int8=True)
-    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, int8_draft)
+    threshold = threshold or visible_threshold(judge)
+    faster = None
+    if pair.draft.device.type == "cpu" and takes_packed():
+        faster = load_draft(names[1], pair.target, pair.tokenizer, int8=True)
+    say(Prices.measure(pair.target, faster or pair.draft).sentences())
+    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, faster)
     shown = max((record for record in records if record.method == "judged"), key=lambda record: record.stats.judged)
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
     console.print()
-    results = figures(records)
+    results = figures(records, prompts, pair.tokenizer)
     console.print(quickstart_table(results, f"{' + '.join(names)}, {len(prompts)} prompts"))
-    for line in speed_lines(results):
+    for line in conclusions(results):
         say(line)
+    draft = "an int8 draft" if faster else "the draft"
+    say(f"Stock decodes with its defaults, lossless and judged with {draft}; the judge's threshold is {threshold}.")
     record = {
         "pair": options.pair if options.pair in PAIRS else ",".join(map(absolute_if_folder, names)),
         "prompts": len(prompts),
         "left_out": left_out,
         "max_new_tokens": options.max_new_tokens,
         "draft_length": options.draft_length,
-        "threshold": (threshold or judge.info.threshold).json(),
+        "threshold": threshold.json(),
         "dtype": precision(pair.target),
+        "offloaded": is_offloaded(pair.target),
+        "int8_draft": faster is not None,
         "device": str(pair.target.device),
     }
     options.write(record | results)

@@ -98,6 +98,7 @@ class JudgedModel:
             raise ValueError(f"`draft_length` must be a number of tokens, 'auto' or None, got {draft_length!r}.")
         self.target, self.rule, self.draft_length = target, rule, draft_length
         self.special_tokens = _special_tokens(target, rule, tokenizer)
+        self._measured: WeakKeyDictionary[torch.nn.Module, dict[int, AutoLength]] = WeakKeyDictionary()
         self._reset_stats()
 
     @classmethod
@@ -141,7 +142,6 @@ class JudgedModel:
     def _reset_stats(self) -> None:
         self.total, self._last = Stats(), Stats()
         self._of_thread, self._lock = threading.local(), threading.Lock()
-        self._measured: WeakKeyDictionary[torch.nn.Module, dict[int, AutoLength]] = WeakKeyDictionary()
 
     def __getattr__(self, name: str):
         if name == "target":  # not set yet: copying or unpickling

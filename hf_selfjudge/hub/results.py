@@ -39,8 +39,11 @@ def add_results(
     results = read_results(folder, weights) | {"weights": weights}
     if quickstart is not None:
         figures = read_json(quickstart)
-        if not {"pair", "prompts", "runs"} <= figures.keys():
-            raise ValueError(f"`results`: {quickstart} is not a file of `hf-selfjudge quickstart --json`.")
+        if not {"pair", "prompts", "runs", "judged_against_lossless"} <= figures.keys():
+            raise ValueError(
+                f"`results`: {quickstart} is not a file of `hf-selfjudge quickstart --json`, or is one of an earlier "
+                "version. Run the quickstart again."
+            )
         names = [public_name(name.strip()) for name in figures["pair"].split(",")]
         results["quickstart"] = figures | {"pair": ",".join(names)}
     for bench in map(Path, benches):

@@ -62,6 +62,11 @@ def check_packed(model: PreTrainedModel) -> None:
             )
 
 
+def takes_packed() -> bool:
+    """Whether this CPU has the kernels of packed weights (FBGEMM, on x86)."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
 def quantise_int8(model: PreTrainedModel) -> None:
     """Give the linear layers of a CPU model in fp32 int8 weights, one scale for each output channel, and quantise
     their inputs as they come (PyTorch's dynamic quantisation). Layers with more inputs than outputs (an MLP's down

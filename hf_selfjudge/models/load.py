@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..utils.names import absolute_if_folder
 from .attention import share_keys
-from .cpu import pack_half, quantise_int8
+from .cpu import pack_half, quantise_int8, takes_packed
 from .offload import layers_on_disk
 from .wheels import PINNED, SourceError, from_wheels
 
@@ -81,10 +81,8 @@ def load_model(
         share_keys(model)
     if int8:
         quantise_int8(model)
-    elif (
-        dtype is None and device == "cpu" and not placement and "fbgemm" in torch.backends.quantized.supported_engines
-    ):
-        pack_half(model)  # x86
+    elif dtype is None and device == "cpu" and not placement and takes_packed():
+        pack_half(model)
     return model, tokenizer
 
 

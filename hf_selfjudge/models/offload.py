@@ -32,6 +32,11 @@ def layers_on_disk(source: str, device: str) -> dict[str, str]:
     return dict.fromkeys(layers, "disk") | dict.fromkeys(rest, device)
 
 
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether some weights are fetched for each forward."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 def shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module that shares its weights and submodules. accelerate replaces the `forward` of a module by one
     that is bound to it; the copy gets one of its own."""

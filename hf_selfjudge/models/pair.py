@@ -83,7 +83,7 @@ def parse_pair(pair: str, with_draft: bool = True) -> tuple[str, str | None]:
 
 def load_pair(
     pair: str,
-    draft_length: int | str = 5,
+    draft_length: int | str | None = 5,
     dtype: torch.dtype | None = None,
     with_draft: bool = True,
     device_map: str | dict[str, str | int] | None = None,
@@ -93,7 +93,7 @@ def load_pair(
 
     Args:
         pair (`str`): See [`parse_pair`].
-        draft_length (`int` or `"auto"`): See [`load_draft`].
+        draft_length (`int` or `"auto"`, *optional*): See [`load_draft`].
         dtype (`torch.dtype`, *optional*): See [`load_model`].
         with_draft (`bool`): Whether to load the draft model; if not, drafts come from prompt lookup.
         device_map (`str` or `dict`, *optional*): Where the target is; see [`load_model`]. The draft is in memory.
@@ -112,17 +112,18 @@ def load_draft(
     reference: str,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    draft_length: int | str = 5,
+    draft_length: int | str | None = 5,
     dtype: torch.dtype | None = None,
     int8: bool = False,
 ) -> PreTrainedModel:
     """
-    Load a draft that proposes the same number of tokens in each round, whatever its confidence, so that runs can be
-    compared. See [`load_model`] for `reference`, `dtype` and `int8`.
+    Load a draft. See [`load_model`] for `reference`, `dtype` and `int8`.
 
     Args:
         target, tokenizer: What it drafts for. The draft gets as many embeddings as the target ([`fit_vocabulary`]).
-        draft_length (`int` or `"auto"`): Candidates in a round; 5 for `"auto"`, which a [`JudgedModel`] then adapts.
+        draft_length (`int` or `"auto"`, *optional*): Candidates that it proposes in each round, whatever its
+            confidence, so that runs can be compared; 5 for `"auto"`, which a [`JudgedModel`] then adapts. `None`
+            leaves the lengths to transformers.
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -134,6 +135,8 @@ def load_draft(
             "one by one here. Choose a draft of the target's family."
         )
     draft = fit_vocabulary(draft, target.config.get_text_config().vocab_size)
+    if draft_length is None:
+        return draft
     draft.generation_config.num_assistant_tokens = 5 if draft_length == "auto" else draft_length
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0

@@ -16,17 +16,19 @@ def test_quickstart_and_card(succeed, fail, judge, pair_folders, prompts_file, t
     figures = tmp_path / "figures.json"
     out = succeed(
         *("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", prompts_file, "--limit", 3),
-        *("--max-new-tokens", 24, "--threshold", 1, "--json", figures),
+        *("--max-new-tokens", 24, "--threshold", 1, "--draft-length", 5, "--json", figures),
     )
     assert "tokens/round" in out
     assert "draft, judged" in out
+    assert "One token costs the target" in out
+    assert "The judge makes" in out
     results = json.loads(figures.read_text())
     assert results["pair"] == pair_folders
     assert results["prompts"] == 3
     runs = {run["decoding"]: run for run in results["runs"]}
-    assert list(runs) == ["greedy", "assisted", "judged"]
+    assert list(runs) == ["greedy", "assisted", "lossless", "judged"]
     assert runs["greedy"]["tokens_per_round"] == 1
-    assert runs["judged"]["tokens_per_round"] > runs["assisted"]["tokens_per_round"] > 1
+    assert runs["judged"]["tokens_per_round"] > runs["lossless"]["tokens_per_round"] > 1
     assert runs["greedy"]["agreement"] == runs["assisted"]["agreement"] == 1 > runs["judged"]["agreement"]
     assert runs["greedy"]["judged_share"] == runs["assisted"]["judged_share"] == 0 < runs["judged"]["judged_share"]
     assert runs["judged"]["logprob_per_token"] < runs["greedy"]["logprob_per_token"] < 0
@@ -41,24 +43,24 @@ def test_quickstart_and_card(succeed, fail, judge, pair_folders, prompts_file, t
     assert "figures.json:1: this is not UTF-8 text, but perhaps UTF-16. Save it as UTF-8." in message
 
 
-def test_int8_draft_and_auto_length(succeed, judge, pair_folders, prompts_file, tmp_path):
+@pytest.mark.parametrize("place", ["--offload", "--device-map=cpu"])
+def test_a_target_that_does_not_fit_into_memory(succeed, judge, pair_folders, prompts_file, tmp_path, place):
     figures = tmp_path / "figures.json"
-    out = succeed(
+    succeed(
         *("quickstart", "--pair", pair_folders, "--judge", judge, "--prompts", prompts_file, "--limit", 2),
-        *("--max-new-tokens", 24, "--threshold", 0, "--int8-draft", "--draft-length", "auto", "--json", figures),
-        *("--dtype", "float32"),
+        *("--max-new-tokens", 16, "--threshold", 0, place, "--json", figures, "--dtype", "float32"),
     )
-    assert "judged, int8 draft: " in out
-    assert "times as fast as assisted" in out
     results = json.loads(figures.read_text())
-    runs = {run["decoding"]: run for run in results["runs"]}
-    assert list(runs) == ["greedy", "assisted", "judged", "judged, int8 draft"]
-    for name in ("judged", "judged, int8 draft"):
-        assert runs[name]["agreement"] == 1  # lossless
-        assert 0 < sum(runs[name][f"{part}_share"] for part in ("draft", "verify", "rule")) < 1
-        ratio, low, high = results["speed_against_assisted"][name]
-        assert low <= ratio <= high
-    assert results["speed_against_assisted"]["assisted"] == [1, 1, 1]
+    assert results["offloaded"] is (place == "--offload")
+    assert [run["agreement"] for run in results["runs"]] == [1] * 4  # lossless
+
+
+def test_an_offloaded_target_answers_fewer_prompts(succeed, fail, judge, pair_folders, tmp_path):
+    figures = tmp_path / "figures.json"
+    options = ("quickstart", "--pair", pair_folders, "--judge", judge, "--max-new-tokens", 4, "--offload")
+    succeed(*options, "--json", figures)
+    assert json.loads(figures.read_text())["prompts"] == quickstart.OFFLOADED_PROMPTS
+    assert "`--offload` and `--device-map` both say where" in fail(*options, "--device-map", "auto")
 
 
 def test_what_a_command_names_is_text(succeed, fail, tmp_path):
