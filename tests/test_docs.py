@@ -43,6 +43,7 @@ def test_python_blocks_run(page, monkeypatch):
     monkeypatch.setattr(hf_selfjudge, "load_model", lambda *args, **kwargs: (next(models), tokenizer))
     monkeypatch.setattr(Judge, "from_pretrained", lambda *args, **kwargs: random_judge(target))
     tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     judge, texts, seeds = "my-judge", ["one", "and two"], [1, 2]
     namespace = {"judge": judge, "texts": texts, "seeds": seeds, "rules": [rules.Margin(1.0)] * 2}
     torch.manual_seed(0)
