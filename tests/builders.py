@@ -369,11 +369,11 @@ def through(
 # What `hf-selfjudge quickstart --json` writes.
 RESULTS = {
     **{"pair": "tiny", "prompts": 2, "max_new_tokens": 8, "draft_length": 5, "threshold": 0.3},
-    **{"dtype": "float32", "device": "cpu"},
+    **{"dtype": "float32", "device": "cpu", "judged_against_lossless": [1.1, 1.0, 1.2]},
     "runs": [
-        {"decoding": name, "judged_share": 0.1}
+        {"decoding": name, "judged_share": 0.1, "speed_against_greedy": [2.0, 1.5, 2.5], "final_answers": [3, 4]}
         | dict.fromkeys(("tokens_per_second", "seconds_per_answer", "tokens_per_answer"), 2.0)
         | dict.fromkeys(("tokens_per_round", "agreement", "logprob_per_token"), 1.0)
-        for name in ("greedy", "assisted", "judged")
+        for name in ("greedy", "assisted", "lossless", "judged")
     ],
 }

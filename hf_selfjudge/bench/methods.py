@@ -92,9 +92,9 @@ class Method:
 def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, lookup: bool = False) -> list[Method]:
     """
     Read what to compare: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
-    `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or `judge:FOLDER=strict`;
-    `judge=0.03/token` is a threshold for each token gained, and without a value a judge uses its own. `coin` without a
-    value is a coin for each method of a judge, which accepts the same share of mismatches.
+    `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or
+    `judge:FOLDER=keeps_97`; `judge=0.03/token` is a threshold for each token gained, and without a value a judge uses
+    its own. `coin` without a value is a coin for each method of a judge, which accepts the same share of mismatches.
 
     Args:
         texts (`Sequence[str]`, *optional*): By default all families that can be used, with their default arguments.

@@ -32,8 +32,8 @@ RETENTION = ("task", "same", "agreement")
 # Shares of retention, and of unchanged final numbers, at which rules are compared.
 RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
 UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
-# Names of a judge's thresholds, and the retention that each is chosen for.
-OPERATING_POINTS = {"strict": 0.99, "balanced": 0.97, "fast": 0.9}
+# Names of a judge's thresholds, and the retention that each is chosen for, the strictest first.
+OPERATING_POINTS = {"keeps_99": 0.99, "keeps_97": 0.97, "keeps_90": 0.9}
 
 
 @dataclass
@@ -187,8 +187,9 @@ def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, J
 
 def operating_points(quality: dict, family: str) -> dict[str, dict]:
     """
-    For each of `OPERATING_POINTS` the fastest measured threshold of a judge that keeps its retention, if there is one.
-    As in [`compare_rules`], a faster threshold is assumed to keep no more than a slower one.
+    For each of `OPERATING_POINTS` the fastest measured threshold of a judge that keeps its retention. A name is only
+    given if that threshold is faster than the last one that has a name, each outside of the other's interval. As in
+    [`compare_rules`], a faster threshold is assumed to keep no more than a slower one.
 
     Args:
         quality (`dict`): From [`summarise_quality`].
@@ -207,6 +208,9 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
     for name, level in OPERATING_POINTS.items():
         if able := [row for row, share in zip(rows, kept, strict=True) if share > level - 1e-9]:  # to rounding
             best = max(able, key=lambda row: row["speed"][0])
+            (speed, low, _), named = best["speed"], [*points.values()]
+            if named and not (low > named[-1]["speed"][0] and speed > named[-1]["speed"][2]):
+                continue
             measured = {key: best[key] for key in ("retention", "speed", "tokens_per_round", "accepted_share")}
             points[name] = {"threshold": best["threshold"], "for_retention": level, **measured}
     return points

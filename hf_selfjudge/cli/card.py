@@ -17,22 +17,24 @@ from .console import say
 from .options import JudgeFolder
 
 
+OWN_RETENTION = 0.97  # of the threshold that a judge uses if none is given
 BENCH = typer.Option(help="Folder of `hf-selfjudge bench` with this judge.")
 RESULTS = typer.Option(help="File written by `quickstart --json`.")
 
 
 def calibrate_command(folder: JudgeFolder, bench: Annotated[Path, BENCH]) -> None:
-    """Name the fastest thresholds that keep 99, 97 and 90 % of the quality of lossless answers strict, balanced and
-    fast. Balanced becomes the judge's own."""
+    """Name the fastest thresholds that keep 99, 97 and 90 % of the quality of lossless answers, where they differ in
+    speed. The fastest that keeps 97 % becomes the judge's own."""
     judge = Judge.from_pretrained(folder)
     quality = read_quality(bench)
     points = operating_points(quality, family_in(quality, fingerprint(judge), bench))
     if not points:
         raise ValueError(f"`bench`: no threshold in {bench} keeps 90 % of the quality. Measure lower ones.")
+    own = [point for point in points.values() if point["for_retention"] >= OWN_RETENTION] or [*points.values()]
     calibration = {key: quality[key] for key in ("prompts", "categories", "heading")}
     judge.info = replace(
         judge.info,
-        threshold=points.get("balanced", points["fast"])["threshold"],
+        threshold=own[-1]["threshold"],
         operating_points=points,
         training=judge.info.training | {"calibration": calibration},
     )
@@ -42,7 +44,7 @@ def calibrate_command(folder: JudgeFolder, bench: Annotated[Path, BENCH]) -> Non
         speed, retention = point["tokens_per_round"][0], point["retention"][0]
         say(f"{name}: threshold {point['threshold']}, {speed:.2f} tokens a round, retention {retention:.3f}")
     if missing := [name for name in OPERATING_POINTS if name not in points]:
-        say(f"No threshold keeps enough for {', '.join(missing)}.")
+        say(f"Without a threshold of their own, because none keeps enough or differs in speed: {', '.join(missing)}.")
 
 
 def card_command(

@@ -233,12 +233,22 @@ def test_operating_points_are_the_fastest_that_keep_enough():
     found = {"settings": [base, fast, slow, lucky, *others]}
     points = operating_points(found, "judge:j")
     # 0.98 is what both of two keep, the faster of which looks better.
-    assert {name: point["threshold"] for name, point in points.items()} == {"balanced": 0.2, "fast": 0.3}
-    assert points["balanced"] == {
+    assert {name: point["threshold"] for name, point in points.items()} == {"keeps_97": 0.2, "keeps_90": 0.3}
+    assert points["keeps_97"] == {
         **{"threshold": 0.2, "for_retention": 0.97, "accepted_share": 0.5, "speed": [1.2] * 3},
         **{"retention": [0.985] * 3, "tokens_per_round": [4.8] * 3},
     }
     assert operating_points(found, "judge:other") == {}
+
+
+def test_an_operating_point_that_is_hardly_faster_has_no_name():
+    base = row("lossless", None, 1, 1) | {"setting": "lossless"}
+    slow, fast = (row("judge:j", *numbers) for numbers in ((0.1, 1.1, 0.99), (0.2, 1.2, 0.97)))
+    for interval, names in (([1.2, 1.05, 1.3], ["keeps_99"]), ([1.2, 1.15, 1.3], ["keeps_99", "keeps_97"])):
+        fast["speed"] = interval
+        assert [*operating_points({"settings": [base, slow, fast]}, "judge:j")] == names
+    slow["speed"] = [1.1, 1.0, 1.25]
+    assert [*operating_points({"settings": [base, slow, fast]}, "judge:j")] == ["keeps_99"]
 
 
 def test_a_measure_that_does_not_separate_has_an_interval_around_zero():

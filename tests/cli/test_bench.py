@@ -59,16 +59,16 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "quality-results.json").write_text(json.dumps({"quality": other}))
     out = succeed("calibrate", judge, "--bench", tmp_path / "c")
-    assert "balanced: threshold " in out
-    assert "No threshold keeps enough for strict" in out
+    assert "keeps_97: threshold " in out
+    assert "Without a threshold of their own, because none keeps enough or differs in speed: keeps_99, keeps_90" in out
     info = Judge.from_pretrained(judge).info
-    assert [*info.operating_points] == ["balanced", "fast"]
-    assert info.threshold == info.thresholds["balanced"] == Threshold(0.2, per_token=True)
+    assert [*info.operating_points] == ["keeps_97"]
+    assert info.threshold == info.thresholds["keeps_97"] == Threshold(0.2, per_token=True)
     card = (judge / "README.md").read_text()
-    assert "| `balanced` | 0.2/token |" in card
+    assert "| `keeps_97` | 0.2/token |" in card
     assert "`judged.threshold` is 0.2/token, that of an operating point; 0 is lossless" in card
-    message = fail(*command, "--rule", f"judge:{judge}=strict")
-    assert "'strict' is none of the judge's operating points (balanced, fast)" in message
+    message = fail(*command, "--rule", f"judge:{judge}=keeps_99")
+    assert "'keeps_99' is none of the judge's operating points (keeps_97)" in message
     assert "has no quality-results.json" in fail("calibrate", judge, "--bench", tmp_path)
     views = (tmp_path / "b" / "views.jsonl").read_text()
     succeed(*command, *rules, "--ask")  # again: nothing is decoded and nobody is asked
