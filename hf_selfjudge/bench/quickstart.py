@@ -102,8 +102,8 @@ def run_quickstart(
     judge: Judge,
     threshold: float | str | Threshold | None = None,
     draft_length: int | str = "auto",
-    max_new_tokens: int = 128,
-    draft: PreTrainedModel | None = None,
+    max_new_tokens: int = 96,
+    fast_draft: PreTrainedModel | None = None,
 ) -> list[AnswerRecord]:
     """
     Answer prompts with greedy, stock assisted, lossless and judged decoding, with a progress bar.
@@ -112,7 +112,8 @@ def run_quickstart(
         threshold (`float`, `str` or [`Threshold`], *optional*): Used instead of the judge's own.
         draft_length (`int` or `"auto"`): Of lossless and judged decoding; stock uses that of the pair's draft.
         max_new_tokens (`int`): See [`BenchConfig`].
-        draft ([`~transformers.PreTrainedModel`], *optional*): A faster draft for lossless and judged decoding.
+        fast_draft ([`~transformers.PreTrainedModel`], *optional*): For lossless and judged decoding, instead of the
+            pair's.
 
     Returns:
         `list[AnswerRecord]`: With the log-probability of each answer. `method` is `"greedy"`, `"assisted"`,
@@ -121,7 +122,7 @@ def run_quickstart(
     Raises:
         TooLong, ValueError: See [`decode`].
     """
-    drafts, name = ({}, None) if draft is None else ({"faster": draft}, "faster")
+    drafts, name = ({}, None) if fast_draft is None else ({"fast": fast_draft}, "fast")
     methods = {
         Method("greedy"): "greedy",
         Method("stock"): "assisted",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ..judge.judge import Judge
 from ..judge.shipped import shipped_judge
 from ..judge.threshold import Threshold
+from ..models.pair import parse_pair, with_fast_draft
 from .options import JudgeOptions, PairOptions
 
 
@@ -22,6 +23,6 @@ def demo_command(models: PairOptions, judging: JudgeOptions) -> None:
     judge = Judge.from_pretrained(folder)
     if judging.threshold is not None:
         judge.info = replace(judge.info, threshold=Threshold.parse(judging.threshold, judge.info.thresholds))
-    pair = models.load()
+    pair = with_fast_draft(models.load(draft_length=None), parse_pair(models.pair)[1])
     judge.check_target(pair.target, allow_other_weights=True)
     build(pair, judge, name, folder).launch(ssr_mode=False)

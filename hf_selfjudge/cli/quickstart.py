@@ -21,9 +21,9 @@ from ..judge.shipped import shipped_judge
 from ..judge.threshold import Threshold
 from ..mining.config import MiningConfig
 from ..mining.job import mine
-from ..models.cpu import precision, takes_packed
+from ..models.cpu import precision
 from ..models.offload import is_offloaded
-from ..models.pair import PAIRS, load_draft, parse_pair
+from ..models.pair import PAIRS, parse_pair, with_fast_draft
 from ..training.config import JudgeConfig
 from ..training.script import ScriptArguments
 from ..utils.files import check_writable
@@ -42,7 +42,7 @@ QUICK_MINING = MiningConfig(max_new_tokens=96, per_answer=6, rewrites=6)
 @dataclass(frozen=True, kw_only=True)
 class QuickstartOptions(JsonOptions, OutputOptions, JudgeOptions, PromptOptions, PairOptions):
     prompts: str | None = reuse(PromptOptions, "prompts", None)
-    max_new_tokens: int = reuse(BenchConfig, "max_new_tokens", 128)
+    max_new_tokens: int = reuse(BenchConfig, "max_new_tokens", 96)
     draft_length: int | str = reuse(BenchConfig, "draft_length", "auto")
     train: bool = option("First mine labels of shipped prompts and train a judge, in the folder --output.", False)
     output: Path = reuse(OutputOptions, "output", Path("selfjudge-quickstart"))
@@ -71,11 +71,9 @@ def quickstart_command(options: QuickstartOptions) -> None:
         train_judge(ScriptArguments([str(labels)]), JudgeConfig(str(trained), components=16))
         judge = Judge.from_pretrained(trained)
     threshold = threshold or visible_threshold(judge)
-    faster = None
-    if pair.draft.device.type == "cpu" and takes_packed():
-        faster = load_draft(names[1], pair.target, pair.tokenizer, int8=True)
-    say(Prices.measure(pair.target, faster or pair.draft).sentences())
-    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, faster)
+    fast = with_fast_draft(pair, names[1])
+    say(Prices.measure(fast.target, fast.draft).sentences())
+    records = run_quickstart(pair, prompts, judge, threshold, options.draft_length, options.max_new_tokens, fast.draft)
     shown = max((record for record in records if record.method == "judged"), key=lambda record: record.stats.judged)
     (prompt,) = (prompt for prompt in prompts if prompt.id == shown.prompt)
     console.print(coloured_answer(shown, prompt, pair.tokenizer))
@@ -84,7 +82,7 @@ def quickstart_command(options: QuickstartOptions) -> None:
     console.print(quickstart_table(results, f"{' + '.join(names)}, {len(prompts)} prompts"))
     for line in conclusions(results):
         say(line)
-    draft = "an int8 draft" if faster else "the draft"
+    draft = "the draft" if fast is pair else "an int8 draft"
     say(f"Stock decodes with its defaults, lossless and judged with {draft}; the judge's threshold is {threshold}.")
     record = {
         "pair": options.pair if options.pair in PAIRS else ",".join(map(absolute_if_folder, names)),
@@ -95,7 +93,7 @@ def quickstart_command(options: QuickstartOptions) -> None:
         "threshold": threshold.json(),
         "dtype": precision(pair.target),
         "offloaded": is_offloaded(pair.target),
-        "int8_draft": faster is not None,
+        "int8_draft": fast is not pair,
         "device": str(pair.target.device),
     }
     options.write(record | results)

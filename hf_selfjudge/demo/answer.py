@@ -94,11 +94,18 @@ class _Rounds(queue.SimpleQueue):
 
 
 def stream_answer(
-    pair: Pair, rule: RecordingRule, ids: torch.LongTensor, max_new_tokens: int, temperature: float = 0.0
+    pair: Pair,
+    rule: RecordingRule,
+    ids: torch.LongTensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    like: JudgedModel | None = None,
 ) -> Iterator[StreamedAnswer]:
     """Decode an answer to `ids`, of shape `(1, prompt_length)`, in another thread, and yield it after each round.
-    Closing the iterator stops decoding. Temperature 0 is greedy."""
-    judged = JudgedModel(pair.target, rule, tokenizer=pair.tokenizer)
+    Closing the iterator stops decoding. Temperature 0 is greedy. Drafts are as long as those of the model `like`, and
+    learn from its earlier calls."""
+    judged = (like or JudgedModel(pair.target, rule, tokenizer=pair.tokenizer)).on(pair.target)
+    judged.rule = rule
     rounds, stop, answer = _Rounds(), threading.Event(), StreamedAnswer(accepted=rule.accepted)
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import gradio as gr
 
+from ..bench.quickstart import visible_threshold
 from ..data.prompts import encode
+from ..decoding.judged_model import JudgedModel
+from ..decoding.rules import JudgeRule
 from ..hub.publish import pull_judge
 from ..judge.card import read_results
 from ..judge.judge import Judge
@@ -66,10 +69,12 @@ RULES = {
     "judge": "Threshold: accepted below this probability of another meaning (0 is lossless)",
     "judge per token": "Threshold: accepted below this probability of another meaning for each token gained",
 }
-# Gradio writes black on these colours in the dark too, where they are dark themselves, and breaks lines within words.
+# Gradio writes black on these colours in the dark too, where they are dark themselves, breaks lines within words, and
+# leaves gaps between tokens.
 STYLE = """<style>
 .dark .token.highlighted, .dark .legend-item { color: white !important; }
 .textfield { word-break: normal !important; overflow-wrap: anywhere; }
+.textfield .textspan { margin: 0 !important; padding: 0 !important; }  /* a word may consist of several tokens */
 </style>"""
 INTRODUCTION = """
 # Judge decoding
@@ -88,10 +93,14 @@ class _Handlers:
         self.pair, self.judge = pair, judge
         references = (pair.target.config.name_or_path, pair.draft.config.name_or_path, name)
         self.names = [public_name(reference) for reference in references]
-        own = judge.info.threshold
-        self.own_rule = "judge per token" if own.per_token else "judge"
-        # Where the slider starts for each rule.
-        self.starts = {"judge": 0.3, "judge per token": 0.03} | {self.own_rule: own.limit}
+        rule = JudgeRule(judge, allow_other_weights=True)
+        self.judged = JudgedModel(pair.target, rule, "auto", pair.tokenizer)  # keeps what is measured of the machine
+        # Where the slider starts for each rule. Short drafts show little of a careful threshold.
+        start = visible_threshold(judge)
+        self.first_rule = "judge per token" if start.per_token else "judge"
+        self.starts = {"judge": 0.3, "judge per token": 0.03}
+        for known in (judge.info.threshold, start):
+            self.starts["judge per token" if known.per_token else "judge"] = known.limit
 
     def prompt_ids(self, prompt: str, length: int):
         """The prompt's tokens, of shape `(1, prompt_length)`, or an error for the visitor."""
@@ -108,7 +117,7 @@ class _Handlers:
         """See [`stream_answer`]."""
         limit = Threshold(threshold, rule == "judge per token")
         recording = RecordingRule(self.judge, limit, allow_other_weights=True)
-        return stream_answer(self.pair, recording, ids, int(length), temperature)
+        return stream_answer(self.pair, recording, ids, int(length), temperature, self.judged)
 
     def generate(self, prompt: str, rule: str, threshold: float, temperature: float, length: int):
         """Judged text as it comes: coloured parts, figures, and the judged tokens."""
@@ -161,7 +170,7 @@ print(tokenizer.decode(output[0]), judged.stats)
 def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr.Blocks:
     """Build the page. `name` is what the judge is loaded by, `folder` has what was measured of it."""
     handlers = _Handlers(pair, judge, name)
-    own = handlers.own_rule
+    own = handlers.first_rule
     with gr.Blocks(title="Judge decoding") as page:
         gr.HTML(STYLE, visible="hidden")
         gr.Markdown(INTRODUCTION)

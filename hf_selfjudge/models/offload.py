@@ -27,9 +27,12 @@ def layers_on_disk(source: str, device: str) -> dict[str, str]:
     layers = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
     if not layers:
         raise ValueError(f"the layers of {type(model).__name__} are not known. Give `device_map` as a `dict`.")
-    tensors = [name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())]
-    rest = [name for name in tensors if not any(name.startswith(f"{layer}.") for layer in layers)]
-    return dict.fromkeys(layers, "disk") | dict.fromkeys(rest, device)
+    device_map = dict.fromkeys(layers, "disk")
+    for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not any(name.startswith(f"{layer}.") for layer in layers):
+            module = name.rpartition(".")[0]
+            device_map[name if any(layer.startswith(f"{module}.") for layer in layers) else module] = device
+    return device_map
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:

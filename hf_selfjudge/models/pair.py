@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .cpu import takes_packed
 from .load import load_model
 from .tokens import context_of, eos_tokens, special_tokens
 
@@ -141,6 +142,14 @@ def load_draft(
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
     return draft
+
+
+def with_fast_draft(pair: Pair, reference: str) -> Pair:
+    """The pair with the fastest draft that this machine has: on a CPU with the kernels for it (x86), the draft
+    `reference` with int8 weights. Its lengths are left to transformers."""
+    if pair.draft.device.type != "cpu" or not takes_packed():
+        return pair
+    return replace(pair, draft=load_draft(reference, pair.target, pair.tokenizer, None, int8=True))
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

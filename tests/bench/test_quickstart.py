@@ -50,7 +50,7 @@ def test_a_faster_draft_is_for_lossless_and_judged_decoding(llama, tokenizer):
     target, draft = llama
     pair, judge = Pair(target, draft, tokenizer), random_judge(target)
     other = perturbed(target, 0.5)
-    records = run_quickstart(pair, PROMPTS[:2], judge, 0, 4, 24, draft=other)
+    records = run_quickstart(pair, PROMPTS[:2], judge, 0, 4, 24, fast_draft=other)
     runs = {run["decoding"]: run for run in figures(records, PROMPTS[:2], tokenizer)["runs"]}
     assert {run["agreement"] for run in runs.values()} == {1}  # the threshold is 0
     assert runs["assisted"]["tokens_per_round"] > runs["lossless"]["tokens_per_round"]

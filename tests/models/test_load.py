@@ -9,11 +9,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.models import load, wheels
 from hf_selfjudge.models.cpu import HalfLinear, pack_half, precision, quantise_int8
 from hf_selfjudge.models.load import fingerprint, resolve_model
+from hf_selfjudge.models.offload import is_offloaded
 from hf_selfjudge.models.pair import parse_pair
 from hf_selfjudge.models.wheels import PINNED, PinnedWheels, SourceError
 from hf_selfjudge.rules import Lossless
@@ -217,3 +219,29 @@ def test_parse_pair():
     for wrong in ("a/b", "a,b,c", ","):
         with pytest.raises(ValueError, match="`pair` must be one of"):
             parse_pair(wrong)
+
+
+@pytest.mark.filterwarnings("error:The following device_map keys")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_layers_on_disk(tokenizer, tmp_path, architecture):
+    build(architecture).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), device_map="disk")
+    assert model.dtype == torch.bfloat16
+    assert precision(model) == "bfloat16"
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        assert parameter.device.type == ("meta" if id(parameter) in inside else "cpu")
+    assert is_offloaded(model)
+    assert not is_offloaded(load_model(str(tmp_path), device_map="cpu")[0])
+
+
+def test_what_a_device_map_cannot_do(tokenizer, tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`device_map` cannot be used with `int8`"):
+        load_model(str(tmp_path), int8=True, device_map="auto")
+    monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", [])
+    with pytest.raises(SourceError, match="the layers of LlamaForCausalLM are not known"):
+        load_model(str(tmp_path), device_map="disk")
