@@ -7,7 +7,7 @@ forward, judge     features of a draft token from one forward of the target; its
 decoding           stock `generate`, with the judge or another rule inside
 scoring, mining    comparing answers; labels, by substituting draft tokens into the target's own answer
 training           labels -> judge
-bench              speed beside quality
+bench              speed against quality
 hub, demo, cli     repositories, the page, the commands
 """
 

@@ -77,7 +77,7 @@ class Prices:
 
 
 def _seconds(model: PreTrainedModel, tokens: int) -> float:
-    """Of a forward with so many tokens after 64 others; the median of five."""
+    """Of a forward with this number of tokens after 64 others; the median of five."""
     ids = torch.arange(64 + tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     cache, seconds = DynamicCache(), []
     model(input_ids=ids[:, :64], past_key_values=cache, logits_to_keep=1)

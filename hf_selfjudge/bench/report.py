@@ -81,7 +81,7 @@ def quality_tables(quality: dict) -> str:
                 for row in quality["separation"]
             ],
         ),
-        "\\* compared with the lossless answer itself, so that any other text falls behind it.",
+        "\\* compared with the lossless answer itself, which any other text differs from.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -43,7 +43,7 @@ def labels_command(
     for by, found in rates.items():
         console.print(as_table(found, f"by {TITLES.get(by, by)}"))
     if predictions:
-        console.print(as_table(predictions, "what tells a changed answer without a rewrite"))
+        console.print(as_table(predictions, "how well scores without a rewrite predict a changed answer"))
     for harmful in (False, True):
         console.rule("harmful" if harmful else "harmless")
         for index in examples(columns, harmful, options.examples, options.seed):

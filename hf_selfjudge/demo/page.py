@@ -218,7 +218,7 @@ def build(pair: Pair, judge: Judge, name: str, folder: Path | None = None) -> gr
         compared, shown = [prompt, rule, threshold, length], [lossless, judged, summary]
         comparing = both.click(handlers.compare, compared, shown, api_name="compare", **alone)
         halt.click(None, cancels=[comparing], api_visibility="private")
-    return page.queue(max_size=WAITING)  # further visitors are told that it is full
+    return page.queue(max_size=WAITING)  # further visitors see that it is full
 
 
 def _curve(judge: Judge, folder: Path | None) -> None:

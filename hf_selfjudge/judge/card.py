@@ -145,7 +145,7 @@ def repo_files(folder: str | os.PathLike, info: JudgeInfo, weights: str, repo_id
         repo_id (`str`): The repo. The card and the code name it.
 
     Returns:
-        For each path in the repo a file or its content. No content tells a path of this computer.
+        For each path in the repo a file or its content, without paths of this computer.
     """
     folder = Path(folder)
     results = read_results(folder, weights)

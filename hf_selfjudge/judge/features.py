@@ -1,6 +1,6 @@
 """The scalar features of a candidate, from one verification forward.
 
-In: the target's logits where the candidate stands and after it. Out: a few scalars for each candidate. Mining and
+In: the target's logits at the candidate's place and after it. Out: a few scalars for each candidate. Mining and
 decoding call the same function, so that a judge sees in use what it saw in training. The hidden states, which it sees
 too, are read by `forward/tap.py`, or at another layer by `layers.py`.
 """

@@ -23,7 +23,7 @@ class Threshold:
     Args:
         limit (`float`): A probability. 0 never accepts (lossless decoding), 1 always does.
         per_token (`bool`, defaults to `False`): Multiply the limit by the tokens that accepting gains in the round:
-            the candidate, and those behind it that match. This gains more tokens for the same expected number of
+            the candidate, and those after it that match. This gains more tokens for the same expected number of
             changes in meaning.
         name (`str`, *optional*): Name of the operating point, if it is one. It is ignored when thresholds are
             compared.
