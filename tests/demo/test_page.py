@@ -187,7 +187,7 @@ def test_a_visitor_is_told_that_the_queue_is_full(parts, monkeypatch):
     ask = {
         "prompt": "why?",
         "rule": "judge",
-        "threshold": 0.5,
+        "threshold": 0,  # the text of a judge may depend on measured times
         "temperature": 0,
         "length": 24,
         "api_name": "/generate",
@@ -208,7 +208,8 @@ def test_a_visitor_is_told_that_the_queue_is_full(parts, monkeypatch):
         with pytest.raises(Exception, match="Queue is full"):
             client.predict(**ask)
         pace.gate.set()
-        assert len({str(job.result(timeout=120)[0]) for job in jobs}) == 1
+        texts = ["".join(part["token"] for part in job.result(timeout=120)[0]) for job in jobs]
+        assert len({*texts}) == 1
     finally:
         pace.gate.set()
         made.close()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaPreTrainedModel
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.models import load, wheels
@@ -242,6 +242,6 @@ def test_what_a_device_map_cannot_do(tokenizer, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`device_map` cannot be used with `int8`"):
         load_model(str(tmp_path), int8=True, device_map="auto")
-    monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", [])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", [])
     with pytest.raises(SourceError, match="the layers of LlamaForCausalLM are not known"):
         load_model(str(tmp_path), device_map="disk")

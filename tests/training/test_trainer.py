@@ -791,8 +791,8 @@ def test_card(fitted, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
     text = card_of(judge, tmp_path / "my-judge").read_text()
-    assert "| judged | 2.00 | 2.0 | 2 | 1.00 | 10.0 % | 1.000 | 1.000 |" in text
-    assert "5 drafted tokens a round, threshold 0.300, float32" in text
+    assert "| judged | 2.00 | 2.00 [1.50, 2.50] | 2 | 1.00 | 10.0 % | 1.000 | 3 of 4 | 1.000 |" in text
+    assert "draft length 5, threshold 0.300, float32" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"threshold": "0.03/token"}))
     add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
     assert "threshold 0.03/token, float32" in card_of(judge, tmp_path / "my-judge").read_text()
