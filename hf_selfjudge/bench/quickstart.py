@@ -42,6 +42,7 @@ COLUMNS = (
     ("same final answer", "final_answers", ""),
 )
 VERIFIED = 5  # candidates of the verification that is timed
+FEW = 5  # prompts, below which a difference is not called clear
 KEPT = 0.8  # assumed share of candidates that the target keeps
 
 
@@ -61,7 +62,7 @@ class Prices:
 
     def speed(self, length: int) -> float:
         """How many times as fast as greedy decoding drafts of this length would be."""
-        row = (self.verification - self.step) / VERIFIED
+        row = max(0.0, self.verification - self.step) / VERIFIED
         tokens = (1 - KEPT ** (length + 1)) / (1 - KEPT)
         return tokens * self.step / (self.step + length * (row + self.draft))
 
@@ -93,7 +94,7 @@ def visible_threshold(judge: Judge) -> Threshold:
     """The threshold at which a judge accepted about half of the mismatches that it was not trained on; its own where
     this was not measured. Short drafts show little of a careful one."""
     bins = judge.info.training.get("held_out", {}).get("reliability")
-    return Threshold(round(bins[len(bins) // 2]["probability"], 3)) if bins else judge.info.threshold
+    return Threshold(float(f"{bins[len(bins) // 2]['probability']:.3g}")) if bins else judge.info.threshold
 
 
 def run_quickstart(
@@ -194,7 +195,7 @@ def figures(records: Sequence[AnswerRecord], prompts: Sequence[Prompt], tokenize
             for part in ("draft", "verify", "rule"):
                 run[f"{part}_share"] = sum(getattr(r.stats, f"{part}_seconds") for r in answers) / total
         runs.append(run)
-    return {"judged_against_lossless": ratio("lossless", "judged"), "runs": runs}
+    return {"judged_against_lossless": ratio("lossless", "judged"), "runs": runs, "answers": len(weights[0])}
 
 
 def _checked(record: AnswerRecord, tokenizer: PreTrainedTokenizerBase) -> CheckedAnswer:
@@ -216,14 +217,19 @@ def quickstart_table(results: dict, title: str) -> Table:
 def conclusions(results: dict) -> list[str]:
     """What [`figures`] say of this machine, in sentences."""
     runs = {run["decoding"]: run for run in results["runs"]}
-    best = max(runs.values(), key=lambda run: run["tokens_per_second"])
-    speed, (kept, known) = results["judged_against_lossless"], runs["judged"]["final_answers"]
-    differs = "which is no clear difference" if speed.low <= 1 <= speed.high else "beyond chance"
+    best = max(runs.values(), key=lambda run: run["speed_against_greedy"][0])
+    speed, (kept, known) = Interval(*results["judged_against_lossless"]), runs["judged"]["final_answers"]
+    if results["answers"] < FEW:
+        clear = "too few prompts to tell"
+    else:
+        clear = "no clear difference" if speed.low <= 1 <= speed.high else "a clear difference"
+    answers = f"{kept} of {known} final answers, and " if known else ""
     return [
         f"The fastest here: {best['decoding']} decoding, {best['speed_against_greedy']:.2f} times as fast as greedy.",
-        f"The judge makes {speed:.2f} times the speed of lossless decoding ({differs}). It kept {kept} of {known} "
-        f"final answers, and {runs['judged']['agreement']:.0%} of the greedy answers' wording.",
-        "In brackets: 95 % bootstrap intervals over prompts. Agreement counts shared 4-grams; it is not quality.",
+        f"The judge makes {speed:.2f} times the speed of lossless decoding ({clear}). It kept {answers}"
+        f"{runs['judged']['agreement']:.0%} of the greedy answers' wording.",
+        "Speed is by seconds for the same prompts, with 95 % bootstrap intervals over prompts. Agreement counts shared "
+        "4-grams, and is not quality.",
     ]
 
 

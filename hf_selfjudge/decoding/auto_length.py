@@ -28,6 +28,7 @@ class AutoLength:
 
     Rounds without candidates are measured now and then, too. While they give more tokens a second, a draft is only
     tried again when what all such trials have lost, and the next one is expected to lose, is at most 3 % of the time.
+    A trial includes that the draft reads what it missed. Where this is slow, the next trial comes in another call.
 
     Calls side by side share their forwards, so they draft equally many: probabilities and tokens a second are then
     those of all. Measurements are kept from one call to the next ([`begin_call`]).
@@ -38,7 +39,7 @@ class AutoLength:
 
     longest = 32  # tokens
     FIRST = 3  # candidates of a draft before anything is measured
-    ENOUGH = 1.9  # rounds, the past fading, before rounds with and without candidates are compared
+    ENOUGH = 2.8  # rounds, the past fading, before rounds with and without candidates are compared
     CHECK = 32  # rounds until plain decoding is measured again; doubles
     LOSS = 0.03  # share of the time that trials may cost
     MEMORY, SHORT_MEMORY = 0.95, 0.8  # weights of the past when a round is added: with candidates, and without
@@ -58,6 +59,7 @@ class AutoLength:
         self.plain, self.steps, self.read = np.zeros(2), np.zeros(2), np.zeros(2)
         self.check, self.unchecked = self.CHECK, 0  # rounds with candidates since the last one without
         self.lost = self.spent = 0.0  # seconds since a draft was last found to pay
+        self.trial = False  # whether one is under way
         self.begin_call()
         self.begin()
 
@@ -88,9 +90,11 @@ class AutoLength:
         if drafted >= plain:
             self.lost = self.spent = 0.0
             return self.unchecked < self.check
-        # A trial is two rounds: in the first one the draft reads what it missed, the second one is measured.
-        rounds = 2 * (self.sums[3] + self.sums[5] - self.sums[6] / plain) / self.sums[0]
-        return self.lost + rounds + unread * _mean(self.read) <= self.LOSS * self.spent
+        if not self.trial:
+            # It is two rounds: in the first one the draft reads what it missed, the second one is measured.
+            rounds = 2 * (self.sums[3] + self.sums[5] - self.sums[6] / plain) / self.sums[0]
+            self.trial = self.lost + rounds + unread * _mean(self.read) <= self.LOSS * self.spent
+        return self.trial
 
     def _speed(self) -> float:
         """Tokens a second of rounds with candidates; 0 if they were not measured."""
@@ -159,7 +163,7 @@ class AutoLength:
                 self.spent += draft_seconds + verify_seconds
             if self.unchecked >= self.check:
                 self.check = min(2 * self.check, 16 * self.CHECK)
-            self.unchecked = 0
+            self.unchecked, self.trial = 0, False
             return
         self.all_kept = self.MEMORY * self.all_kept + kept
         self.all_tested = self.MEMORY * self.all_tested + min(kept + 1, drafted)
@@ -178,7 +182,7 @@ class AutoLength:
             tokens = 1 + (np.cumprod([*map(self._share_kept, self.confidences)]).sum() if known else kept)
             seen = (1, drafted, drafted**2, verify_seconds, drafted * verify_seconds, draft_seconds, tokens)
             self.sums = self.MEMORY * self.sums + seen
-            self.unchecked += 1
+            self.unchecked, self.trial = self.unchecked + 1, False
         self.spent += draft_seconds + verify_seconds
         if self.plain[0]:
             self.lost += draft_seconds + verify_seconds - (kept + 1) / self._plain_speed()

@@ -171,8 +171,8 @@ def _remove_overrides(target: PreTrainedModel) -> None:
 
 
 def _leaves_length_open(inner: CandidateGenerator, config: GenerationConfig) -> bool:
-    """Whether nothing says how long drafts are, and their length does not change the text that is sampled."""
-    if type(inner) is not AssistedCandidateGenerator or config.do_sample:
+    """Whether nothing says how long drafts are, and their length does not change text that no rule decides."""
+    if type(inner) is not AssistedCandidateGenerator or config.do_sample or config.assistant_ensemble_weight:
         return False
     own = inner.assistant_model.generation_config
     lengths = own.num_assistant_tokens, own.num_assistant_tokens_schedule, own.assistant_confidence_threshold

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..judge.judge import Judge
 from ..judge.threshold import Threshold
 from ..models.cpu import check_packed
+from ..models.offload import in_turn
 from ..models.pair import fit_vocabulary, same_tokens
 from ..models.tokens import special_tokens
 from ..models.wheels import PINNED, wheels_folder
@@ -98,7 +99,7 @@ class JudgedModel:
             raise ValueError(f"`draft_length` must be a number of tokens, 'auto' or None, got {draft_length!r}.")
         self.target, self.rule, self.draft_length = target, rule, draft_length
         self.special_tokens = _special_tokens(target, rule, tokenizer)
-        self._measured: WeakKeyDictionary[torch.nn.Module, dict[int, AutoLength]] = WeakKeyDictionary()
+        self._measured: WeakKeyDictionary[torch.nn.Module, dict[tuple, AutoLength]] = WeakKeyDictionary()
         self._reset_stats()
 
     @classmethod
@@ -207,33 +208,33 @@ class JudgedModel:
         ids = _token_ids(inputs, kwargs)
         kwargs["logits_processor"] = logits_processor
         kwargs = _with_fitted_draft(kwargs, self.target)
-        several = rules is not None or seeds is not None
-        if not several and ids is not None and len(ids) > 1:
-            options = with_defaults(self.target, generation_config).to_dict() | kwargs
-            several = any(options.get(name) is not None for name in DRAFT_OPTIONS)
+        options = with_defaults(self.target, generation_config).to_dict() | kwargs
+        kinds = tuple(name for name in DRAFT_OPTIONS if options.get(name) is not None)
+        several = rules is not None or seeds is not None or bool(kinds and ids is not None and len(ids) > 1)
         if several and ids is None:
             raise ValueError("`rules` and `seeds` need `input_ids`, one row for each of them.")
+        for rule in rules or ():
+            _check_rule("rules", rule, self.target)
         # How long drafts should be is another matter for each draft and each number of rows.
-        base, count = (kwargs.get("assistant_model") or self.target).base_model, len(ids) if several else 1
+        base, key = (kwargs.get("assistant_model") or self.target).base_model, (*kinds, len(ids) if several else 1)
         with self._lock:
-            measured = copy.deepcopy(self._measured.get(base, {}).get(count, AutoLength()))
+            measured = copy.deepcopy(self._measured.get(base, {}).get(key, AutoLength()))
         kwargs["measured"] = measured
-        if not several:
-            shared = self.target, self.rule, self.special_tokens, self.draft_length
-            output, stats = decode_one(*shared, inputs, generation_config=generation_config, **kwargs)
-        else:
-            for rule in rules or ():
-                _check_rule("rules", rule, self.target)
-            shared = self.target, rules or [self.rule] * len(ids), self.special_tokens, self.draft_length
-            output, rows = decode_batch(*shared, ids, seeds, generation_config, **kwargs)
-            stats = Stats(rows=rows)
-            for row in rows:
-                stats.add(row)
+        with in_turn(self.target):
+            if several:
+                shared = self.target, rules or [self.rule] * len(ids), self.special_tokens, self.draft_length
+                output, rows = decode_batch(*shared, ids, seeds, generation_config, **kwargs)
+                stats = Stats(rows=rows)
+                for row in rows:
+                    stats.add(row)
+            else:
+                shared = self.target, self.rule, self.special_tokens, self.draft_length
+                output, stats = decode_one(*shared, inputs, generation_config=generation_config, **kwargs)
         if stats is not None:
             self._of_thread.stats = self._last = stats
             with self._lock:
                 self.total.add(stats)
-                self._measured.setdefault(base, {})[count] = measured
+                self._measured.setdefault(base, {})[key] = measured
         return output
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import CandidateGenerator
+from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 
 from ..forward.tap import LayerInput
 from ..judge.layers import LayerStates
@@ -239,6 +239,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
             self.read = start
             with contextlib.suppress(ContextFullError):
                 ids, logits = self.inner.get_candidates(input_ids, **kwargs)
+        elif isinstance(self.inner, AssistedCandidateGenerator):
+            # Now, as later the text is longer, and it could not be told which candidates were rejected.
+            self.inner._update_past_and_masks(input_ids.to(self.inner.assistant_model.device))
         if self.waits:  # drafted all the same: the draft has read the prompt
             ids, logits, self.waits = input_ids, None, False
         self.draft_seconds = time.perf_counter() - since

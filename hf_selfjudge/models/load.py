@@ -66,10 +66,10 @@ def load_model(
     source = resolve_model(reference)
     device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
     loaded_dtype = torch.float32 if int8 else dtype or torch.bfloat16
+    if device_map == "disk":
+        device_map = layers_on_disk(source, device)
+    placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     try:
-        if device_map == "disk":
-            device_map = layers_on_disk(source, device)
-        placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
         model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded_dtype, use_safetensors=True, **placement)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

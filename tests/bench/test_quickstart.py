@@ -81,7 +81,14 @@ def test_ratios_of_seconds_and_final_answers(tokenizer):
     assert runs["judged"]["final_answers"] == [1, 2]
     first, second, _ = conclusions(results)
     assert first == "The fastest here: judged decoding, 2.00 [2.00, 2.00] times as fast as greedy."
-    assert "(which is no clear difference). It kept 1 of 2 final answers" in second
+    assert "1.33 [1.00, 2.00] times the speed of lossless decoding (too few prompts to tell). It kept 1 of 2" in second
+    for row in runs.values():
+        row["final_answers"] = [0, 0]
+    results |= {"answers": 5, "judged_against_lossless": (1.3, 1.1, 1.5)}
+    assert "(a clear difference). It kept " in conclusions(results)[1]
+    assert "final answers" not in conclusions(results)[1]
+    results["judged_against_lossless"] = (1.3, 0.9, 1.5)
+    assert "(no clear difference)" in conclusions(results)[1]
 
 
 def test_what_prices_mean():
@@ -89,6 +96,7 @@ def test_what_prices_mean():
     assert dear.speed(0) == 1
     assert dear.speed(4) == pytest.approx((1 - 0.8**5) / 0.2 / 1.08)
     assert "drafts of 11 tokens are the fastest: about 3.8 times as fast as greedy." in dear.sentences()
+    assert Prices(step=1.0, verification=0.9, draft=0.01).speed(16) < 5  # a verification that seems cheaper is noise
     assert "80% of drafted tokens are kept, greedy decoding is the fastest." in Prices(1.0, 6.0, 0.9).sentences()
     sentences = Prices(step=0.112, verification=0.15, draft=0.03).sentences()
     assert sentences.startswith(
@@ -107,6 +115,8 @@ def test_the_threshold_that_shows_something(llama):
     bins = [{"probability": probability} for probability in (0.1, 0.3, 0.4567, 0.8)]
     judge.info = replace(judge.info, training={"held_out": {"reliability": bins}})
     assert visible_threshold(judge) == Threshold(0.457)
+    bins[2]["probability"] = 0.00012345
+    assert visible_threshold(judge) == Threshold(0.000123)
 
 
 def test_answers_are_printed_as_they_are(byte_decoder):

@@ -8,6 +8,7 @@ import torch
 
 from hf_selfjudge import JudgedModel
 from hf_selfjudge.decoding.auto_length import AutoLength
+from hf_selfjudge.decoding.verification import JudgeCandidateGenerator
 from hf_selfjudge.rules import Lossless
 from tests.builders import build, perturbed
 
@@ -142,6 +143,47 @@ def test_any_round_may_go_without_a_draft(undecided, prompt, rows, seed, monkeyp
     assert judged.stats.offered_at[0] < judged.stats.rounds
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_draft_after_a_pause_is_what_the_draft_says(architecture, prompt, monkeypatch):
+    """Its cache holds no candidates that were rejected before the pause."""
+    target = build(architecture)
+    draft, chance, drafted = perturbed(target, 0.05), random.Random(1), []
+    monkeypatch.setattr(AutoLength, "_drafts", lambda self, unread: chance.random() < 0.3)
+    monkeypatch.setattr(AutoLength, "goes_on", lambda self, confidence: False)
+    get_candidates = JudgeCandidateGenerator.get_candidates
+
+    def noted(self, ids, **kwargs):
+        candidates, logits = get_candidates(self, ids, **kwargs)
+        if candidates.shape[1] > ids.shape[1]:
+            drafted.append((ids, candidates[0, -1].item()))
+        return candidates, logits
+
+    monkeypatch.setattr(JudgeCandidateGenerator, "get_candidates", noted)
+    judged = JudgedModel(target, Lossless(), "auto")
+    judged.generate(prompt, assistant_model=draft, max_new_tokens=80, do_sample=False)
+    assert len(drafted) > 10
+    for ids, token in drafted:
+        assert draft(ids).logits[0, -1].argmax() == token
+
+
+def test_a_trial_goes_on_until_it_is_measured():
+    """In its first round the draft reads what it missed, which says nothing of later rounds."""
+    length, unread, trials = AutoLength(), 1, []
+    length.begin_call(pauses=True)
+    for number in range(2000):
+        if length.drafts(unread):
+            trials.append((number, unread > length.longest))
+            length.observe(length.blind(), 0, 0.5, 1.3, unread)
+            unread = 1
+        else:
+            length.observe(0, 0, 0.0, 1.0, unread)
+            unread += 1
+    late = [trial for trial in trials if trial[0] > 20]
+    assert len(late) >= 4
+    assert [missed for _, missed in late] == [True, False] * (len(late) // 2)
+    assert all(second - first == 1 for (first, _), (second, _) in zip(late[::2], late[1::2], strict=True))
+
+
 def measurements(judged: JudgedModel) -> list[AutoLength]:
     return [measured for of_draft in judged._measured.values() for measured in of_draft.values()]
 
@@ -170,7 +212,7 @@ def test_measurements_are_kept_for_each_draft_and_number_of_rows(undecided, prom
     for assistant, rows in ((draft, 1), (draft, 1), (draft, 3), (other, 1)):
         expected = target.generate(prompt, **options).repeat(rows, 1)
         assert torch.equal(judged.generate(prompt.repeat(rows, 1), assistant_model=assistant, **options), expected)
-    assert [*judged._measured[draft.base_model]] == [1, 3]
+    assert [*judged._measured[draft.base_model]] == [("assistant_model", 1), ("assistant_model", 3)]
     first, batch = judged._measured[draft.base_model].values()
     assert first.steps[0] > 0
     assert batch.steps[0] > 0

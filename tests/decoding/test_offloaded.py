@@ -1,6 +1,7 @@
 """Targets whose layers are not in memory: the text, statistics and labels are those of the same target in memory."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,3 +117,14 @@ def test_a_changed_target_on_disk_is_refused(offloaded, in_memory):
     judge = random_judge(perturbed(in_memory))
     with pytest.raises(ValueError, match="fingerprint"):
         JudgedModel(offloaded, JudgeRule(judge))
+
+
+def test_threads_that_share_an_offloaded_target_take_turns(in_memory, offloaded, prompt):
+    judged, draft = JudgedModel(offloaded, Lossless(), draft_length=4), perturbed(in_memory)
+    expected = in_memory.generate(prompt, max_new_tokens=24, do_sample=False)
+
+    def generate(_):
+        return judged.generate(prompt, assistant_model=draft, max_new_tokens=24, do_sample=False)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(torch.equal(output, expected) for output in pool.map(generate, range(6)))

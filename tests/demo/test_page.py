@@ -162,7 +162,7 @@ def test_eight_clients_at_once(parts, page):
 
     def ask(prompt):
         client = Client(page.local_url, verbose=False)
-        job = client.submit(prompt, "judge", 0.5, 0, 24, api_name="/generate")
+        job = client.submit(prompt, "judge", 0, 0, 24, api_name="/generate")
         shown, line, _ = job.result(timeout=120)
         assert "tokens a round" in line
         assert len(job.outputs()) > 1
@@ -172,7 +172,7 @@ def test_eight_clients_at_once(parts, page):
         texts = list(pool.map(ask, prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         ids = pair.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        judged = JudgedModel(pair.target, JudgeRule(judge, 0.5), tokenizer=pair.tokenizer)
+        judged = JudgedModel(pair.target, JudgeRule(judge, 0), tokenizer=pair.tokenizer)
         output = judged.generate(ids, assistant_model=pair.draft, max_new_tokens=24, do_sample=False)
         assert text == pair.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 

@@ -243,5 +243,5 @@ def test_what_a_device_map_cannot_do(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`device_map` cannot be used with `int8`"):
         load_model(str(tmp_path), int8=True, device_map="auto")
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", [])
-    with pytest.raises(SourceError, match="the layers of LlamaForCausalLM are not known"):
+    with pytest.raises(ValueError, match="`device_map`: the layers of LlamaForCausalLM are not known"):
         load_model(str(tmp_path), device_map="disk")
