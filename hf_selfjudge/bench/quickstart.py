@@ -228,8 +228,8 @@ def conclusions(results: dict) -> list[str]:
         f"The fastest here: {best['decoding']} decoding, {best['speed_against_greedy']:.2f} times as fast as greedy.",
         f"The judge makes {speed:.2f} times the speed of lossless decoding ({clear}). It kept {answers}"
         f"{runs['judged']['agreement']:.0%} of the greedy answers' wording.",
-        "Speed is by seconds for the same prompts, with 95 % bootstrap intervals over prompts. Agreement counts shared "
-        "4-grams, and is not quality.",
+        "Speed is by seconds for the same prompts, with 95 % bootstrap intervals over prompts. Agreement counts "
+        "shared 4-grams, and is not quality.",
     ]
 
 
