@@ -217,3 +217,21 @@ def test_measurements_are_kept_for_each_draft_and_number_of_rows(undecided, prom
     assert first.steps[0] > 0
     assert batch.steps[0] > 0
     assert judged.on(target)._measured is judged._measured  # the weights are the same
+
+
+def test_an_ensemble_is_decided_at_candidates_so_its_length_is_not_chosen(undecided, prompt):
+    target, draft = undecided
+    judged = JudgedModel(target, Lossless())
+    options = {"max_new_tokens": 40, "do_sample": False, "assistant_ensemble_weight": 0.4}
+    texts = [judged.generate(prompt, assistant_model=draft, **options) for _ in range(3)]
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    (measured,) = measurements(judged)
+    assert not measured.steps[0]
+
+
+def test_early_exit_does_not_start_from_the_prices_of_lookup(undecided, prompt):
+    target, _ = undecided
+    judged = JudgedModel(target, Lossless(), "auto")
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}):
+        judged.generate(prompt.repeat(1, 3), max_new_tokens=20, do_sample=False, **options)
+    assert [*judged._measured[target.base_model]] == [("prompt_lookup_num_tokens", 1), ("assistant_early_exit", 1)]
