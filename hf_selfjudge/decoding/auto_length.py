@@ -34,7 +34,7 @@ class AutoLength:
     those of all. Measurements are kept from one call to the next ([`begin_call`]).
 
     Args:
-        clock (`Callable[[], float]`, *optional*): Seconds.
+        clock (`Callable[[], float]`, *optional*): Returns the time, seconds.
     """
 
     longest = 32  # tokens

@@ -48,7 +48,7 @@ class FastDraft:
 
     def __call__(self, generation_args: dict) -> tuple[torch.LongTensor, torch.Tensor]:
         draft, kwargs = self.generator.assistant_model, self.generator.assistant_kwargs
-        if kwargs.get("past_key_values") is None:  # where rounds went without a draft, the prompt has grown
+        if kwargs.get("past_key_values") is None:  # after rounds without a draft the text is longer than the prompt
             length, is_encoder_decoder = (
                 generation_args[self.generator.input_ids_key].shape[1],
                 draft.config.is_encoder_decoder,
