@@ -20,6 +20,7 @@ from ..decoding.rules import JudgeRule
 from ..decoding.stats import Stats
 from ..forward.branches import Keys
 from ..models.load import fingerprint
+from ..models.pair import fixed_lengths
 from ..models.tokens import eos_tokens, greedy, until_eos
 from .methods import Method
 
@@ -147,7 +148,8 @@ def decode_answer(
 
     Args:
         models (`Sequence[PreTrainedModel]`): The draft (unless drafts come from prompt lookup) and the target: copies
-            whose forwards may be replaced.
+            whose forwards and generation configs may be replaced.
+        draft_length (`int` or `str`): That of the method ([`Method`]), or of the bench.
         prompt_keys (`Sequence[Keys]`, *optional*): In mode quality, the cache of the prompt for each of `models`. The
             answer is then scored instead of timed.
     """
@@ -163,6 +165,8 @@ def decode_answer(
             options.prompt_lookup_num_tokens = 5 if draft_length == "auto" else draft_length
         else:
             drafts = {"assistant_model": models[0]}
+            if draft_length != "default":
+                models[0].generation_config = fixed_lengths(models[0].generation_config, draft_length)
     if family == "ensemble":
         (options.assistant_ensemble_weight,) = job.method.arguments
     model = models[0] if family == "draft" else target

@@ -3,6 +3,7 @@ model, so that mistakes are found before one is loaded."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class Method:
         named (`bool`): Whether tables show the judge's name, because it is not the shipped one.
         like ([`Method`], *optional*): For a coin that accepts as often as a judge, the method of that judge.
         draft (`str`, *optional*): Name of the draft, if it is not the pair's own.
+        length (`int` or `str`, *optional*): Tokens to draft in a round, if they are not those of the bench: a number,
+            `"auto"` for a rule, or `"default"` for what transformers chooses.
     """
 
     family: str
@@ -59,13 +62,14 @@ class Method:
     named: bool = False
     like: Method | None = None
     draft: str | None = None
+    length: int | str | None = None
 
     @property
     def curve(self) -> str:
         """Name of all methods that differ only in their arguments: a line in a plot."""
         if self.like is not None:
             return f"{self.family} like {self.like.curve}"
-        return f"{self.family}:{Path(self.judge).name}" if self.named else self.family
+        return self._with("")
 
     @property
     def name(self) -> str:
@@ -73,7 +77,11 @@ class Method:
         if self.like is not None:
             return f"{self.family} like {self.like.name}"
         values = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in self.arguments]
-        return self.curve + "=" * bool(values) + ":".join(values) + (f", {self.draft}" if self.draft else "")
+        return self._with("=" * bool(values) + ":".join(values)) + (f", {self.draft}" if self.draft else "")
+
+    def _with(self, values: str) -> str:
+        judge = f":{Path(self.judge).name}" if self.named else ""
+        return self.family + judge + values + (f"@{self.length}" if self.length is not None else "")
 
     @property
     def judge_curve(self) -> str | None:
@@ -95,6 +103,8 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
     `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or
     `judge:FOLDER=keeps_97`; `judge=0.03/token` is a threshold for each token gained, and without a value a judge uses
     its own. `coin` without a value is a coin for each method of a judge, which accepts the same share of mismatches.
+
+    `@16` at the end drafts 16 tokens a round, `@auto` as many as pay, `stock@default` as many as transformers chooses.
 
     Args:
         texts (`Sequence[str]`, *optional*): By default all families that can be used, with their default arguments.
@@ -124,7 +134,8 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
         if before != method:
             raise ValueError(f"`rule`: two thresholds are both {method.name}. Leave one out.")
     if "coin" in texts:
-        coins = [Method("coin", like=method) for method in methods.values() if method.judge is not None]
+        judged = [method for method in methods.values() if method.judge is not None]
+        coins = [Method("coin", like=method, length=method.length) for method in judged]
         if not coins:
             raise ValueError(
                 "`rule` 'coin' accepts as often as a judge, but no judge is compared. Give it a share: coin=0.5."
@@ -135,7 +146,8 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
 
 def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     """The methods of one text."""
-    name, has_values, values = text.rpartition("=") if "=" in text else (text, "", "")
+    stem, length = re.fullmatch(r"(.*?)(?:@(\d+|auto|default))?", text, re.DOTALL).groups()
+    name, has_values, values = stem.rpartition("=") if "=" in stem else (stem, "", "")
     name, named, folder = name.partition(":")
     family, judged = FAMILIES.get(name), name == "judge"
     wrong = bool(has_values) != bool(values) or (named and not judged)
@@ -152,18 +164,24 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
         )
     if lookup and family.needs_draft:
         raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
+    length = int(length) if length is not None and length.isdecimal() else length
+    if name in ("greedy", "draft") and length is not None:
+        raise ValueError(f"`rule` {text!r}: {name} decodes without drafts. Leave out @{length}.")
+    if length == 0 or length == ("auto" if family.rule is None else "default"):
+        other = "'default'" if family.rule is None else "'auto'"
+        raise ValueError(f"`rule` {text!r}: {name} drafts a number of tokens, 1 or more, or {other}, got @{length}.")
     for part in values.split(","):
         try:
             if judged:
                 # The name of an operating point is checked later, when the judge has been read.
                 arguments = (part if part.isidentifier() else Threshold.parse(part),) if part or values else ()
-                yield Method(name, arguments, folder or shipped, bool(folder))
+                yield Method(name, arguments, folder or shipped, bool(folder), length=length)
                 continue
             numbers = part.split(":") if values else ()
             arguments = tuple(int(number) if number.strip().isdecimal() else float(number) for number in numbers)
             if name == "ensemble" and (len(arguments) != 1 or not 0 < arguments[0] < 1):
                 raise ValueError(f"the target's weight must lie between 0 and 1, got {part}.")
-            method = Method(name, arguments)
+            method = Method(name, arguments, length=length)
             method.rule({})  # refuses arguments that it cannot have
             yield method
         except (TypeError, ValueError) as error:

@@ -111,7 +111,7 @@ def run_quickstart(
 
     Args:
         threshold (`float`, `str` or [`Threshold`], *optional*): Used instead of the judge's own.
-        draft_length (`int` or `"auto"`): Of lossless and judged decoding; stock uses that of the pair's draft.
+        draft_length (`int` or `"auto"`): Of lossless and judged decoding; stock decodes with its defaults.
         max_new_tokens (`int`): See [`BenchConfig`].
         fast_draft ([`~transformers.PreTrainedModel`], *optional*): For lossless and judged decoding, instead of the
             pair's.
@@ -126,7 +126,7 @@ def run_quickstart(
     drafts, name = ({}, None) if fast_draft is None else ({"fast": fast_draft}, "fast")
     methods = {
         Method("greedy"): "greedy",
-        Method("stock"): "assisted",
+        Method("stock", length="default"): "assisted",
         Method("lossless", draft=name): "lossless",
         Method("judge", () if threshold is None else (threshold,), judge="judge", draft=name): "judged",
     }

@@ -87,15 +87,21 @@ def quality_tables(quality: dict) -> str:
 
 
 def timing_tables(timing: dict) -> str:
-    """The table of [`summarise_timing`]."""
+    """The tables of [`summarise_timing`]: over all prompts and, for each reference, by category."""
     rows = timing["settings"]
+    categories = [*rows[0]["by_category"]]
     columns = {"decoding": "", "tokens/s": ".2f", "s/answer": ".1f", "tokens/answer": ".0f"}
     keys = ["setting", "tokens_per_second", "seconds_per_answer", "tokens_per_answer"]
     for other in ("greedy", "stock", BASE):
         if f"speed_over_{other}" in rows[0]:
             columns[f"seconds of {other} ÷ its own"] = ".2f"
             keys.append(f"speed_over_{other}")
-    return _table(columns, [[row[key] for key in keys] for row in rows]) + "\n"
+    parts = [_table(columns, [[row[key] for key in keys] for row in rows])]
+    for key in keys[4:] if len(categories) > 1 else ():
+        columns = {f"seconds of {key.removeprefix('speed_over_')} ÷ its own": ""} | dict.fromkeys(categories, ".2f")
+        cells = [[row["setting"], *(row["by_category"][name][key] for name in categories)] for row in rows]
+        parts.append(_table(columns, cells))
+    return "\n\n".join(parts) + "\n"
 
 
 def _comparisons(measure: str, comparisons: Sequence[dict], levels: Sequence[float]) -> list[str]:

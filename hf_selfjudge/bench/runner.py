@@ -61,10 +61,14 @@ class BenchConfig:
         length = self.draft_length
         if length != "auto" and (not isinstance(length, int) or length < 1):
             raise ValueError(f"`draft_length` must be a number of tokens, 1 or more, or 'auto', got {length!r}.")
-        if self.mode == "quality" and length == "auto":
-            raise ValueError("`draft_length` 'auto' goes by the clock. Use it with `mode` timing, or give a number.")
+        self.check_length("`draft_length`", length)
         if self.mode == "quality" and self.repeats > 1:
             raise ValueError("`repeats` in `mode` quality would decode the same text again. Use it with timing.")
+
+    def check_length(self, name: str, length: int | str | None) -> None:
+        """Raise if drafts of this length go by the clock where seconds mean nothing. `name` is what asks for it."""
+        if self.mode == "quality" and length == "auto":
+            raise ValueError(f"{name} 'auto' goes by the clock. Use it with `mode` timing, or give a number.")
 
 
 def decode(
@@ -94,6 +98,8 @@ def decode(
             encoded; or if, in mode timing, a coin imitates a judge that mode quality has not measured in this folder.
         TooLong: If no prompt fits.
     """
+    for method in methods:
+        config.check_length(f"`rule` {method.name!r}:", method.length)
     if folder is not None:
         _claim(folder, pair, config)
     prompts, tokens, _ = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
@@ -102,7 +108,8 @@ def decode(
     # One judged model for each method: a judge is checked against its target once, and measured times are kept.
     def with_rule(method: Method, share: float | None = None) -> JudgedModel | None:
         rule = method.rule(judges, share)
-        return None if rule is None else JudgedModel(pair.target, rule, config.draft_length, pair.tokenizer)
+        length = method.length or config.draft_length
+        return None if rule is None else JudgedModel(pair.target, rule, length, pair.tokenizer)
 
     coins = [method for method in methods if method.like is not None]
     judged = {method: with_rule(method) for method in methods if method.like is None}
@@ -185,7 +192,8 @@ def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Keep) 
             del read[job.prompt.id]
         if job.judged is not None and isinstance(job.judged.rule.replay_on(pair.target), Replay):
             keys = [*keys[:-1], None]  # an adapter has to see the prompt too
-        keep(decode_answer(job, models, config.max_new_tokens, config.draft_length, keys))
+        length = job.method.length or config.draft_length
+        keep(decode_answer(job, models, config.max_new_tokens, length, keys))
 
     run_in_lockstep(pair.models, [functools.partial(call, job) for job in jobs], at_once=config.at_once)
 
@@ -197,7 +205,7 @@ def _in_turns(jobs: list[Job], pair: Pair, config: BenchConfig, drafts: Mapping,
     def answer(job: Job, max_new_tokens: int) -> AnswerRecord:
         draft = pair.draft if job.method.draft is None else drafts[job.method.draft]
         models = [copy.copy(model) for model in (draft, pair.target) if model is not None]
-        return decode_answer(job, models, max_new_tokens, config.draft_length)
+        return decode_answer(job, models, max_new_tokens, job.method.length or config.draft_length)
 
     for job in {job.method: job for job in reversed(jobs)}.values():
         answer(job, 8)

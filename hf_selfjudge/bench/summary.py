@@ -218,7 +218,7 @@ def operating_points(quality: dict, family: str) -> dict[str, dict]:
 
 def summarise_timing(records: Sequence[AnswerRecord], prompts: Sequence[Prompt], methods: Sequence[Method]) -> dict:
     """Summarise a bench in mode timing: for each method tokens a second, seconds an answer, and the seconds of greedy,
-    stock and lossless decoding divided by its own."""
+    stock and lossless decoding divided by its own, also in each category."""
     repeats = max(record.repeat for record in records) + 1
     names, ids = [method.name for method in methods], [prompt.id for prompt in prompts]
     seconds, tokens = np.zeros((2, len(names), len(ids)))
@@ -227,17 +227,23 @@ def summarise_timing(records: Sequence[AnswerRecord], prompts: Sequence[Prompt],
         seconds[place] += record.seconds / repeats
         tokens[place] += len(record.tokens) / repeats
     grid = Grid(names, names, np.array([prompt.category for prompt in prompts]), tokens, seconds)
-    samples = {"tokens_per_second": grid.ratio(tokens, seconds)}
-    for other in ("greedy", "stock", BASE):
-        if other in names:
-            reference = np.broadcast_to(seconds[names.index(other)], seconds.shape)
-            samples[f"speed_over_{other}"] = grid.ratio(reference, seconds)
+
+    def speeds(category: str | None = None) -> dict[str, np.ndarray]:
+        references = {other: seconds[[names.index(other)]] for other in ("greedy", "stock", BASE) if other in names}
+        return {
+            f"speed_over_{other}": grid.ratio(np.broadcast_to(reference, seconds.shape), seconds, category)
+            for other, reference in references.items()
+        }
+
+    samples = {"tokens_per_second": grid.ratio(tokens, seconds), **speeds()}
+    in_category = {name: speeds(name) for name in sorted(set(grid.categories))}
     rows = [
         {
             "setting": name,
             "seconds_per_answer": float(seconds[i].mean()),
             "tokens_per_answer": float(tokens[i].mean()),
             **_intervals(samples, i),
+            "by_category": {category: _intervals(ratios, i) for category, ratios in in_category.items()},
         }
         for i, name in enumerate(names)
     ]

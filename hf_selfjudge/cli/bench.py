@@ -26,11 +26,13 @@ from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
 class BenchOptions(OutputOptions, PromptOptions, PairOptions):
     rule: list[str] | None = option(
         "What to compare, with thresholds: margin=0.5,1 top-k=2 judge=0.2,0.4 judge:FOLDER=0.3 coin (accepts as often "
-        "as the judge does) … By default every rule with three thresholds.",
+        "as the judge does) … By default every rule with three thresholds. lossless@16 drafts 16 tokens in a round, "
+        "stock@default as many as transformers chooses.",
         None,
     )
     per_category: int | None = option("Use only the first prompts of each category.", None, min=1)
     lookup: int = reuse(MiningConfig, "lookup", 0)
+    int8_draft: bool = option("Give the draft int8 weights, which makes it faster on a CPU.", False)
     ask: bool = reuse(MiningConfig, "ask", False)
     embeddings: str | None = option(
         "For similarity: a sentence-transformers model (folder or Hub id), such as "
@@ -59,7 +61,7 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
     for method in methods:
         if method.judge is not None:
             method.rule(judges)  # refuses unknown operating points before models load
-    pair = options.load(config.draft_length, with_draft=not options.lookup)
+    pair = options.load(None, not options.lookup, options.int8_draft)
     prompts, _, left_out = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     say_left_out(left_out)
 

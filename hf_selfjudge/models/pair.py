@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
@@ -88,6 +88,7 @@ def load_pair(
     dtype: torch.dtype | None = None,
     with_draft: bool = True,
     device_map: str | dict[str, str | int] | None = None,
+    int8_draft: bool = False,
 ) -> Pair:
     """
     Load a target, its draft and their tokenizer.
@@ -98,6 +99,7 @@ def load_pair(
         dtype (`torch.dtype`, *optional*): See [`load_model`].
         with_draft (`bool`): Whether to load the draft model; if not, drafts come from prompt lookup.
         device_map (`str` or `dict`, *optional*): Where the target is; see [`load_model`]. The draft is in memory.
+        int8_draft (`bool`): Whether the draft has int8 weights; see [`load_model`].
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -105,7 +107,7 @@ def load_pair(
     """
     target_name, draft_name = parse_pair(pair, with_draft)
     target, tokenizer = load_model(target_name, dtype, device_map=device_map)
-    draft = load_draft(draft_name, target, tokenizer, draft_length, dtype) if with_draft else None
+    draft = load_draft(draft_name, target, tokenizer, draft_length, dtype, int8_draft) if with_draft else None
     return Pair(target, draft, tokenizer)
 
 
@@ -136,12 +138,19 @@ def load_draft(
             "one by one here. Choose a draft of the target's family."
         )
     draft = fit_vocabulary(draft, target.config.get_text_config().vocab_size)
-    if draft_length is None:
-        return draft
-    draft.generation_config.num_assistant_tokens = 5 if draft_length == "auto" else draft_length
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
+    if draft_length is not None:
+        draft.generation_config = fixed_lengths(draft.generation_config, draft_length)
     return draft
+
+
+def fixed_lengths(config: GenerationConfig, draft_length: int | str) -> GenerationConfig:
+    """A copy of a draft's generation config with which each draft has this many tokens, whatever its confidence; 5 for
+    `"auto"`."""
+    config = copy.deepcopy(config)
+    config.num_assistant_tokens = 5 if draft_length == "auto" else draft_length
+    config.num_assistant_tokens_schedule = "constant"
+    config.assistant_confidence_threshold = 0.0
+    return config
 
 
 def with_fast_draft(pair: Pair, reference: str) -> Pair:
