@@ -101,7 +101,7 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
     """
     Read what to compare: `NAME` or `NAME=VALUE,VALUE,…`. Several arguments of a rule are joined with colons:
     `look-ahead=2:0.05` is `LookAhead(2, 0.05)`. A judge is `judge=0.2,0.4` (the shipped one) or
-    `judge:FOLDER=keeps_97`; `judge=0.03/token` is a threshold for each token gained, and without a value a judge uses
+    `judge:FOLDER=changes_5`; `judge=0.03/token` is a threshold for each token gained, and without a value a judge uses
     its own. `coin` without a value is a coin for each method of a judge, which accepts the same share of mismatches.
 
     `@16` at the end drafts 16 tokens a round, `@auto` as many as pay, `stock@default` as many as transformers chooses.

@@ -20,11 +20,11 @@ from ..judge.judge import Judge
 from ..models.load import fingerprint
 from ..scoring.checks import CheckedAnswer, check_of
 from ..scoring.meaning import reconvergence, repetition, says_no, similarity
-from ..scoring.statistics import Interval
+from ..scoring.statistics import Interval, risk_bound
 from ..utils.files import JsonlLog
 from .answers import AnswerRecord, accepted_share
 from .methods import FAMILIES, Method
-from .tradeoff import BASE, Grid, compare_rules, falling, separation
+from .tradeoff import BASE, Grid, compare_rules, separation
 
 
 # Retention of a category is measured by the first of these that applies. Ordered by what `separation` shows.
@@ -32,8 +32,10 @@ RETENTION = ("task", "same", "agreement")
 # Shares of retention, and of unchanged final numbers, at which rules are compared.
 RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
 UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
-# Names of a judge's thresholds, and the retention that each is chosen for, the strictest first.
-OPERATING_POINTS = {"keeps_99": 0.99, "keeps_97": 0.97, "keeps_90": 0.9}
+# What says whether an answer still says what the lossless one says: the first of these that is known of any answer.
+CHANGES = ("unchanged", "same")
+# Shares of changed answers for which [`operating_points`] looks for thresholds.
+RISKS = (0.05, 0.1, 0.2)
 
 
 @dataclass
@@ -118,14 +120,17 @@ def summarise_quality(
     Summarise a bench in mode quality: `settings` (a row for each method), `categories`, `separation` of the measures,
     and `comparisons` of each judge with every other rule at equal retention. If prompts ask for numbers,
     `comparisons_unchanged` compares them at equal shares of unchanged numbers, among prompts whose lossless answer has
-    a number; `numbers` in a row are that share and the speed there. `judges` maps each judge's curve to its
-    fingerprint.
+    a number; `numbers` in a row are that share and the speed there. `changes` says for how many answers, and `by`
+    which of `CHANGES`, it is known whether they say the same as the lossless ones; `changed` in a row is the share of
+    them that does not. `judges` maps each judge's curve to its fingerprint.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
     numbers = grid.known("unchanged") if "unchanged" in grid.scores else None
     of_numbers = {} if numbers is None else {"unchanged": numbers.mean("unchanged"), "speed": numbers.speed()}
     means = {measure: grid.mean(measure) for measure in grid.scores}
+    by = next((name for name in CHANGES if name in grid.scores and len(grid.known(name).categories)), None)
+    changed = {} if by is None else {"changed": 1 - means[by]}
     categories = sorted(set(grid.categories))
     in_category = {
         name: {"speed": grid.speed(name), "retention": grid.retention(preference, name)} for name in categories
@@ -136,6 +141,7 @@ def summarise_quality(
             **_intervals({"tokens_per_round": rate, "speed": speed, "retention": retention}, i),
             "measures": _intervals(means, i),
             "numbers": _intervals(of_numbers, i) or None,
+            **_intervals(changed, i),
             "by_category": {name: _intervals(samples, i) for name, samples in in_category.items()},
         }
         for i, method in enumerate(methods)
@@ -153,6 +159,7 @@ def summarise_quality(
             for name in categories
         },
         "settings": rows,
+        "changes": None if by is None else {"by": by, "answers": len(grid.known(by).categories)},
         "separation": separation(grid, [method.name for method in controls]),
         "comparisons": [compare_rules(grid, retention, RETENTION_LEVELS, *two) for two in compared],
         "comparisons_unchanged": [
@@ -185,34 +192,43 @@ def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, J
     }
 
 
-def operating_points(quality: dict, family: str) -> dict[str, dict]:
+def operating_points(quality: dict, family: str, risks: Sequence[float] = RISKS) -> dict[str, dict]:
     """
-    For each of `OPERATING_POINTS` the fastest measured threshold of a judge that keeps its retention. A name is only
-    given if that threshold is faster than the last one that has a name, each outside of the other's interval. As in
-    [`compare_rules`], a faster threshold is assumed to keep no more than a slower one.
+    For each risk the fastest measured threshold of a judge that changes at most this share of the answers, as
+    [`risk_bound`] finds it. A threshold is assumed to change no less than those that were slower. A name is only
+    given to a threshold that is faster than the last one with a name, and than lossless decoding, each outside of the
+    other's interval.
 
     Args:
         quality (`dict`): From [`summarise_quality`].
         family (`str`): The judge's curve in it.
+        risks (`Sequence[float]`): In (0, 1).
 
     Returns:
-        `dict[str, dict]`: For each name `threshold`, `for_retention`, and what was measured there: `retention`,
-        `speed`, `tokens_per_round` (each an [`Interval`]) and `accepted_share`.
+        `dict[str, dict]`: By name (`changes_5` for a risk of 0.05) `threshold`, `risk`, and what was measured there:
+        `changed`, `speed`, `tokens_per_round` (each an [`Interval`]) and `accepted_share`.
+
+    Raises:
+        ValueError: If it is not known of any answer whether it was changed.
     """
-    rows = [row for row in quality["settings"] if row["family"] == family and row["retention"]]
-    if not rows:
-        return {}
-    (base,) = (row for row in quality["settings"] if row["setting"] == BASE)
-    retention, speed = (np.array([[row[key][0] for row in (base, *rows)]]) for key in ("retention", "speed"))
-    kept, points = falling(retention, speed)[0, 1:], {}
-    for name, level in OPERATING_POINTS.items():
-        if able := [row for row, share in zip(rows, kept, strict=True) if share > level - 1e-9]:  # to rounding
-            best = max(able, key=lambda row: row["speed"][0])
-            (speed, low, _), named = best["speed"], [*points.values()]
-            if named and not (low > named[-1]["speed"][0] and speed > named[-1]["speed"][2]):
-                continue
-            measured = {key: best[key] for key in ("retention", "speed", "tokens_per_round", "accepted_share")}
-            points[name] = {"threshold": best["threshold"], "for_retention": level, **measured}
+    if quality.get("changes") is None:  # none in files of earlier versions
+        raise ValueError(
+            "`bench`: no answer has a result that could be compared with that of the lossless one. Use prompts with a "
+            "final answer, or ask the target: `hf-selfjudge bench --ask`."
+        )
+    rows = [row for row in quality["settings"] if row["family"] == family]
+    rows.sort(key=lambda row: row["speed"][0])
+    answers, points = quality["changes"]["answers"], {}
+    bounds = np.maximum.accumulate([risk_bound(row["changed"][0], answers) for row in rows])
+    before = (1.0, 1.0, 1.0)  # the speed of lossless decoding
+    for risk in sorted(risks):
+        # A bound that equals the risk may exceed it by rounding.
+        able = [row for row, bound in zip(rows, bounds, strict=True) if bound <= risk + 1e-9]
+        if able and able[-1]["speed"][1] > before[0] and able[-1]["speed"][0] > before[2]:
+            measured = {key: able[-1][key] for key in ("changed", "speed", "tokens_per_round", "accepted_share")}
+            name = f"changes_{100 * risk:g}".replace(".", "_")
+            points[name] = {"threshold": able[-1]["threshold"], "risk": risk, **measured}
+            before = able[-1]["speed"]
     return points
 
 

@@ -17,8 +17,11 @@ from ..utils.text import parse_python
 from .chat import json_list, message_of
 
 
-# How answers can be checked, and the column that a prompt then needs. `scoring/checks.py` has a class for each.
-CHECK_COLUMNS = {"number": None, "tests": "tests", "text": None}
+# How answers can be checked, and the column that a prompt then needs. `scoring/checks.py` has an entry for each.
+CHECK_COLUMNS = {
+    **dict.fromkeys(("number", "choice", "span", "value", "call", "text")),
+    "tests": "tests",
+}
 # Columns that may hold the prompt. The first one that has a value is used.
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
 # Categories of MT-Bench, which Spec-Bench counts as one.
@@ -36,8 +39,9 @@ class Prompt:
         id (`str`): Unique in its file.
         text (`str`): The last message of the user.
         category (`str`): The row of result tables in which it is counted.
-        check (`str`): How answers are checked: `"number"` (the final number), `"tests"` (code that passes `tests`), or
-            `"text"`.
+        check (`str`): How answers are checked, by their final answer: `"number"`; `"choice"` (a letter, or a word such
+            as "yes"); `"span"` (a few words); `"value"` (a Python or JSON literal); or `"call"` (of a function, in
+            JSON). Or `"tests"` (code that passes `tests`), or `"text"` (no final answer).
         subcategory (`str`, *optional*): The row's own category, if `category` joins several (MT-Bench).
         messages (`list[dict]`, *optional*): The conversation, if it is more than `text`.
         tests (`str`, *optional*): Python code that is run after the answer's code. It must raise if that is wrong,

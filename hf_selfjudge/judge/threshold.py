@@ -47,7 +47,7 @@ class Threshold:
     def parse(cls, value: float | str | Threshold, named: Mapping[str, Threshold] | None = None) -> Threshold:
         """
         Read a threshold: a number (`0.335`), as text too; one for each token gained (`"0.03/token"`); or the name of
-        an operating point (`"keeps_97"`).
+        an operating point (`"changes_5"`).
 
         Args:
             named (`Mapping[str, Threshold]`, *optional*): The judge's operating points.

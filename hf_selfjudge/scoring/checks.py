@@ -1,22 +1,29 @@
 """In: a prompt and answers to it. Out: whether two answers have the same result, and how right an answer is.
 
-Each kind of check is a class and its entry in [`CHECKS`]. The column that it needs is in `data/rows.py`.
+Each kind of check is an entry in [`CHECKS`]; how final answers are read is in `final_answers.py`, and which column a
+kind needs in `data/rows.py`.
 """
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..data.prompts import Prompt
 from ..models.load import resolve_model
 from .codeblocks import has_code
-from .meaning import final_number, passes_tests
-
-
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+from .final_answers import (
+    ARTICLES,
+    final_call,
+    final_choice,
+    final_number,
+    final_span,
+    final_value,
+    has_allowed_call,
+    normalised,
+)
+from .meaning import passes_tests
 
 
 class CheckedAnswer(NamedTuple):
@@ -53,12 +60,24 @@ class TextCheck(Check):
         return REFERENCE_SCORES[prompt.category](answer.text, prompt.references)
 
 
+@dataclass(frozen=True)
 class ResultCheck(Check):
-    """Answers that have a result, right or wrong, which a subclass finds."""
+    """
+    Answers that end in a final answer, right or wrong. An answer that did not end has none.
+
+    Args:
+        read (`Callable[[str, Prompt], Hashable | None]`): The final answer of a text; `None` if there is none. Two
+            that are unknown are not the same.
+        is_right (`Callable[[str, str, Prompt], bool]`, *optional*): Whether a text has the final answer of a
+            reference. By default both are read, the reference as the text of an answer.
+    """
+
+    read: Callable[[str, Prompt], Hashable | None]
+    is_right: Callable[[str, str, Prompt], bool] | None = None
 
     def result(self, prompt: Prompt, answer: CheckedAnswer) -> Hashable | None:
-        """The result of an answer; `None` if it is unknown. Two results that are unknown are not the same."""
-        raise NotImplementedError
+        """The final answer; `None` if it is unknown."""
+        return self.read(answer.text, prompt) if answer.finished else None
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
         results = [self.result(prompt, answer) for answer in (first, second)]
@@ -71,15 +90,11 @@ class ResultCheck(Check):
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
         if not prompt.references:
             return None
-        right = {self.result(prompt, CheckedAnswer(reference, True)) for reference in prompt.references} - {None}
-        return float(self.result(prompt, answer) in right)
-
-
-class NumberCheck(ResultCheck):
-    """The result is the number that an answer ends in ([`final_number`]). An answer that did not end has none."""
-
-    def result(self, prompt: Prompt, answer: CheckedAnswer) -> Hashable | None:
-        return final_number(answer.text) if answer.finished else None
+        if (result := self.result(prompt, answer)) is None:
+            return 0.0
+        if self.is_right is None:
+            return float(result in {self.read(reference, prompt) for reference in prompt.references})
+        return float(any(self.is_right(answer.text, reference, prompt) for reference in prompt.references))
 
 
 class CodeCheck(Check):
@@ -92,6 +107,9 @@ class CodeCheck(Check):
         passed = [self._passes(prompt, answer) for answer in (first, second)]
         return passed[0] == passed[1] if any(passed) else None  # two failures may be the same or not
 
+    def unchanged(self, prompt: Prompt, own: CheckedAnswer, answer: CheckedAnswer) -> bool | None:
+        return self._passes(prompt, answer) if self._passes(prompt, own) else None
+
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
         return float(self._passes(prompt, answer))
 
@@ -99,7 +117,26 @@ class CodeCheck(Check):
         return passes_tests(answer.text, prompt.tests, prompt.conversation)
 
 
-CHECKS = {"number": NumberCheck(), "tests": CodeCheck(), "text": TextCheck()}
+def _marked(read: Callable[[str, Prompt], Hashable | None]) -> ResultCheck:
+    """Final answers that stand behind "Answer:" in a text, and alone in a reference."""
+
+    def is_right(text: str, reference: str, prompt: Prompt) -> bool:
+        return read(text, prompt) == read(f"Answer: {reference}", prompt)
+
+    return ResultCheck(read, is_right)
+
+
+CHECKS = {
+    "number": ResultCheck(lambda text, prompt: final_number(text)),
+    "choice": _marked(lambda text, prompt: final_choice(text, prompt.text)),
+    "span": _marked(lambda text, prompt: final_span(text)),
+    "value": _marked(lambda text, prompt: final_value(text)),
+    "call": ResultCheck(
+        lambda text, prompt: final_call(text), lambda text, reference, prompt: has_allowed_call(text, reference)
+    ),
+    "tests": CodeCheck(),
+    "text": TextCheck(),
+}
 
 
 def check_of(prompt: Prompt, allow_code: bool) -> Check:
@@ -114,10 +151,9 @@ def contains(text: str, references: Sequence[str]) -> float:
 
 
 def _contains(text: str, right: str) -> bool:
-    text, right = (part.lower().translate(str.maketrans("", "", string.punctuation)) for part in (text, right))
-    if ARTICLES.sub(" ", right).strip():  # a reference may be only an article: the letter A
-        text, right = (ARTICLES.sub(" ", part) for part in (text, right))
-    return f" {' '.join(right.split())} " in f" {' '.join(text.split())} "
+    right = normalised(right)
+    text = normalised(text, keep_articles=ARTICLES.fullmatch(right) is not None)
+    return f" {right} " in f" {text} "
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:

@@ -36,7 +36,7 @@ class Block:
 
 def has_code(text: str) -> bool:
     """Whether an answer has a whole block of Python. Such code is complete, whatever text would follow."""
-    return any(block.whole for block in _named(_blocks(text)))
+    return any(block.whole for block in _named(blocks_of(text)))
 
 
 def code_of(text: str) -> list[str]:
@@ -47,7 +47,7 @@ def code_of(text: str) -> list[str]:
     """
     if parse_python(text):
         return [text]
-    tokens, found = MARKDOWN.parse(text), _blocks(text)
+    tokens, found = MARKDOWN.parse(text), blocks_of(text)
     if found or any(token.type == "fence" for token in tokens):
         blocks = _named(found) or [block for block in found if parse_python(block.code)]
         return [block.code for block in blocks if block.whole] or [block.code for block in blocks]
@@ -61,11 +61,11 @@ def imports_of(text: str) -> list[str]:
         if token.type == "fence":
             start, end = token.map
             lines[start:end] = [""] * (end - start)
-    parts = ["\n".join(lines), *(block.code for block in _named(_blocks(text)))]
+    parts = ["\n".join(lines), *(block.code for block in _named(blocks_of(text)))]
     return list(dict.fromkeys(statement for part in parts for statement in _imports(part)))
 
 
-def _blocks(text: str) -> list[Block]:
+def blocks_of(text: str) -> list[Block]:
     """The blocks in any language, from the way that finds more Python."""
     lines = _lines(text)
     fences = [token for token in MARKDOWN.parse(text) if token.type == "fence"]

@@ -1,15 +1,13 @@
-"""In: answers, as text or tokens. Out: the final number of one, whether its code passes tests, how far two answers
-share their wording or their meaning, or what the target says about them."""
+"""In: answers, as text or tokens. Out: whether the code of one passes tests, how far two answers share their wording
+or their meaning, or what the target says about them."""
 
 from __future__ import annotations
 
-import re
 import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +20,10 @@ from ..models.load import resolve_model
 from ..models.tokens import context_of
 from . import sandbox
 from .codeblocks import code_of, imports_of
-from .numbers import last_number
 
 
 GRAM = 4  # tokens
 CONTEXT = 12  # words shown around a difference
-BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character
 QUESTION = """Two answers to the same request differ in one passage.
 
 Request: {request}
@@ -38,23 +33,6 @@ First answer: {first}
 Second answer: {second}
 
 Do both answers say the same? Answer with yes or no."""
-
-
-def final_number(text: str) -> Fraction | None:
-    """The value of the number in the last `\\boxed{}` or `\\fbox{}` of an answer, or of its last number if it has no
-    box. `None` if there is no number, it cannot be read (see `numbers.py`), or the box holds several or was cut
-    off."""
-    boxes = [*BOX.finditer(text)]
-    if not boxes:
-        return last_number(text)
-    start, depth = boxes[-1].end(), 0
-    if text[start : start + 1] != "{":
-        return last_number(re.split(r"\$|\\\)|\n", text[start:], maxsplit=1)[0], alone=True)
-    for brace in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return last_number(text[start + 1 : brace.start()], alone=True)
-    return None
 
 
 def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -> float:

@@ -66,6 +66,16 @@ def rank_correlation(label: np.ndarray, score: np.ndarray) -> float:
     return float(spearmanr(label, score).statistic) if np.ptp(label) and np.ptp(score) else float("nan")
 
 
+def risk_bound(mean: float, count: int) -> float:
+    """
+    The mean of `count` losses in [0, 1] with the finite-sample correction of conformal risk control
+    (https://huggingface.co/papers/2208.02814, equation 4): if the least careful of many settings is chosen whose bound
+    is at most α, and a more careful setting never has a higher loss, the expected loss of the next answer is at most
+    α.
+    """
+    return (count * mean + 1) / (count + 1)
+
+
 def draws(categories: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """How often each prompt is drawn, of shape `(1 + resamples, P)`. The first row draws each once; the others are
     bootstrap samples within categories. Prompts that are alone in their category form one category together: alone

@@ -15,7 +15,7 @@ from hf_selfjudge.bench.report import plot_tradeoff, quality_tables
 from hf_selfjudge.bench.summary import operating_points, summarise_quality
 from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, separation, speed_at
 from hf_selfjudge.judge.threshold import Threshold
-from hf_selfjudge.scoring.statistics import Interval, draws
+from hf_selfjudge.scoring.statistics import Interval, draws, risk_bound
 from tests.builders import build, random_judge
 
 
@@ -219,36 +219,69 @@ def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-def row(family, threshold, speed, retention):
+def row(family, threshold, speed, changed):
     return {
         **{"setting": f"{family}={threshold}", "family": family, "threshold": threshold, "accepted_share": 0.5},
-        **{"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "retention": [retention] * 3},
+        **{"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "changed": [changed] * 3},
     }
 
 
-def test_operating_points_are_the_fastest_that_keep_enough():
-    base = row("lossless", None, 1, 1) | {"setting": "lossless"}
-    slow, lucky = row("judge:j", 0.1, 1.1, 0.975), row("judge:j", 0.2, 1.2, 0.985)
-    fast, others = row("judge:j", 0.3, 1.5, 0.9), [row("judge:k", 0.4, 2, 1), row("margin", None, 2, 1)]
-    found = {"settings": [base, fast, slow, lucky, *others]}
+def test_operating_points_are_the_fastest_that_change_few_answers():
+    lucky, slow = row("judge:j", 0.2, 1.2, 0.02), row("judge:j", 0.1, 1.1, 0.04)
+    fast, faster = row("judge:j", 0.3, 1.5, 0.1), row("judge:j", 0.5, 1.8, 0.3)
+    others = [row("lossless", None, 1, 0), row("judge:k", 0.4, 2, 0), row("margin", None, 2, 0)]
+    found = {"settings": [faster, fast, slow, lucky, *others], "changes": {"by": "unchanged", "answers": 199}}
     points = operating_points(found, "judge:j")
-    # 0.98 is what both of two keep, the faster of which looks better.
-    assert {name: point["threshold"] for name, point in points.items()} == {"keeps_97": 0.2, "keeps_90": 0.3}
-    assert points["keeps_97"] == {
-        **{"threshold": 0.2, "for_retention": 0.97, "accepted_share": 0.5, "speed": [1.2] * 3},
-        **{"retention": [0.985] * 3, "tokens_per_round": [4.8] * 3},
+    # Of 199 answers 0.04 are 8; one more of 200 is 0.045. The faster one is not taken to change less.
+    assert {name: point["threshold"] for name, point in points.items()} == {"changes_5": 0.2, "changes_20": 0.3}
+    assert points["changes_5"] == {
+        **{"threshold": 0.2, "risk": 0.05, "accepted_share": 0.5, "speed": [1.2] * 3},
+        **{"changed": [0.02] * 3, "tokens_per_round": [4.8] * 3},
     }
+    assert [*operating_points(found, "judge:j", [0.125, 0.044])] == ["changes_12_5"]  # 0.045 is more than 0.044
     assert operating_points(found, "judge:other") == {}
+    with pytest.raises(ValueError, match="no answer has a result that could be compared"):
+        operating_points(found | {"changes": None}, "judge:j")
 
 
 def test_an_operating_point_that_is_hardly_faster_has_no_name():
-    base = row("lossless", None, 1, 1) | {"setting": "lossless"}
-    slow, fast = (row("judge:j", *numbers) for numbers in ((0.1, 1.1, 0.99), (0.2, 1.2, 0.97)))
-    for interval, names in (([1.2, 1.05, 1.3], ["keeps_99"]), ([1.2, 1.15, 1.3], ["keeps_99", "keeps_97"])):
+    slow, fast = row("judge:j", 0.1, 1.1, 0), row("judge:j", 0.2, 1.2, 0.08)
+    found = {"settings": [slow, fast], "changes": {"by": "unchanged", "answers": 199}}
+    for interval, names in (([1.2, 1.05, 1.3], ["changes_5"]), ([1.2, 1.15, 1.3], ["changes_5", "changes_10"])):
         fast["speed"] = interval
-        assert [*operating_points({"settings": [base, slow, fast]}, "judge:j")] == names
-    slow["speed"] = [1.1, 1.0, 1.25]
-    assert [*operating_points({"settings": [base, slow, fast]}, "judge:j")] == ["keeps_99"]
+        assert [*operating_points(found, "judge:j")] == names
+    slow["speed"] = [1.1, 1.0, 1.25]  # not told from lossless decoding
+    assert [*operating_points(found, "judge:j")] == ["changes_10"]
+
+
+def test_the_promise_holds_for_new_answers():
+    """Answers that change at and above a threshold of their own: the risk of the chosen threshold, over many sets of
+    answers that it was chosen on, is at most what was allowed, and not much less."""
+    rng, grid, allowed = np.random.default_rng(0), np.linspace(0, 1, 101), 0.1
+    risks = []
+    for _ in range(4000):
+        changes_at = rng.beta(2, 1, size=60)  # the share that changes at a threshold t is t²
+        able = [t for t in grid if risk_bound((changes_at < t).mean(), 60) <= allowed]
+        risks.append(max(able, default=0) ** 2)
+    assert 0.06 < np.mean(risks) <= allowed
+
+
+def test_what_says_that_an_answer_was_changed():
+    methods = [Method("lossless"), Method("judge", (Threshold(0.5),), "j")]
+    records = [AnswerRecord(method.name, "p", 0, None, [1], True, None, -1.0, [1], 1) for method in methods]
+    nothing, same = np.full((2, 4), np.nan), np.array([[1, 1, 1, 1], [1, 0.5, 0.2, 0.3]])
+    unchanged = np.array([[1, 1, np.nan, 1], [1, 0, np.nan, 1]])
+    for scores, changes, share in (
+        ({"unchanged": unchanged, "same": same}, {"by": "unchanged", "answers": 3}, 1 / 3),
+        ({"unchanged": nothing, "same": same}, {"by": "same", "answers": 4}, 0.5),
+        ({}, None, None),
+    ):
+        scores["agreement"] = np.ones((2, 4))
+        made = grid_of_methods(methods, np.array(["a"] * 4), np.ones((2, 4)), scores)
+        found = summarise_quality(made, records, methods, {"j": random_judge(build("llama"))})
+        assert found["changes"] == changes
+        if share is not None:
+            assert [row["changed"][0] for row in found["settings"]] == pytest.approx([0, share])
 
 
 def test_a_measure_that_does_not_separate_has_an_interval_around_zero():

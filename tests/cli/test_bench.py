@@ -53,22 +53,29 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     assert quality["heading"] in tables
     assert quality["judges"] == {"judge:j": fingerprint(Judge.from_pretrained(judge))}
     other = copy.deepcopy(quality)
+    other["changes"] = {"by": "same", "answers": 30}
     for row in other["settings"]:
-        row["retention"] = [0.98] * 3
+        row["changed"] = [0.05] * 3
         row["speed"] = [2.0 if row["setting"].endswith("/token") else 1.5] * 3
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "quality-results.json").write_text(json.dumps({"quality": other}))
     out = succeed("calibrate", judge, "--bench", tmp_path / "c")
-    assert "keeps_97: threshold " in out
-    assert "Without a threshold of their own, because none keeps enough or differs in speed: keeps_99, keeps_90" in out
+    assert "changes_10: threshold 0.2/token, 2.00 [2.00, 2.00] times the tokens a round of lossless decoding" in out
+    assert "Without a threshold of their own, because none is careful or fast enough: 5%, 20% of the answers" in out
     info = Judge.from_pretrained(judge).info
-    assert [*info.operating_points] == ["keeps_97"]
-    assert info.threshold == info.thresholds["keeps_97"] == Threshold(0.2, per_token=True)
+    assert [*info.operating_points] == ["changes_10"]
+    assert info.threshold == info.thresholds["changes_10"] == Threshold(0.2, per_token=True)
     card = (judge / "README.md").read_text()
-    assert "| `keeps_97` | 0.2/token |" in card
+    assert "| `changes_10` | 10 % of the answers | 0.2/token |" in card
+    assert "the target, when asked, says that it does not say the same" in card
     assert "`judged.threshold` is 0.2/token, that of an operating point; 0 is lossless" in card
-    message = fail(*command, "--rule", f"judge:{judge}=keeps_99")
-    assert "'keeps_99' is none of the judge's operating points (keeps_97)" in message
+    message = fail(*command, "--rule", f"judge:{judge}=changes_5")
+    assert "'changes_5' is none of the judge's operating points (changes_10)" in message
+    succeed("calibrate", judge, "--bench", tmp_path / "c", "--risk", 0.5)
+    assert [*Judge.from_pretrained(judge).info.operating_points] == ["changes_50"]
+    message = fail("calibrate", judge, "--bench", tmp_path / "c", "--risk", 0.02)
+    assert "`risk` 0.02: with 30 answers, no threshold in" in message
+    assert "At least 49 answers are needed." in message
     assert "has no quality-results.json" in fail("calibrate", judge, "--bench", tmp_path)
     views = (tmp_path / "b" / "views.jsonl").read_text()
     succeed(*command, *rules, "--ask")  # again: nothing is decoded and nobody is asked

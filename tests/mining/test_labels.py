@@ -15,7 +15,7 @@ from hf_selfjudge.mining.rewrites import Continuation
 from hf_selfjudge.mining.substitutions import Substitution
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.models.tokens import eos_tokens
-from hf_selfjudge.scoring.meaning import final_number
+from hf_selfjudge.scoring.final_answers import final_number
 from tests.builders import VOCAB, greedy
 
 

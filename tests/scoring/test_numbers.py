@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_selfjudge.scoring.meaning import final_number
+from hf_selfjudge.scoring.final_answers import final_number
 
 
 # A value, and texts that end in it.

@@ -1,0 +1,194 @@
+"""Final answers: how they are read from a text, compared, and scored."""
+
+import json
+
+import pytest
+
+from hf_selfjudge.data.prompts import Prompt
+from hf_selfjudge.scoring.checks import CHECKS, CheckedAnswer
+from hf_selfjudge.scoring.final_answers import calls_of, final_call, final_choice, final_span, final_value, normalised
+
+
+LETTERS = "Which one?\nA. a cat\nB. 1\nC. -1\n(D) the dog\nE. a cat"
+WORDS = "Is it?\nOptions:\n- Yes\n- No \n- not valid"
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("Answer: B", "B"),
+        ("Because it is one.\n\n**Answer:** B", "B"),
+        ("**Answer: (B)**", "B"),
+        ("Answer:\n\n B. 1", "B"),
+        ("answer: [C], since it is less", "C"),
+        ("Answer: A is wrong.\nAnswer: `B`", "B"),
+        (r"Answer: \boxed{B}", "B"),
+        (r"So we get $\boxed{\text{C}}$.", "C"),
+        ("The answer is **D**.", "D"),
+        ("Answer: The correct option is (D) the dog", "D"),
+        ("Answer: The dog", "D"),
+        ("Answer: -1", "C"),
+        ("Answer: 'B'", "B"),
+        ("Answer: A and B", None),
+        ("Answer: A or (B)", None),
+        ("Answer: A, B", None),
+        ("Answer: A B", None),
+        ("Answer: B. -1", None),  # the letter of one, the text of another
+        ("Answer: E. a cat", "E"),
+        ("Answer: a cat", None),  # two options have this text
+        ("Answer: F", None),
+        ("Answer: Apple", None),
+        ("Answer: none of them", None),
+        ("Answer:", None),
+        ("B", None),
+        ("", None),
+    ],
+)
+def test_letters(text, choice):
+    assert final_choice(text, LETTERS) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("Answer: yes", "yes"),
+        ("Answer: **No**.", "no"),
+        ("Answer: Yes, you return to the start", "yes"),
+        ("Answer: not valid", "not valid"),
+        ("Answer: nobody", None),
+        ("Answer: True", None),
+    ],
+)
+def test_words(text, choice):
+    assert final_choice(text, WORDS) == choice
+
+
+def test_a_question_without_options():
+    assert [final_choice(f"Answer: {said}", "Well?") for said in ("True", "(C)", "maybe")] == ["true", "C", None]
+
+
+def test_spans():
+    assert final_span('It says "…".\nAnswer: The Laboratory Schools.\nI hope this helps.') == "laboratory schools"
+    assert final_span("Answer: **1983**") == final_span("The answer is: 1983") == "1983"
+    assert final_span("Answer: The") == "the"
+    assert final_span("1983") is final_span("Answer: ") is None
+    assert normalised("The  U.S. a b") == "us b"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        ("`'a b'`", "a b"),
+        ("'it''s.'.", "its."),
+        ("**[1, 2]**", [1, 2]),
+        ("```python\n{'a': (1, 2)}\n```", {"a": (1, 2)}),
+        ("\n\n{1: False}", {1: False}),
+        ("5.0", 5),  # equal in Python
+        ("true", True),
+        ("hello", "hello"),
+        ("None", None),
+        ("[\n 1,\n 2\n]", [1, 2]),
+        (r"$\boxed{7}$", 7),
+    ],
+)
+def test_values(text, value):
+    assert final_value(f"Step by step.\nAnswer: {text}") == final_value(f"Answer: {value!r}") is not None
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "two words", "f(3)", "'open", "", "[" * 20_000, "__import__('os')"])
+def test_values_that_cannot_be_read(text):
+    assert final_value(f"Answer: {text}") is None
+
+
+def test_values_that_differ():
+    values = ["[1, 2]", "(1, 2)", "{1, 2}", "'[1, 2]'", "{1: 2}", "1", "'1'", "None", "''", "'None'"]
+    assert len({final_value(f"Answer: {value}") for value in values}) == len(values)
+
+
+CALL = {"name": "geo.route", "arguments": {"start": "New York", "km": 5, "avoid": ["tolls"]}}
+
+
+def test_calls():
+    text = f"It fits.\n\n```json\n{json.dumps(CALL)}\n```\nDone."
+    found = final_call(text)
+    assert found is not None
+    assert calls_of(text) == [CALL]
+    for same in (
+        f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>",
+        json.dumps([CALL]),
+        json.dumps({"tool": CALL}),
+        json.dumps(CALL | {"arguments": json.dumps(CALL["arguments"])}),
+        json.dumps({"name": CALL["name"], "parameters": CALL["arguments"]}),
+        json.dumps(CALL).replace("New York", "new-york").replace("5", "5.0"),
+        f"```json\n{json.dumps(CALL | {'name': 'other'})}\n```\nBetter:\n{text}",  # the last block counts
+    ):
+        assert final_call(same) == found
+    for other in (
+        json.dumps(CALL | {"name": "geo.way"}),
+        json.dumps(CALL).replace("5", "6"),
+        json.dumps(CALL).replace('["tolls"]', '"tolls"'),
+        json.dumps([CALL, CALL | {"name": "more"}]),
+    ):
+        assert final_call(other) not in (None, found)
+    for nothing in (
+        "geo.route(5)",
+        "{",
+        '{"name": "x"}',
+        '{"name": "x", "arguments": "{"}',
+        "{" * 5000,
+        json.dumps(CALL)[:-2],
+    ):
+        assert final_call(nothing) is None
+
+
+def test_calls_are_scored_by_their_allowed_values():
+    allowed = [
+        {"geo.route": {"start": ["New York", "NYC"], "km": [5], "avoid": [["tolls"], ["tolls", "ferries"], ""]}}
+    ]
+    prompt = Prompt("a", "Route?", check="call", references=[json.dumps(allowed)])
+
+    def score(**changes):
+        arguments = {name: value for name, value in (CALL["arguments"] | changes).items() if value is not None}
+        return CHECKS["call"].score(prompt, CheckedAnswer(json.dumps(CALL | {"arguments": arguments}), True))
+
+    assert score() == score(start="nyc") == score(avoid=None) == score(avoid=["tolls", "ferries"]) == 1
+    assert score(km=None) == score(start="Boston") == score(more=1) == score(avoid=["ferries", "tolls"]) == 0
+    assert CHECKS["call"].score(prompt, CheckedAnswer("no call", True)) == 0
+    nested = Prompt("a", "?", check="call", references=['[{"f": {"body": [{"mode": ["A"], "fan": ["", 2]}]}}]'])
+    for body, right in (({"mode": "a"}, 1), ({"mode": "a", "fan": 2}, 1), ({"fan": 2}, 0), ({"mode": "a", "x": 1}, 0)):
+        text = json.dumps({"name": "f", "arguments": {"body": body}})
+        assert CHECKS["call"].score(nested, CheckedAnswer(text, True)) == right
+    plain = Prompt("a", "?", check="call", references=[json.dumps(CALL)])
+    assert CHECKS["call"].score(plain, CheckedAnswer(json.dumps(CALL), True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("check", "reference", "right", "wrong"),
+    [
+        ("choice", "B", "Answer: (B)", "Answer: A"),
+        ("span", ["the Rhine", "Rhine"], "Answer: Rhine", "Answer: the river Rhine"),
+        ("value", "'5'", "Answer: '5'", "Answer: 5"),
+        ("number", "#### 5", "So it is 5", "So it is 6"),
+    ],
+)
+def test_checks(check, reference, right, wrong):
+    references = reference if isinstance(reference, list) else [reference]
+    prompt, kind = Prompt("a", LETTERS, check=check, references=references), CHECKS[check]
+    right, wrong, unknown = (CheckedAnswer(text, True) for text in (right, wrong, "I cannot tell."))
+    cut_off = right._replace(finished=False)
+    assert [kind.score(prompt, each) for each in (right, wrong, unknown, cut_off)] == [1, 0, 0, 0]
+    assert kind.same(prompt, right, right) is True
+    assert kind.same(prompt, right, wrong) is False
+    assert kind.same(prompt, right, unknown) is kind.same(prompt, cut_off, right) is None
+    assert [kind.unchanged(prompt, right, each) for each in (right, wrong, unknown)] == [True, False, False]
+    assert kind.unchanged(prompt, unknown, right) is None
+    assert kind.score(Prompt("a", LETTERS, check=check), right) is None
+
+
+def test_code_that_passed_is_changed_if_it_fails():
+    prompt = Prompt("a", "?", check="tests", tests="assert f() == 1")
+    right, wrong = (CheckedAnswer(f"def f(): return {n}", True) for n in (1, 2))
+    assert CHECKS["tests"].unchanged(prompt, right, right) is True
+    assert CHECKS["tests"].unchanged(prompt, right, wrong) is False
+    assert CHECKS["tests"].unchanged(prompt, wrong, right) is None
