@@ -1,4 +1,4 @@
-"""`mine` and `add-layer`: labels, and the same labels with hidden states of another layer."""
+"""`mine`, `add-layer` and `compact`: labels, and the same labels with hidden states of another layer, or without."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from ..data.prompts import read_prompts
 from ..decoding.judged_model import JudgedModel
 from ..decoding.rules import JudgeRule
 from ..judge.judge import Judge
+from ..mining.compact import compact_labels
 from ..mining.config import MiningConfig
 from ..mining.job import counts_of, mine, this_process
 from ..mining.label_files import read_mining
@@ -31,6 +33,7 @@ class MineOptions(JudgeOptions, OutputOptions, PromptOptions, PairOptions):
 class AddLayerOptions(OutputOptions, TargetOptions):
     layer: int = reuse(MiningConfig, "layer")
     batch: int = option("Answers in a forward.", 4, min=1)
+    prompts: str | None = option("The prompts that the labels were mined on, for labels made by `compact`.", None)
 
 
 def mine_command(options: MineOptions, config: MiningConfig) -> None:
@@ -67,6 +70,18 @@ def add_layer_command(
 ) -> None:
     """Write mined labels again with the hidden states of another layer, for a judge that reads that layer."""
     record = read_mining(labels)
-    target, _ = load_model(record["target"], options.torch_dtype(record["dtype"]), device_map=options.placement)
-    rows = add_layer_states(target, labels, options.layer, options.output, options.batch)
+    prompts = None if options.prompts is None else read_prompts(options.prompts, **record["prompts_options"])
+    dtype = options.torch_dtype(record["dtype"])
+    target, tokenizer = load_model(record["target"], dtype, device_map=options.placement)
+    rows = add_layer_states(target, labels, options.layer, options.output, options.batch, prompts, tokenizer)
     say(f"{len(rows)} substitutions in {options.output}, with the hidden states that enter layer {options.layer}.")
+
+
+def compact_command(
+    labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")], options: OutputOptions
+) -> None:
+    """Write mined labels again without hidden states and prompts: a few hundred bytes a substitution, to be kept in a
+    repository. `add-layer --prompts` adds both again."""
+    rows = compact_labels(labels, options.output)
+    size = sum(path.stat().st_size for path in options.output.iterdir() if path.is_file())
+    say(f"{len(rows)} substitutions in {options.output}, {size / 1e6:.1f} MB.")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..data.prompts import Prompt
 from ..forward.branches import additive_masks, attention_windows, packs
 from ..forward.tap import ForwardTap
 from ..judge.features import STATES
@@ -26,7 +28,8 @@ from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..utils.files import atomic_write, check_or_write_settings
-from .label_files import answers_beside, load_labels, read_mining, shards_of, too_large
+from .compact import with_prompts
+from .label_files import answers_beside, join_answers, load_labels, read_mining, shards_of, too_large
 
 
 IGNORED = -100.0  # label of padding
@@ -85,7 +88,13 @@ class StateReader(torch.nn.Module):
 
 
 def add_layer_states(
-    target: PreTrainedModel, folder: str | os.PathLike, layer: int, output: str | os.PathLike, batch: int = 4
+    target: PreTrainedModel,
+    folder: str | os.PathLike,
+    layer: int,
+    output: str | os.PathLike,
+    batch: int = 4,
+    prompts: Sequence[Prompt] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> datasets.Dataset:
     """
     Write labels again with the hidden states of another layer. A run that was stopped continues.
@@ -95,6 +104,9 @@ def add_layer_states(
         folder (`str`): Labels that [`mine`] wrote.
         layer (`int`): The layer whose input is read, in `[1, layers − 1]`.
         batch (`int`): Answers in a forward.
+        prompts (`Sequence[Prompt]`, *optional*): Those that the labels were mined on, for labels without the tokens of
+            their prompts ([`compact_labels`]).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The target's, for `prompts`.
 
     Returns:
         `datasets.Dataset`: what [`load_labels`] returns for `output`.
@@ -102,7 +114,8 @@ def add_layer_states(
     Raises:
         FileNotFoundError: If `folder` has no labels.
         ValueError: If the labels are of another target, the target cannot be read ([`StateReader`]), its states are
-            too large for fp16, `batch` is below 1, or `output` is `folder` or holds labels of other settings.
+            too large for fp16, a prompt is missing, `batch` is below 1, or `output` is `folder` or holds labels of
+            other settings.
     """
     folder, output = Path(folder), Path(output)
     if batch < 1:
@@ -112,27 +125,28 @@ def add_layer_states(
     record = read_mining(folder)
     if record["target_fingerprint"] != fingerprint(target):
         raise ValueError(f"`folder`: the labels are of other weights than `target`. Load {record['target']}.")
-    reader, labels, end = StateReader(target, layer), load_labels(folder), 0
+    reader = StateReader(target, layer)
     output.mkdir(parents=True, exist_ok=True)
     check_or_write_settings(output / "mining.json", record | {"layer": layer, "reread_dtype": precision(target)}, {})
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        bar = progress.add_task(f"Read layer {layer} for substitutions", total=len(labels))
+        bar = progress.add_task(f"Read layer {layer} for substitutions", total=len(load_labels(folder)))
         for shard in shards_of(folder):
             table = pyarrow.parquet.read_table(shard)
-            begin, end = end, end + len(table)
             if (output / shard.name).is_file():
                 progress.advance(bar, len(table))
                 continue
-            states = _states(reader, labels.select(range(begin, end)), batch, partial(progress.advance, bar))
+            answers = with_prompts(pyarrow.parquet.read_table(answers_beside(shard)), prompts, tokenizer)
+            labels = join_answers(datasets.Dataset(table), answers, record | {"source": str(folder)})
+            states = _states(reader, labels, batch, partial(progress.advance, bar))
             if not np.isfinite(states).all():
                 raise too_large(layer)
             for side, name in enumerate(STATES):
                 column = pyarrow.FixedSizeListArray.from_arrays(states[:, side].ravel(), states.shape[-1])
                 table = table.set_column(table.column_names.index(name), name, column)
-            for beside in (answers_beside(shard), shard.with_suffix(".json")):
-                shutil.copyfile(beside, output / beside.name)
-            with atomic_write(output / shard.name) as incomplete:
-                pyarrow.parquet.write_table(table, incomplete)
+            shutil.copyfile(shard.with_suffix(".json"), output / shard.with_suffix(".json").name)
+            for path, rows in ((answers_beside(shard), answers), (shard, table)):  # the labels make it complete
+                with atomic_write(output / path.name) as incomplete:
+                    pyarrow.parquet.write_table(rows, incomplete)
     return load_labels(output)
 
 
@@ -201,6 +215,10 @@ def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
     Args:
         known (`np.ndarray` of shape `(rows,)`): The label of each row; rows with NaN are left out.
     """
+    if labels.data.column("prompt_ids").null_count:
+        raise ValueError(
+            "`labels` come without the tokens of their prompts. Add them: `hf-selfjudge add-layer LABELS --prompts …`."
+        )
     rows = labels.select_columns(["prompt_ids", "answer_ids", "position", "substitute", "scalars"])
     answers: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for index in np.flatnonzero(~np.isnan(known)).tolist():

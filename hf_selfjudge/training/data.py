@@ -52,6 +52,8 @@ def features(labels: datasets.Dataset, known: np.ndarray, layer: int | None) -> 
             f"The labels have hidden states of layer {mined}, the judge looks at layer {layer} (None: the last ones). "
             "Leave out `model`: then the judge is made for the labels."
         )
+    if labels.data.column(STATES[0]).null_count:
+        raise ValueError("`labels` have no hidden states. Add them: `hf-selfjudge add-layer LABELS --layer …`.")
     keep = np.flatnonzero(~np.isnan(known))
     rows = labels.select(keep).with_format("numpy")
     return StackDataset(

@@ -34,6 +34,15 @@ def test_add_layer(succeed, fail, mined, tmp_path):
     assert "`layer` must be above 0 and below 2" in message
 
 
+def test_compact(succeed, fail, mined, prompts_file, tmp_path):
+    out = succeed("compact", mined / "labels", "--output", tmp_path / "small")
+    assert f"{len(load_labels(mined / 'labels'))} substitutions in {tmp_path / 'small'}, 0." in out
+    again = ("add-layer", tmp_path / "small", "--layer", 1, "--output", tmp_path / "again")
+    assert "the labels come without the tokens of their prompts" in fail(*again)
+    succeed(*again, "--prompts", prompts_file)
+    assert load_labels(tmp_path / "again")["prompt_ids"][:] == load_labels(mined / "labels")["prompt_ids"][:]
+
+
 def test_mining_along_judged_text(succeed, judge, pair_folders, prompts_file, tmp_path):
     out = succeed(
         *("mine", "--pair", pair_folders, "--prompts", prompts_file, "--limit", 3, "--output", tmp_path / "on"),

@@ -1,0 +1,82 @@
+"""In: a folder of labels. Out: the same labels without hidden states and without the prompts' tokens, small enough for
+a repository. Prompts are found again by their ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..data.prompts import Prompt, encode
+from ..judge.features import STATES
+from ..utils.files import atomic_write
+from .label_files import answers_beside, load_labels, read_mining, shards_of
+
+
+PROMPT = "prompt_ids"
+
+
+def compact_labels(folder: str | os.PathLike, output: str | os.PathLike) -> datasets.Dataset:
+    """
+    Write labels again without [`STATES`] and without the tokens of prompts, which may be long and belong to others.
+    Files that are there are kept, so that new shards can be added. [`add_layer_states`] adds both again.
+
+    Args:
+        folder (`str`): Labels that [`mine`] wrote.
+
+    Returns:
+        `datasets.Dataset`: what [`load_labels`] returns for `output`.
+
+    Raises:
+        FileNotFoundError: If `folder` has no labels.
+        ValueError: If `output` is `folder`, or holds labels that were mined in another way.
+    """
+    folder, output = Path(folder), Path(output)
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"`output` is the folder of the labels, {folder}. Choose another one.")
+    record = read_mining(folder)
+    if (output / "mining.json").is_file() and read_mining(output) != record:
+        raise ValueError(f"`output`: {output} has labels that were mined in another way. Choose another folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "mining.json", output / "mining.json")
+    for shard in shards_of(folder):
+        if (output / shard.name).is_file():
+            continue
+        shutil.copyfile(shard.with_suffix(".json"), output / shard.with_suffix(".json").name)
+        for path, columns in ((answers_beside(shard), [PROMPT]), (shard, STATES)):  # the labels make it complete
+            table = pyarrow.parquet.read_table(path)
+            for name in columns:
+                place = table.column_names.index(name)
+                table = table.set_column(place, name, pyarrow.nulls(len(table), table.schema.field(name).type))
+            with atomic_write(output / path.name) as incomplete:
+                pyarrow.parquet.write_table(table, incomplete, compression="zstd", compression_level=19)
+    return load_labels(output)
+
+
+def with_prompts(
+    answers: pyarrow.Table, prompts: Sequence[Prompt] | None, tokenizer: PreTrainedTokenizerBase
+) -> pyarrow.Table:
+    """
+    Answers ([`ANSWER_FEATURES`](label_files.py)) with the tokens of their prompts, which are found by their ids.
+
+    Raises:
+        ValueError: If the tokens are missing, and so is a prompt.
+    """
+    if not answers[PROMPT].null_count:
+        return answers
+    known = {prompt.id: prompt for prompt in prompts or ()}
+    ids = answers["prompt_id"].to_pylist()
+    if missing := [each for each in ids if each not in known]:
+        raise ValueError(
+            f"`prompts`: the labels come without the tokens of their prompts, and {len(missing)} of these are not "
+            f"given, the first of them {missing[0]!r}. Give the file that they were mined on."
+        )
+    tokens = [encode(tokenizer, known[each].conversation, None, 0, known[each].tools)[0].tolist() for each in ids]
+    column = pyarrow.array(tokens, type=answers.schema.field(PROMPT).type)
+    return answers.set_column(answers.column_names.index(PROMPT), PROMPT, column)
