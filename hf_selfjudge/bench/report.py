@@ -24,7 +24,9 @@ from .summary import RETENTION_LEVELS, UNCHANGED_LEVELS
 from .tradeoff import BASE
 
 
-RELATIVE = ("unchanged", "same", "agreement", "similarity", "length")  # measures against the lossless answer
+# Measures against the lossless answer.
+RELATIVE = ("unchanged", "lost", "gained", "same", "agreement", "similarity", "length")
+NEAR = 1.1  # ratio of speeds, up to which two settings are shown beside each other
 
 
 def write_results(folder: Path, mode: str, results: dict, prompts_name: str, left_out: Sequence[str] = ()) -> str:
@@ -73,7 +75,8 @@ def quality_tables(quality: dict) -> str:
         _table(in_category, [(row["setting"], *map(_values, row["by_category"].values())) for row in rows]),
         _table(measures, [(row["setting"], *row["measures"].values()) for row in rows]),
         *_comparisons("retention", quality["comparisons"], RETENTION_LEVELS),
-        *_comparisons("unchanged numbers", quality["comparisons_unchanged"], UNCHANGED_LEVELS),
+        *_comparisons("unchanged final answers", quality["comparisons_unchanged"], UNCHANGED_LEVELS),
+        *_paired(quality["paired"]),
         _table(
             separation,
             [
@@ -119,6 +122,17 @@ def _comparisons(measure: str, comparisons: Sequence[dict], levels: Sequence[flo
     return [_table(columns, rows)] if rows else []
 
 
+def _paired(rows: Sequence[dict]) -> list[str]:
+    """A table of [`paired_differences`] of settings that are about equally fast; empty if there are none."""
+    measures = [name for name in ("unchanged", "task") if rows and name in rows[0]]
+    columns = {"prompt by prompt": "", "tokens a round, ratio": ".2f"} | {
+        f"{name}, difference": ".3f" for name in measures
+    }
+    near = [row for row in rows if row["speed"] and 1 / NEAR <= row["speed"][0] <= NEAR]
+    cells = [(f"{row['first']} and {row['second']}", row["speed"], *(row[name] for name in measures)) for row in near]
+    return [_table(columns, cells)] if measures and cells else []
+
+
 def _table(columns: dict[str, str], rows: Sequence[Sequence]) -> str:
     """A table in Markdown. `columns` maps each heading to the format of its numbers; `rows` hold text, numbers,
     intervals, and `None` for a dash."""
@@ -134,13 +148,14 @@ def _values(category: dict) -> str:
 
 
 def plot_tradeoff(quality: dict, path: Path) -> None:
-    """Draw speed against retention and, if prompts ask for numbers, against unchanged numbers, from
+    """Draw speed against retention and, if prompts have final answers, against unchanged ones, from
     [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
     rows = [row for row in quality["settings"] if row["speed"] and row["retention"]]
     panels = {"retention (lossless = 1)": [(row["retention"], row["speed"]) for row in rows]}
-    if rows[0]["numbers"]:
-        numbers = [row["numbers"] for row in rows]
-        panels["final numbers unchanged"] = [(row["unchanged"], row["speed"]) for row in numbers]
+    if rows[0]["final_answers"]:
+        panels["final answers unchanged"] = [
+            (row["final_answers"]["unchanged"], row["final_answers"]["speed"]) for row in rows
+        ]
     judged = {row["family"]: row["rule"] == "judge" for row in rows if FAMILIES[row["rule"]].defaults}
     figure = Figure(figsize=(8 * len(panels), 5.5))
     for axis, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

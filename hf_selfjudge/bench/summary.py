@@ -24,12 +24,12 @@ from ..scoring.statistics import Interval, risk_bound
 from ..utils.files import JsonlLog
 from .answers import AnswerRecord, accepted_share
 from .methods import FAMILIES, Method
-from .tradeoff import BASE, Grid, compare_rules, separation
+from .tradeoff import BASE, Grid, compare_rules, paired_differences, separation
 
 
 # Retention of a category is measured by the first of these that applies. Ordered by what `separation` shows.
 RETENTION = ("task", "same", "agreement")
-# Shares of retention, and of unchanged final numbers, at which rules are compared.
+# Shares of retention, and of unchanged final answers, at which rules are compared.
 RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
 UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
 # What says whether an answer still says what the lossless one says: the first of these that is known of any answer.
@@ -110,6 +110,9 @@ def grid_of(
                 if value is not None:
                     scores.setdefault(name, np.full(shape, np.nan))[row, column] = value
     names, curves = [method.name for method in methods], [method.curve for method in methods]
+    if "task" in scores:
+        more = scores["task"] - scores["task"][names.index(BASE)]
+        scores |= {"lost": np.clip(-more, 0, None), "gained": np.clip(more, 0, None)}
     return Grid(names, curves, np.array([prompt.category for prompt in prompts]), tokens, rounds, scores)
 
 
@@ -118,16 +121,17 @@ def summarise_quality(
 ) -> dict:
     """
     Summarise a bench in mode quality: `settings` (a row for each method), `categories`, `separation` of the measures,
-    and `comparisons` of each judge with every other rule at equal retention. If prompts ask for numbers,
-    `comparisons_unchanged` compares them at equal shares of unchanged numbers, among prompts whose lossless answer has
-    a number; `numbers` in a row are that share and the speed there. `changes` says for how many answers, and `by`
-    which of `CHANGES`, it is known whether they say the same as the lossless ones; `changed` in a row is the share of
-    them that does not. `judges` maps each judge's curve to its fingerprint.
+    `comparisons` of each judge with every other rule at equal retention, and `paired`, each setting of a judge with
+    each of another rule ([`paired_differences`]). If prompts have final answers, `comparisons_unchanged` compares
+    rules at equal shares of unchanged ones, among prompts whose lossless answer has one; `final_answers` in a row are
+    that share and the speed there. `changes` says for how many answers, and `by` which of `CHANGES`, it is known
+    whether they say the same as the lossless ones; `changed` in a row is the share of them that does not. `judges`
+    maps each judge's curve to its fingerprint.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
-    numbers = grid.known("unchanged") if "unchanged" in grid.scores else None
-    of_numbers = {} if numbers is None else {"unchanged": numbers.mean("unchanged"), "speed": numbers.speed()}
+    ending = grid.known("unchanged") if "unchanged" in grid.scores else None
+    of_ending = {} if ending is None else {"unchanged": ending.mean("unchanged"), "speed": ending.speed()}
     means = {measure: grid.mean(measure) for measure in grid.scores}
     by = next((name for name in CHANGES if name in grid.scores and len(grid.known(name).categories)), None)
     changed = {} if by is None else {"changed": 1 - means[by]}
@@ -140,7 +144,7 @@ def summarise_quality(
             **_row(method, [record for record in records if record.method == method.name], judges),
             **_intervals({"tokens_per_round": rate, "speed": speed, "retention": retention}, i),
             "measures": _intervals(means, i),
-            "numbers": _intervals(of_numbers, i) or None,
+            "final_answers": _intervals(of_ending, i) or None,
             **_intervals(changed, i),
             "by_category": {name: _intervals(samples, i) for name, samples in in_category.items()},
         }
@@ -163,7 +167,12 @@ def summarise_quality(
         "separation": separation(grid, [method.name for method in controls]),
         "comparisons": [compare_rules(grid, retention, RETENTION_LEVELS, *two) for two in compared],
         "comparisons_unchanged": [
-            compare_rules(numbers, of_numbers["unchanged"], UNCHANGED_LEVELS, *two) for two in compared if of_numbers
+            compare_rules(ending, of_ending["unchanged"], UNCHANGED_LEVELS, *two) for two in compared if of_ending
+        ],
+        "paired": [
+            paired_differences(grid, first.name, second.name)
+            for first, second in product(methods, methods)
+            if (first.curve, second.curve) in compared
         ],
         "judges": {curve: fingerprint(judges[curves[curve].judge]) for curve in own},
     }

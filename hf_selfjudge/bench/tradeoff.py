@@ -167,6 +167,20 @@ def compare_rules(grid: Grid, kept: np.ndarray, levels: Sequence[float], first: 
     }
 
 
+def paired_differences(grid: Grid, first: str, second: str) -> dict:
+    """
+    Compare two methods prompt by prompt.
+
+    Returns:
+        `dict`: `speed`, tokens a round of the first divided by those of the second, and the differences in
+        `unchanged` and `task`, the first minus the second, where they are known; each an [`Interval`].
+    """
+    one, other = grid.methods.index(first), grid.methods.index(second)
+    speed, means = grid.speed(), {name: grid.mean(name) for name in ("unchanged", "task") if name in grid.scores}
+    differences = {name: Interval.of(mean[:, one] - mean[:, other]) for name, mean in means.items()}
+    return {"first": first, "second": second, "speed": Interval.of(speed[:, one] / speed[:, other]), **differences}
+
+
 def separation(grid: Grid, others: Sequence[str]) -> list[dict]:
     """How far each measure separates the lossless answers from those of other methods (a coin, the draft): the mean
     difference, lossless first, as an [`Interval`], and the same in standard deviations of the lossless answers'

@@ -168,6 +168,12 @@ def test_rules_are_compared_at_equal_shares_of_unchanged_numbers_too(tmp_path, m
     # Of the margin, which keeps half of them at twice the speed, a mixture with lossless decoding.
     assert [value[0] for value in unchanged["speed_ratio"].values()] == pytest.approx([1.9, 1.8, 1.6, 1.4])
     assert "| judge (1) ÷ margin (1) | 1.90 [" in quality_tables(found)
+    (pair,) = found["paired"]  # the margin is faster on prompts without final answers
+    assert (pair["first"], pair["second"], pair["unchanged"][0]) == ("judge=0.5", "margin=1", 0.5)
+    assert pair["speed"][0] == pytest.approx(12 / 30)
+    assert "prompt by prompt" not in quality_tables(found)
+    pair["speed"] = [1.05, 1.0, 1.1]
+    assert "| judge=0.5 and margin=1 | 1.05 [1.00, 1.10] | 0.500 [" in quality_tables(found)
     drawn, draw = [], Axes.errorbar
 
     def watched(axis, x, y, **options):
@@ -182,12 +188,12 @@ def test_rules_are_compared_at_equal_shares_of_unchanged_numbers_too(tmp_path, m
     assert drawn[3][1:] == pytest.approx((1, 1, 1, 2))
     alone = grid_of_methods(methods[:1], made.categories, rounds[:1], {name: row[:1] for name, row in scores.items()})
     found = summarise_quality(alone, records[:1], methods[:1], {})
-    assert found["settings"][0]["numbers"] == {"unchanged": (1, 1, 1), "speed": (1, 1, 1)}
+    assert found["settings"][0]["final_answers"] == {"unchanged": (1, 1, 1), "speed": (1, 1, 1)}
     assert found["comparisons_unchanged"] == []
     del made.scores["unchanged"]
     found = summarise_quality(made, records, methods, judges)
     assert found["comparisons_unchanged"] == []
-    assert "unchanged numbers" not in quality_tables(found)
+    assert "unchanged final answers" not in quality_tables(found)
     drawn.clear()
     plot_tradeoff(found, tmp_path / "one.png")
     assert len(drawn) == 2

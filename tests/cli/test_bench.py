@@ -42,7 +42,7 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     assert {(row["first"], row["second"]) for row in quality["comparisons"]} == {
         ("judge:j", "margin"), ("judge:j", "coin"), ("judge:j", "coin like judge:j"),
     }  # fmt: skip
-    assert (rows["lossless"]["numbers"] is None) == ("unchanged" not in rows["lossless"]["measures"])
+    assert (rows["lossless"]["final_answers"] is None) == ("unchanged" not in rows["lossless"]["measures"])
     tables = (tmp_path / "b" / "quality-results.md").read_text()
     assert "answers of at most 24 tokens to 6 prompts of questions.jsonl" in tables
     assert "| coin like judge:j=0.3 |" in tables
