@@ -52,6 +52,17 @@ def test_judges():
         parse_methods(["judge=0.12345678,0.12345679"], shipped="s")
 
 
+def test_draft_lengths():
+    assert names("lossless@16", "margin=0.5,1@auto", "stock@default", "stock@3", "ensemble=0.5@2") == [
+        "lossless", "lossless@16", "margin=0.5@auto", "margin=1@auto", "stock@default", "stock@3", "ensemble=0.5@2",
+    ]  # fmt: skip
+    _, judge, coin = parse_methods(["judge:a@b/c=0.03/token@8", "coin"])
+    assert (judge.name, judge.curve, judge.judge, judge.length) == ("judge:c=0.03/token@8", "judge:c@8", "a@b/c", 8)
+    assert (coin.name, coin.length) == ("coin like judge:c=0.03/token@8", 8)
+    assert parse_methods(["judge@4"], shipped="s")[1] == Method("judge", (), "s", length=4)
+    assert [method.curve for method in parse_methods(["margin=1", "margin=1@4"])] == ["lossless", "margin", "margin@4"]
+
+
 def test_coins_like_judges():
     methods = parse_methods(["coin", "coin=0.5", "judge:j=0.1,0.2"])
     assert [method.name for method in methods][-2:] == ["coin like judge:j=0.1", "coin like judge:j=0.2"]
@@ -77,6 +88,11 @@ def test_coins_like_judges():
         ("judge:f=", "`rule` must be"),
         ("judge=0.3", "no judge is shipped"),
         ("coin", "no judge is compared"),
+        ("greedy@4", "`rule` 'greedy@4': greedy decodes without drafts. Leave out @4"),
+        ("stock@auto", "stock drafts a number of tokens, 1 or more, or 'default', got @auto"),
+        ("lossless@default", "lossless drafts a number of tokens, 1 or more, or 'auto', got @default"),
+        ("margin=1@0", "margin drafts a number of tokens, 1 or more, or 'auto', got @0"),
+        ("margin=1@x", "could not convert"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, message):

@@ -215,6 +215,29 @@ def test_timing(pair, tmp_path):
     assert second == [*first[1:], first[0]]
 
 
+@pytest.mark.parametrize("mode", ["quality", "timing"])
+def test_rules_have_draft_lengths_of_their_own(pair, tmp_path, mode):
+    config = replace(CONFIG, mode=mode, draft_length=5)
+    rules = ["lossless@1", "lossless@8", "stock", "stock@2", "stock@default"]
+    _, _, records = bench(pair, tmp_path, rules, config)
+    of = {name: [record for record in records if record.method == name] for name in ("lossless", *rules)}
+    assert len({tuple(record.tokens) for records in zip(*of.values(), strict=True) for record in records}) == len(
+        PROMPTS
+    )
+    longest = {name: max(max(record.lengths) for record in records) for name, records in of.items()}
+    assert {name: longest[name] for name in ("lossless", "lossless@1", "lossless@8")} == {
+        "lossless": 6, "lossless@1": 2, "lossless@8": 9,
+    }  # fmt: skip
+    assert (longest["stock"], longest["stock@2"]) == (6, 3)
+    assert pair.draft.generation_config.num_assistant_tokens is None
+
+
+def test_a_length_by_the_clock_needs_the_clock(pair, tmp_path):
+    with pytest.raises(ValueError, match="`rule` 'lossless@auto': 'auto' goes by the clock"):
+        bench(pair, tmp_path, ["lossless@auto"])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_timing_may_let_the_clock_choose(pair, tmp_path):
     config = BenchConfig("timing", max_new_tokens=24, draft_length="auto")
     _, _, records = bench(pair, tmp_path, ["stock"], config)
