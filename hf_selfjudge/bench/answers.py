@@ -20,7 +20,7 @@ from ..decoding.rules import JudgeRule
 from ..decoding.stats import Stats
 from ..forward.branches import Keys
 from ..models.load import fingerprint
-from ..models.pair import fixed_lengths
+from ..models.pair import with_lengths
 from ..models.tokens import eos_tokens, greedy, until_eos
 from .methods import Method
 
@@ -165,8 +165,7 @@ def decode_answer(
             options.prompt_lookup_num_tokens = 5 if draft_length == "auto" else draft_length
         else:
             drafts = {"assistant_model": models[0]}
-            if draft_length != "default":
-                models[0].generation_config = fixed_lengths(models[0].generation_config, draft_length)
+            models[0].generation_config = with_lengths(models[0].generation_config, draft_length)
     if family == "ensemble":
         (options.assistant_ensemble_weight,) = job.method.arguments
     model = models[0] if family == "draft" else target

@@ -162,6 +162,8 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
         raise ValueError(
             f"`rule` {text!r}: no judge is shipped for this `pair` and kind of draft. Name one: judge:FOLDER=0.3."
         )
+    if lookup and length == "default":
+        raise ValueError(f"`rule` {text!r}: prompt lookup has no default length. Give a number.")
     if lookup and family.needs_draft:
         raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
     length = int(length) if length is not None and length.isdecimal() else length
@@ -170,6 +172,8 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     if length == 0 or length == ("auto" if family.rule is None else "default"):
         other = "'default'" if family.rule is None else "'auto'"
         raise ValueError(f"`rule` {text!r}: {name} drafts a number of tokens, 1 or more, or {other}, got @{length}.")
+    if length is None and not judged and "@" in text:
+        raise ValueError(f"`rule` {text!r}: @ is followed by the length of drafts: a number, 'auto' or 'default'.")
     for part in values.split(","):
         try:
             if judged:

@@ -32,7 +32,7 @@ RETENTION = ("task", "same", "agreement")
 # Shares of retention, and of unchanged final answers, at which rules are compared.
 RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
 UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
-# What says whether an answer still says what the lossless one says: the first of these that is known of any answer.
+# What says whether an answer still says what the lossless one says: the one of these that is known of more answers.
 CHANGES = ("unchanged", "same")
 # Shares of changed answers for which [`operating_points`] looks for thresholds.
 RISKS = (0.05, 0.1, 0.2)
@@ -124,17 +124,26 @@ def summarise_quality(
     `comparisons` of each judge with every other rule at equal retention, and `paired`, each setting of a judge with
     each of another rule ([`paired_differences`]). If prompts have final answers, `comparisons_unchanged` compares
     rules at equal shares of unchanged ones, among prompts whose lossless answer has one; `final_answers` in a row are
-    that share and the speed there. `changes` says for how many answers, and `by` which of `CHANGES`, it is known
-    whether they say the same as the lossless ones; `changed` in a row is the share of them that does not. `judges`
-    maps each judge's curve to its fingerprint.
+    that share and the speed there. `changes` says of how many `answers`, and `by` which of `CHANGES`, it is known
+    whether they say the same as the lossless ones; in a row it is the share `changed` of them, and the speed there.
+    `judges` maps the curve of each judge that decoded with the draft length of the bench to its fingerprint.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
-    ending = grid.known("unchanged") if "unchanged" in grid.scores else None
-    of_ending = {} if ending is None else {"unchanged": ending.mean("unchanged"), "speed": ending.speed()}
     means = {measure: grid.mean(measure) for measure in grid.scores}
-    by = next((name for name in CHANGES if name in grid.scores and len(grid.known(name).categories)), None)
-    changed = {} if by is None else {"changed": 1 - means[by]}
+    known = {name: grid.known(name) for name in CHANGES if name in grid.scores}
+    by = max(known, key=lambda name: len(known[name].categories), default=None)
+    ending = known.get("unchanged")
+    of_ending = {} if ending is None else {"unchanged": ending.mean("unchanged"), "speed": ending.speed()}
+    if by is not None and (answers := len(known[by].categories)):
+        changes = {"by": by, "answers": answers}
+        of_changes = {
+            "changed": 1 - known[by].mean(by),
+            "speed": known[by].speed(),
+            "tokens_per_round": known[by].ratio(known[by].tokens, known[by].rounds),
+        }
+    else:
+        changes, of_changes = None, {}
     categories = sorted(set(grid.categories))
     in_category = {
         name: {"speed": grid.speed(name), "retention": grid.retention(preference, name)} for name in categories
@@ -145,7 +154,7 @@ def summarise_quality(
             **_intervals({"tokens_per_round": rate, "speed": speed, "retention": retention}, i),
             "measures": _intervals(means, i),
             "final_answers": _intervals(of_ending, i) or None,
-            **_intervals(changed, i),
+            "changes": _intervals(of_changes, i) or None,
             "by_category": {name: _intervals(samples, i) for name, samples in in_category.items()},
         }
         for i, method in enumerate(methods)
@@ -163,7 +172,7 @@ def summarise_quality(
             for name in categories
         },
         "settings": rows,
-        "changes": None if by is None else {"by": by, "answers": len(grid.known(by).categories)},
+        "changes": changes,
         "separation": separation(grid, [method.name for method in controls]),
         "comparisons": [compare_rules(grid, retention, RETENTION_LEVELS, *two) for two in compared],
         "comparisons_unchanged": [
@@ -174,7 +183,9 @@ def summarise_quality(
             for first, second in product(methods, methods)
             if (first.curve, second.curve) in compared
         ],
-        "judges": {curve: fingerprint(judges[curves[curve].judge]) for curve in own},
+        "judges": {
+            curve: fingerprint(judges[method.judge]) for curve in own if (method := curves[curve]).length is None
+        },
     }
 
 
@@ -201,43 +212,48 @@ def _row(method: Method, records: Sequence[AnswerRecord], judges: Mapping[str, J
     }
 
 
-def operating_points(quality: dict, family: str, risks: Sequence[float] = RISKS) -> dict[str, dict]:
+def fastest_within(quality: dict, family: str, risk: float) -> dict | None:
     """
-    For each risk the fastest measured threshold of a judge that changes at most this share of the answers, as
-    [`risk_bound`] finds it. A threshold is assumed to change no less than those that were slower. A name is only
-    given to a threshold that is faster than the last one with a name, and than lossless decoding, each outside of the
-    other's interval.
+    The row of the fastest measured threshold of a judge that changes at most the share `risk` of the answers, by
+    [`risk_bound`]; `None` if there is none. A threshold is taken to change no less than those that were slower.
 
     Args:
         quality (`dict`): From [`summarise_quality`].
         family (`str`): The judge's curve in it.
-        risks (`Sequence[float]`): In (0, 1).
-
-    Returns:
-        `dict[str, dict]`: By name (`changes_5` for a risk of 0.05) `threshold`, `risk`, and what was measured there:
-        `changed`, `speed`, `tokens_per_round` (each an [`Interval`]) and `accepted_share`.
 
     Raises:
         ValueError: If it is not known of any answer whether it was changed.
     """
-    if quality.get("changes") is None:  # none in files of earlier versions
+    if quality.get("changes") is None:  # files of earlier versions have none
         raise ValueError(
             "`bench`: no answer has a result that could be compared with that of the lossless one. Use prompts with a "
             "final answer, or ask the target: `hf-selfjudge bench --ask`."
         )
     rows = [row for row in quality["settings"] if row["family"] == family]
-    rows.sort(key=lambda row: row["speed"][0])
-    answers, points = quality["changes"]["answers"], {}
-    bounds = np.maximum.accumulate([risk_bound(row["changed"][0], answers) for row in rows])
-    before = (1.0, 1.0, 1.0)  # the speed of lossless decoding
+    rows.sort(key=lambda row: row["changes"]["speed"][0])
+    answers = quality["changes"]["answers"]
+    bounds = np.maximum.accumulate([risk_bound(row["changes"]["changed"][0], answers) for row in rows])
+    # A bound that equals the risk may exceed it by rounding.
+    able = [row for row, bound in zip(rows, bounds, strict=True) if bound <= risk + 1e-9]
+    return able[-1] if able else None
+
+
+def operating_points(quality: dict, family: str, risks: Sequence[float] = RISKS) -> dict[str, dict]:
+    """
+    Names for the thresholds that [`fastest_within`] finds for each of `risks`. A threshold only gets one if it is
+    faster than the last one with a name, and than lossless decoding, each outside of the other's interval.
+
+    Returns:
+        `dict[str, dict]`: By name (`changes_5` for a risk of 0.05) `threshold`, `risk`, and what was measured there:
+        `changed`, `speed`, `tokens_per_round` (each an [`Interval`]) and `accepted_share`.
+    """
+    points, before = {}, (1.0, 1.0, 1.0)  # the speed of lossless decoding
     for risk in sorted(risks):
-        # A bound that equals the risk may exceed it by rounding.
-        able = [row for row, bound in zip(rows, bounds, strict=True) if bound <= risk + 1e-9]
-        if able and able[-1]["speed"][1] > before[0] and able[-1]["speed"][0] > before[2]:
-            measured = {key: able[-1][key] for key in ("changed", "speed", "tokens_per_round", "accepted_share")}
+        row = fastest_within(quality, family, risk)
+        if row is not None and (speed := row["changes"]["speed"])[1] > before[0] and speed[0] > before[2]:
             name = f"changes_{100 * risk:g}".replace(".", "_")
-            points[name] = {"threshold": able[-1]["threshold"], "risk": risk, **measured}
-            before = able[-1]["speed"]
+            measured = {"risk": risk, **row["changes"], "accepted_share": row["accepted_share"]}
+            points[name], before = {"threshold": row["threshold"], **measured}, speed
     return points
 
 

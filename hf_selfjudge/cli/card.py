@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..bench.summary import RISKS, operating_points
+from ..bench.summary import RISKS, fastest_within, operating_points
 from ..hub.results import add_results, family_in, read_quality
 from ..judge.card import write_card
 from ..judge.judge import Judge
@@ -32,17 +32,19 @@ def calibrate_command(
     judge = Judge.from_pretrained(folder)
     quality = read_quality(bench)
     family = family_in(quality, fingerprint(judge), bench)
-    points = operating_points(quality, family, risk or RISKS)
-    count, found = quality["changes"]["answers"], [point["risk"] for point in points.values()]
-    missing = [each for each in sorted(risk or RISKS) if each not in found]
-    if missing and (risk or not points):
-        needed = math.ceil(1 / missing[-1]) - 1
+    count = (quality.get("changes") or {"answers": 0})["answers"]
+    possible = [each for each in sorted(risk or RISKS) if fastest_within(quality, family, each) is not None]
+    points = operating_points(quality, family, possible)
+    if too_low := [each for each in sorted(risk or RISKS) if each not in possible and (risk or not points)]:
+        needed = math.ceil(1 / too_low[0]) - 1
         raise ValueError(
-            f"`risk` {missing[-1]:g}: with {count} answers, no threshold in {bench} can be promised to change so few "
-            "of them and is faster than the more careful ones. "
-            + (f"At least {needed} answers are needed. " if count < needed else "")
-            + "Measure more prompts or lower thresholds, or allow a higher risk."
+            f"`risk` {too_low[0]:g}: no threshold in {bench} changed so few of {count} answers that this can be "
+            "promised. "
+            + (f"At least {needed} answers are needed. " if count < needed else "Measure lower thresholds. ")
+            + "Or allow a higher risk."
         )
+    if not points:
+        raise ValueError(f"`bench`: no threshold in {bench} was measured to be faster than lossless decoding.")
     calibration = {key: quality[key] for key in ("prompts", "categories", "heading", "changes")}
     judge.info = replace(
         judge.info,
@@ -58,9 +60,9 @@ def calibrate_command(
             f"{name}: threshold {point['threshold']}, {speed:.2f} times the tokens a round of lossless decoding; "
             f"changed {changed:.3f} of {count} answers."
         )
-    if missing:
-        shares = ", ".join(f"{each:.0%}" for each in missing)
-        say(f"Without a threshold of their own, because none is careful or fast enough: {shares} of the answers.")
+    named = [point["risk"] for point in points.values()]
+    if unnamed := ", ".join(f"{each:g}" for each in sorted(risk or RISKS) if each not in named):
+        say(f"No threshold is both careful enough for these risks and faster than a more careful one: {unnamed}.")
 
 
 def card_command(

@@ -202,7 +202,28 @@ def _check(row: dict, references: list[str]) -> str:
         raise ValueError(f"`check` {check!r} needs `{needed}`, which the row lacks.")
     if check == "tests" and _only_defines(row["tests"]):
         raise ValueError("`tests` only define something: any answer would pass. Call it, as in check(f).")
+    if check == "call" and (wrong := [reference for reference in references if not _is_call(reference)]):
+        raise ValueError(
+            'a `reference` of a call must be JSON: {"name": …, "arguments": {…}}, or a list with '
+            f'{{"NAME": {{"ARGUMENT": [allowed values]}}}} for each call; found {wrong[0]!r:.200}.'
+        )
     return check
+
+
+def _is_call(reference: str) -> bool:
+    """Whether a reference is a call in JSON, or a list of the allowed values of calls."""
+    try:
+        found = json.loads(reference)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(found, dict):
+        return isinstance(found.get("name"), str) and isinstance(found.get("arguments"), dict)
+    calls = [call for each in found for call in each.values()] if _all(found, dict) else [None]
+    return all(isinstance(call, dict) and _all([*call.values()], list) for call in calls)
+
+
+def _all(values: object, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def _tests(row: dict) -> str | None:

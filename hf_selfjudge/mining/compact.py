@@ -3,8 +3,9 @@ a repository. Prompts are found again by their ids."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import Prompt, encode
 from ..judge.features import STATES
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, read_json, write_json
 from .label_files import answers_beside, load_labels, read_mining, shards_of
 
 
 PROMPT = "prompt_ids"
+DIGEST = "prompts_digest"  # of the prompts' tokens, in the file of counts
 
 
 def compact_labels(folder: str | os.PathLike, output: str | os.PathLike) -> datasets.Dataset:
@@ -44,11 +46,13 @@ def compact_labels(folder: str | os.PathLike, output: str | os.PathLike) -> data
     if (output / "mining.json").is_file() and read_mining(output) != record:
         raise ValueError(f"`output`: {output} has labels that were mined in another way. Choose another folder.")
     output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "mining.json", output / "mining.json")
+    write_json(output / "mining.json", record)
     for shard in shards_of(folder):
         if (output / shard.name).is_file():
             continue
-        shutil.copyfile(shard.with_suffix(".json"), output / shard.with_suffix(".json").name)
+        digest = _digest(pyarrow.parquet.read_table(answers_beside(shard), columns=[PROMPT]))
+        counts = output / shard.with_suffix(".json").name
+        write_json(counts, read_json(shard.with_suffix(".json")) | {DIGEST: digest})
         for path, columns in ((answers_beside(shard), [PROMPT]), (shard, STATES)):  # the labels make it complete
             table = pyarrow.parquet.read_table(path)
             for name in columns:
@@ -60,14 +64,16 @@ def compact_labels(folder: str | os.PathLike, output: str | os.PathLike) -> data
 
 
 def with_prompts(
-    answers: pyarrow.Table, prompts: Sequence[Prompt] | None, tokenizer: PreTrainedTokenizerBase
+    shard: Path, prompts: Sequence[Prompt] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> pyarrow.Table:
     """
-    Answers ([`ANSWER_FEATURES`](label_files.py)) with the tokens of their prompts, which are found by their ids.
+    The answers of a shard ([`ANSWER_FEATURES`](label_files.py)) with the tokens of their prompts. If these are
+    missing, the prompts are found by their ids.
 
     Raises:
-        ValueError: If the tokens are missing, and so is a prompt.
+        ValueError: If a prompt is missing, or its tokens are not those that the labels were mined on.
     """
+    answers = pyarrow.parquet.read_table(answers_beside(shard))
     if not answers[PROMPT].null_count:
         return answers
     known = {prompt.id: prompt for prompt in prompts or ()}
@@ -79,4 +85,15 @@ def with_prompts(
         )
     tokens = [encode(tokenizer, known[each].conversation, None, 0, known[each].tools)[0].tolist() for each in ids]
     column = pyarrow.array(tokens, type=answers.schema.field(PROMPT).type)
-    return answers.set_column(answers.column_names.index(PROMPT), PROMPT, column)
+    answers = answers.set_column(answers.column_names.index(PROMPT), PROMPT, column)
+    if _digest(answers) != read_json(shard.with_suffix(".json"))[DIGEST]:
+        raise ValueError(
+            f"`prompts` have the ids of those that {shard} was mined on, but other tokens. Give the same file, and "
+            "the same version of the tokenizer."
+        )
+    return answers
+
+
+def _digest(answers: pyarrow.Table) -> str:
+    """Of the tokens of all prompts."""
+    return hashlib.sha256(json.dumps(answers[PROMPT].to_pylist()).encode()).hexdigest()

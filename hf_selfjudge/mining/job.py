@@ -233,4 +233,5 @@ def counts_of(folder: str | os.PathLike) -> dict:
     """What was counted while mining, summed over the shards, and the ids of all prompts `left_out`."""
     shards = [read_json(shard.with_suffix(".json")) for shard in shards_of(folder)]
     left_out = [prompt_id for shard in shards for prompt_id in shard.pop("left_out")]
-    return {key: sum(shard[key] for shard in shards) for key in shards[0]} | {"left_out": left_out} if shards else {}
+    numbers = [key for key, value in shards[0].items() if isinstance(value, int | float)] if shards else []
+    return {key: sum(shard[key] for shard in shards) for key in numbers} | ({"left_out": left_out} if shards else {})

@@ -135,7 +135,7 @@ def add_layer_states(
             if (output / shard.name).is_file():
                 progress.advance(bar, len(table))
                 continue
-            answers = with_prompts(pyarrow.parquet.read_table(answers_beside(shard)), prompts, tokenizer)
+            answers = with_prompts(shard, prompts, tokenizer)
             labels = join_answers(datasets.Dataset(table), answers, record | {"source": str(folder)})
             states = _states(reader, labels, batch, partial(progress.advance, bar))
             if not np.isfinite(states).all():

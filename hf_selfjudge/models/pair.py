@@ -18,6 +18,8 @@ from .tokens import context_of, eos_tokens, special_tokens
 
 PAIRS = {"qwen2.5-coder": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct")}
 LOOKUP = "prompt lookup"  # instead of a draft's name
+# What a generation config says about the lengths of drafts.
+LENGTHS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 DRAFT_MODEL = "a draft model"  # the alternative to it
 
 
@@ -139,17 +141,17 @@ def load_draft(
         )
     draft = fit_vocabulary(draft, target.config.get_text_config().vocab_size)
     if draft_length is not None:
-        draft.generation_config = fixed_lengths(draft.generation_config, draft_length)
+        draft.generation_config = with_lengths(draft.generation_config, draft_length)
     return draft
 
 
-def fixed_lengths(config: GenerationConfig, draft_length: int | str) -> GenerationConfig:
-    """A copy of a draft's generation config with which each draft has this many tokens, whatever its confidence; 5 for
-    `"auto"`."""
+def with_lengths(config: GenerationConfig, draft_length: int | str) -> GenerationConfig:
+    """A copy of a draft's generation config with which each draft has this many tokens, whatever its confidence: 5 for
+    `"auto"`, and for `"default"` what transformers chooses."""
+    lengths = (5 if draft_length == "auto" else draft_length, "constant", 0.0)
     config = copy.deepcopy(config)
-    config.num_assistant_tokens = 5 if draft_length == "auto" else draft_length
-    config.num_assistant_tokens_schedule = "constant"
-    config.assistant_confidence_threshold = 0.0
+    for name, value in zip(LENGTHS, (None,) * 3 if draft_length == "default" else lengths, strict=True):
+        setattr(config, name, value)
     return config
 
 

@@ -11,6 +11,8 @@ import ast
 import json
 import re
 import string
+import unicodedata
+from collections import Counter
 from collections.abc import Hashable
 from fractions import Fraction
 
@@ -21,14 +23,27 @@ from .numbers import last_number
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # or an escaped character
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Marks of a final answer; one at the beginning of a line comes first.
+LINE = re.compile(
+    r"^[^\w\n]*(?:(?:the|my|final|correct|right|best) )*answer[^\w\n:]*:[\s*_]*", re.IGNORECASE | re.MULTILINE
+)
 COLON = re.compile(r"\banswer[\s*_`]*:[\s*_]*", re.IGNORECASE)
-VERB = re.compile(r"\b(?:answer|option|choice)[\s*_`]*\bis\b[\s*_:]*", re.IGNORECASE)
-COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\[()\[\]]")
+SUBJECT = r"(?:answer|option|choice|letter|argument|expression|statement)"
+VERB = re.compile(rf"\b{SUBJECT}[\s*_`]*\bis\b[\s*_:]*", re.IGNORECASE)
+NAMED = re.compile(r"(?:(?:the|correct|right|best|option|choice|letter|is)\b[\s:*_]*)+", re.IGNORECASE)  # Option B
+COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\[()]|\\[\[\]](?=\s|$)")
+ESCAPED = re.compile(r"\\([\[\]{}_])")
+FORMULA = re.compile(r"\\\(|\\\[\s|\\(?:boxed|text)")  # but `\[1, 2\]` is a list with escaped brackets
+MARKUP = re.compile(r"^[\s*_$`]+|[\s*_$`.]+$")
+FENCE = re.compile(r"`{3,}")
+BLOCK = re.compile(r"`{3,}\w*\n(.*?)\n?`{3,}", re.DOTALL)
 # An option of a question: a letter and its text, or a word after a dash.
 OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.):])[ \t]*(.+)$|^[ \t]*- (.+)$", re.MULTILINE)
-LETTER = re.compile(r"[(\[]?([A-Z])(?![\w'’])[)\]]?[.:,]?\s*")
+# A letter that is no word: alone, in brackets, or in front of a stop. Only A and I are words, too.
+LETTER = re.compile(r"[(\[]([A-Za-z])[)\]][.:,]?\s*|([A-Z])(?:[.:,)]\s*|$|(?<![AI])\s+)|([a-z])$")
+SEVERAL = re.compile(r"(?:and|or|&|/)\s*[(\[]?[A-Z]\b|[(\[]?[A-Z][)\]]?$")
 WORDS = ("yes", "no", "true", "false", "valid", "invalid")  # answers to questions without options
-LONGEST = 10_000  # characters of a value
+LONGEST = 10_000  # characters that are read
 LEFT_OUT = re.compile(r"[ ,./\-_*^()]")  # in strings of calls, as in the Berkeley function-calling leaderboard
 
 
@@ -49,23 +64,41 @@ def final_choice(text: str, question: str) -> str | None:
     Options are found in the question as lines that begin with `A.`, `A)`, `(A)` or `-`. The text of an option counts
     as its letter. `None` if several are named, or what is named is no option.
     """
-    line = _line(text)
-    if line is None:
+    if (whole := _line(text)) is None:
         return None
-    line = VERB.split(line)[-1].strip("'\"` ")  # Answer: the right option is B
-    found = OPTION.findall(question)
-    options = {one or other: _same_case(option) for one, other, option, word in found if not word}
-    if match := LETTER.match(line):
-        letter, rest = match[1], line[match.end() :]
-        others = [other for other, option in options.items() if option == _same_case(rest)]
-        several = re.match(r"(?:and|or|&|/)\s*[(\[]?[A-Z]\b", rest) or LETTER.fullmatch(rest)
-        wrong = several or (others and letter not in others) or (options and letter not in options)
+    options, words = _options(question)
+    line = NAMED.sub("", VERB.split(whole)[-1], count=1).strip("'\"`*_ ")  # without "the right option is"
+    for part in (whole, line):
+        if len(same := [letter for letter, option in options.items() if option == _same_case(part)]) == 1:
+            return same[0]
+    match = None if words else LETTER.match(line)
+    if match:
+        letter, rest = next(filter(None, match.groups())).upper(), line[match.end() :]
+        named = [other for other, option in options.items() if option == _same_case(rest)]
+        wrong = letter not in named if named else SEVERAL.match(rest) or (options and letter not in options)
         return None if wrong else letter
-    if len(letters := [letter for letter, option in options.items() if option == _same_case(line)]) == 1:
-        return letters[0]
-    words = [normalised(word) for *_, word in found if word] or ([] if options else WORDS)
-    said = normalised(line)
-    return next((word for word in words if word in (said, said.partition(" ")[0])), None)
+    said, known = normalised(line), words or ([] if options else WORDS)
+    found = {word for word in said.split() if word in known}
+    if said in known:
+        return said
+    first = said.partition(" ")[0]
+    if len(found) == 1 and "not" not in said.split():
+        return found.pop()
+    return first if first in known and not re.match(r"\w+ (?:or|and)\b", said) else None
+
+
+def _options(question: str) -> tuple[dict[str, str], list[str]]:
+    """The texts of a question's options by their letters, and its options that are words."""
+    options, words = {}, []
+    for one, other, option, word in OPTION.findall(question):
+        letter = one or other
+        if word:
+            words.append(normalised(word))
+        elif letter == "A":
+            options = {"A": _same_case(option)}  # the last list counts
+        elif options and letter == chr(ord("A") + len(options)):
+            options[letter] = _same_case(option)
+    return options, words
 
 
 def final_span(text: str) -> str | None:
@@ -78,24 +111,34 @@ def final_value(text: str) -> Hashable | None:
     tail = _tail(text)
     if tail is None:
         return None
-    block = re.match(r"`{3,}\w*\n(.*?)`{3,}", tail, re.DOTALL)
-    line = _line(text) or ""
-    for part in [block[1]] if block else [tail, line.strip("` "), line.strip("` ").removesuffix(".")]:
-        found = _literal(part.strip())
-        if found is not None:
+    first = tail.partition("\n")[0]
+    if block := BLOCK.match(tail):
+        parts = [block[1]]
+    else:
+        quoted = re.match(r"`([^`]+)`", first)
+        line = _line(text) or ""
+        unescaped = ESCAPED.sub(r"\1", line if FORMULA.search(first) else MARKUP.sub("", first))
+        parts = [*([quoted[1]] if quoted else ()), tail, unescaped, line.rpartition(" = ")[2]]
+    for part in parts:
+        if (found := _literal(part.strip().removesuffix("."))) is not None:
             return found
-    word = line.strip("` ")
-    return word if re.fullmatch(r"[^\s\[\](){}'\"]+", word) else None
+    word = MARKUP.sub("", parts[0] if block else line)
+    return word if re.fullmatch(r"[^\s\[\](){}'\"`\\]+", word) else None
 
 
 def final_call(text: str) -> Hashable | None:
     """The function call in the last block of an answer that has one in JSON, `{"name": …, "arguments": {…}}`; several
     calls in any order. As [`comparable`], without case, blanks and punctuation in strings."""
-    return frozenset(comparable([call["name"], call["arguments"]], plain) for call in calls_of(text)) or None
+    try:
+        calls = Counter(comparable([call["name"], call["arguments"]], plain) for call in calls_of(text))
+    except RecursionError:
+        return None
+    return frozenset(calls.items()) or None
 
 
 def calls_of(text: str) -> list[dict]:
     """The calls of [`final_call`], each with `name` (`str`) and `arguments` (`dict`)."""
+    text = text[-LONGEST:]
     for part in [*(block.code for block in reversed(blocks_of(text))), text]:
         if calls := [*_calls(part)]:
             return calls
@@ -108,25 +151,32 @@ def has_allowed_call(text: str, reference: str) -> bool:
     out."""
     if (right := final_call(reference)) is not None:
         return final_call(text) == right
-    left = [pair for each in json.loads(reference) for pair in each.items()]
-    for call in calls_of(text):
-        fits = (one for one in left if one[0] == call["name"] and _arguments_fit(call["arguments"], one[1]))
-        if (found := next(fits, None)) is None:
-            return False
-        left.remove(found)
-    return not left
+    return _all_allowed(calls_of(text), [pair for each in json.loads(reference) for pair in each.items()])
+
+
+def _all_allowed(calls: list[dict], allowed: list[tuple[str, dict]]) -> bool:
+    """Whether calls and allowed ones go together in pairs."""
+    if not calls or len(calls) != len(allowed):
+        return not calls and not allowed
+    return any(
+        name == calls[0]["name"]
+        and _arguments_fit(calls[0]["arguments"], values)
+        and _all_allowed(calls[1:], allowed[:place] + allowed[place + 1 :])
+        for place, (name, values) in enumerate(allowed)
+    )
 
 
 def normalised(text: str, keep_articles: bool = False) -> str:
     """Text without case, punctuation and articles, with single blanks (as in SQuAD,
     https://huggingface.co/papers/1606.05250). An article alone stays: it may be the letter A."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    text = "".join(c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
     without = [] if keep_articles else ARTICLES.sub(" ", text).split()
     return " ".join(without or text.split())
 
 
 def _same_case(text: str) -> str:
-    return " ".join(text.casefold().split())
+    """Text without case and final period, with single blanks."""
+    return " ".join(text.casefold().split()).removesuffix(".")
 
 
 def plain(text: str) -> str:
@@ -151,20 +201,24 @@ def comparable(value: object, of_text=str) -> Hashable:
 
 def _tail(text: str) -> str | None:
     """What follows the last mark of a final answer."""
-    for mark in (COLON, BOX, VERB):
+    text = text[-LONGEST:].replace("：", ":")
+    for mark in (LINE, COLON, BOX, VERB):
         if found := [*mark.finditer(text)]:
             return (_content(text, found[-1].end()) or "") if mark is BOX else text[found[-1].end() :].strip()
     return None
 
 
 def _line(text: str) -> str | None:
-    """The first line of [`_tail`], without markup."""
-    tail = _tail(text)
-    if tail is None:
+    """The first line of [`_tail`] that says something, without markup."""
+    if (tail := _tail(text)) is None:
         return None
-    box = BOX.search(tail.partition("\n")[0])
-    line = (_content(tail, box.end()) or "") if box else tail.partition("\n")[0]
-    return COMMAND.sub(r"\1", line).strip().strip("*_$").strip()
+    for line in tail.splitlines():
+        box = BOX.search(line)
+        said = (_content(line, box.end()) or "") if box else line
+        said = MARKUP.sub("", COMMAND.sub(r"\1", said))
+        if said and not FENCE.match(line.strip()):
+            return said
+    return ""
 
 
 def _content(text: str, start: int) -> str | None:
@@ -180,8 +234,7 @@ def _content(text: str, start: int) -> str | None:
 
 
 def _literal(text: str) -> Hashable | None:
-    if not text or len(text) > LONGEST:
-        return None
+    """A Python or JSON literal, as [`comparable`]; `None` if it is none."""
     for read in (ast.literal_eval, json.loads):
         try:
             value = comparable(read(text))
@@ -201,6 +254,8 @@ def _calls(text: str) -> list[dict]:
             value, end = None, place + 1
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             arguments = value.get("arguments", value.get("parameters"))
+            if "arguments" not in value and isinstance(arguments, dict) and "properties" in arguments:
+                arguments = None  # the schema of a function
             if isinstance(arguments, str):  # as the API of OpenAI writes them
                 try:
                     arguments = json.loads(arguments)
@@ -208,8 +263,10 @@ def _calls(text: str) -> list[dict]:
                     arguments = None
             if isinstance(arguments, dict):
                 calls.append({"name": value["name"], "arguments": arguments})
+            else:
+                end = place + 1  # the call may be inside
         elif isinstance(value, dict):
-            end = place + 1  # the call may be inside
+            end = place + 1
         place = text.find("{", end)
     return calls
 

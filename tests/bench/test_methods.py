@@ -63,6 +63,12 @@ def test_draft_lengths():
     assert [method.curve for method in parse_methods(["margin=1", "margin=1@4"])] == ["lossless", "margin", "margin@4"]
 
 
+def test_prompt_lookup_has_no_default_length():
+    assert names("stock@3", lookup=True)[1] == "stock@3"
+    with pytest.raises(ValueError, match="`rule` 'stock@default': prompt lookup has no default length"):
+        parse_methods(["stock@default"], lookup=True)
+
+
 def test_coins_like_judges():
     methods = parse_methods(["coin", "coin=0.5", "judge:j=0.1,0.2"])
     assert [method.name for method in methods][-2:] == ["coin like judge:j=0.1", "coin like judge:j=0.2"]
@@ -92,7 +98,7 @@ def test_coins_like_judges():
         ("stock@auto", "stock drafts a number of tokens, 1 or more, or 'default', got @auto"),
         ("lossless@default", "lossless drafts a number of tokens, 1 or more, or 'auto', got @default"),
         ("margin=1@0", "margin drafts a number of tokens, 1 or more, or 'auto', got @0"),
-        ("margin=1@x", "could not convert"),
+        ("margin=1@x", "`rule` 'margin=1@x': @ is followed by the length of drafts"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, message):

@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from hf_selfjudge.bench.answers import AnswerRecord
 from hf_selfjudge.bench.methods import Method
 from hf_selfjudge.bench.report import plot_tradeoff, quality_tables
-from hf_selfjudge.bench.summary import operating_points, summarise_quality
+from hf_selfjudge.bench.summary import fastest_within, operating_points, summarise_quality
 from hf_selfjudge.bench.tradeoff import Grid, area_between, compare_rules, falling, separation, speed_at
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.scoring.statistics import Interval, draws, risk_bound
@@ -226,10 +226,9 @@ def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
 
 
 def row(family, threshold, speed, changed):
-    return {
-        **{"setting": f"{family}={threshold}", "family": family, "threshold": threshold, "accepted_share": 0.5},
-        **{"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "changed": [changed] * 3},
-    }
+    measured = {"speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3, "changed": [changed] * 3}
+    of = {"setting": f"{family}={threshold}", "family": family, "threshold": threshold}
+    return of | {"accepted_share": 0.5, "changes": measured}
 
 
 def test_operating_points_are_the_fastest_that_change_few_answers():
@@ -240,11 +239,11 @@ def test_operating_points_are_the_fastest_that_change_few_answers():
     points = operating_points(found, "judge:j")
     # Of 199 answers 0.04 are 8; one more of 200 is 0.045. The faster one is not taken to change less.
     assert {name: point["threshold"] for name, point in points.items()} == {"changes_5": 0.2, "changes_20": 0.3}
-    assert points["changes_5"] == {
-        **{"threshold": 0.2, "risk": 0.05, "accepted_share": 0.5, "speed": [1.2] * 3},
-        **{"changed": [0.02] * 3, "tokens_per_round": [4.8] * 3},
-    }
+    assert points["changes_5"] == {"threshold": 0.2, "risk": 0.05, "accepted_share": 0.5, **lucky["changes"]}
     assert [*operating_points(found, "judge:j", [0.125, 0.044])] == ["changes_12_5"]  # 0.045 is more than 0.044
+    assert [*operating_points(found, "judge:j", [0.1, 0.05])] == ["changes_5"]  # one threshold has one name
+    assert fastest_within(found, "judge:j", 0.1)["threshold"] == 0.2
+    assert fastest_within(found, "judge:j", 0.044) is None
     assert operating_points(found, "judge:other") == {}
     with pytest.raises(ValueError, match="no answer has a result that could be compared"):
         operating_points(found | {"changes": None}, "judge:j")
@@ -254,9 +253,9 @@ def test_an_operating_point_that_is_hardly_faster_has_no_name():
     slow, fast = row("judge:j", 0.1, 1.1, 0), row("judge:j", 0.2, 1.2, 0.08)
     found = {"settings": [slow, fast], "changes": {"by": "unchanged", "answers": 199}}
     for interval, names in (([1.2, 1.05, 1.3], ["changes_5"]), ([1.2, 1.15, 1.3], ["changes_5", "changes_10"])):
-        fast["speed"] = interval
+        fast["changes"]["speed"] = interval
         assert [*operating_points(found, "judge:j")] == names
-    slow["speed"] = [1.1, 1.0, 1.25]  # not told from lossless decoding
+    slow["changes"]["speed"] = [1.1, 1.0, 1.25]  # not told from lossless decoding
     assert [*operating_points(found, "judge:j")] == ["changes_10"]
 
 
@@ -273,21 +272,31 @@ def test_the_promise_holds_for_new_answers():
 
 
 def test_what_says_that_an_answer_was_changed():
-    methods = [Method("lossless"), Method("judge", (Threshold(0.5),), "j")]
+    """What is known of more answers; speed is that on the prompts of these."""
+    methods = [Method("lossless"), Method("judge", (Threshold(0.5),), "j"), Method("judge", (0.5,), "j", length=9)]
     records = [AnswerRecord(method.name, "p", 0, None, [1], True, None, -1.0, [1], 1) for method in methods]
-    nothing, same = np.full((2, 4), np.nan), np.array([[1, 1, 1, 1], [1, 0.5, 0.2, 0.3]])
-    unchanged = np.array([[1, 1, np.nan, 1], [1, 0, np.nan, 1]])
-    for scores, changes, share in (
-        ({"unchanged": unchanged, "same": same}, {"by": "unchanged", "answers": 3}, 1 / 3),
-        ({"unchanged": nothing, "same": same}, {"by": "same", "answers": 4}, 0.5),
-        ({}, None, None),
+    rounds = np.array([[4.0] * 4, [2, 2, 1, 2], [2, 2, 1, 2]])
+    same = np.array([[1, 1, 1, 1], [1, 0.5, 0.2, 0.3], [1, 1, 1, 1]])
+    unchanged = np.array([[1, 1, np.nan, 1], [1, 0, np.nan, 1], [1, 1, np.nan, 1]])
+    none, one = np.full((3, 4), np.nan), np.where([True, False, False, False], same, np.nan)
+    for scores, changes, share, speed in (
+        ({"unchanged": unchanged}, {"by": "unchanged", "answers": 3}, 1 / 3, 2),
+        ({"unchanged": unchanged, "same": one}, {"by": "unchanged", "answers": 3}, 1 / 3, 2),
+        ({"unchanged": unchanged, "same": same}, {"by": "same", "answers": 4}, 0.5, 16 / 7),
+        ({"unchanged": none}, None, None, None),
+        ({}, None, None, None),
     ):
-        scores["agreement"] = np.ones((2, 4))
-        made = grid_of_methods(methods, np.array(["a"] * 4), np.ones((2, 4)), scores)
-        found = summarise_quality(made, records, methods, {"j": random_judge(build("llama"))})
+        scores["agreement"] = np.ones((3, 4))
+        made = grid_of_methods(methods, np.array(["a"] * 4), rounds, scores)
+        judges = {"j": random_judge(build("llama"))}
+        found = summarise_quality(made, records, methods, judges)
         assert found["changes"] == changes
-        if share is not None:
-            assert [row["changed"][0] for row in found["settings"]] == pytest.approx([0, share])
+        assert [*found["judges"]] == ["judge"]  # another draft length is another curve, and no operating point
+        judged = found["settings"][1]["changes"]
+        if changes is None:
+            assert judged is None
+        else:
+            assert (judged["changed"][0], judged["speed"][0]) == pytest.approx((share, speed))
 
 
 def test_a_measure_that_does_not_separate_has_an_interval_around_zero():

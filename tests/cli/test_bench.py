@@ -55,13 +55,13 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     other = copy.deepcopy(quality)
     other["changes"] = {"by": "same", "answers": 30}
     for row in other["settings"]:
-        row["changed"] = [0.05] * 3
-        row["speed"] = [2.0 if row["setting"].endswith("/token") else 1.5] * 3
+        speed = 2.0 if row["setting"].endswith("/token") else 1.5
+        row["changes"] = {"changed": [0.05] * 3, "speed": [speed] * 3, "tokens_per_round": [4 * speed] * 3}
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "quality-results.json").write_text(json.dumps({"quality": other}))
     out = succeed("calibrate", judge, "--bench", tmp_path / "c")
     assert "changes_10: threshold 0.2/token, 2.00 [2.00, 2.00] times the tokens a round of lossless decoding" in out
-    assert "Without a threshold of their own, because none is careful or fast enough: 5%, 20% of the answers" in out
+    assert "No threshold is both careful enough for these risks and faster than a more careful one: 0.05, 0.2." in out
     info = Judge.from_pretrained(judge).info
     assert [*info.operating_points] == ["changes_10"]
     assert info.threshold == info.thresholds["changes_10"] == Threshold(0.2, per_token=True)
@@ -74,8 +74,10 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     succeed("calibrate", judge, "--bench", tmp_path / "c", "--risk", 0.5)
     assert [*Judge.from_pretrained(judge).info.operating_points] == ["changes_50"]
     message = fail("calibrate", judge, "--bench", tmp_path / "c", "--risk", 0.02)
-    assert "`risk` 0.02: with 30 answers, no threshold in" in message
-    assert "At least 49 answers are needed." in message
+    assert "`risk` 0.02: no threshold in" in message
+    assert "changed so few of 30 answers that this can be promised. At least 49 answers are needed." in message
+    message = fail("calibrate", judge, "--bench", tmp_path / "c", "--risk", 0.06)
+    assert "Measure lower thresholds. Or allow a higher risk." in message
     assert "has no quality-results.json" in fail("calibrate", judge, "--bench", tmp_path)
     views = (tmp_path / "b" / "views.jsonl").read_text()
     succeed(*command, *rules, "--ask")  # again: nothing is decoded and nobody is asked

@@ -54,6 +54,14 @@ def test_new_shards_are_added(labels, tmp_path):
     assert (tmp_path / "small" / first.name).stat().st_mtime_ns == written
 
 
+def test_a_run_that_was_cut_off_goes_on(labels, tmp_path):
+    whole = compact_labels(labels, tmp_path / "small").to_dict()
+    first = min((tmp_path / "small").glob("labels-*.parquet"))
+    first.unlink()
+    first.with_name(f"{first.stem}.incomplete.parquet").write_bytes(b"half")  # as a kill leaves it
+    assert compact_labels(labels, tmp_path / "small").to_dict() == whole
+
+
 def test_what_is_missing_is_said(llama, tokenizer, labels, tmp_path):
     small = compact_labels(labels, tmp_path / "small")
     args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=1, use_cpu=True, disable_tqdm=True)
@@ -64,6 +72,9 @@ def test_what_is_missing_is_said(llama, tokenizer, labels, tmp_path):
     for prompts in (None, [Prompt("other", "Hi")]):
         with pytest.raises(ValueError, match="`prompts`: the labels come without the tokens of their prompts, and "):
             add_layer_states(llama[0], tmp_path / "small", LAYER, tmp_path / "again", 4, prompts, tokenizer)
+    changed = [replace(prompt, text=f"{prompt.text}!", messages=None) for prompt in PROMPTS]
+    with pytest.raises(ValueError, match="`prompts` have the ids of those that .* was mined on, but other tokens"):
+        add_layer_states(llama[0], tmp_path / "small", LAYER, tmp_path / "again", 4, changed, tokenizer)
     with pytest.raises(ValueError, match="`output` is the folder of the labels"):
         compact_labels(labels, labels)
     other = tmp_path / "other"

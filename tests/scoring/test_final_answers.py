@@ -9,7 +9,7 @@ from hf_selfjudge.scoring.checks import CHECKS, CheckedAnswer
 from hf_selfjudge.scoring.final_answers import calls_of, final_call, final_choice, final_span, final_value, normalised
 
 
-LETTERS = "Which one?\nA. a cat\nB. 1\nC. -1\n(D) the dog\nE. a cat"
+LETTERS = "Which one?\nI. this\nA. old\nB. list\nOptions:\nA. a cat\nB. 1\nC. -1\n(D) the dog\nE. a cat"
 WORDS = "Is it?\nOptions:\n- Yes\n- No \n- not valid"
 
 
@@ -29,6 +29,18 @@ WORDS = "Is it?\nOptions:\n- Yes\n- No \n- not valid"
         ("Answer: The dog", "D"),
         ("Answer: -1", "C"),
         ("Answer: 'B'", "B"),
+        ("Answer: Option B", "B"),
+        ("**Option B** is wrong. The right choice is: option C.", "C"),
+        (r"$\boxed{\text{Option B}}$", "B"),
+        ("**Final Answer:**\n\\[\n\\boxed{B}\n\\]", "B"),
+        ("Answer:\n```\nB\n```", "B"),
+        ("Answer: (b)", "B"),
+        ("Answer：b", "B"),
+        ("Answer: B because it is one", "B"),
+        ("Answer: B\nNote: my answer: it fits.", "B"),
+        ("Answer: A kilogram", None),  # an article
+        ("Answer: I think so", None),
+        ("Answer: I", None),  # of a list before the options
         ("Answer: A and B", None),
         ("Answer: A or (B)", None),
         ("Answer: A, B", None),
@@ -55,6 +67,9 @@ def test_letters(text, choice):
         ("Answer: **No**.", "no"),
         ("Answer: Yes, you return to the start", "yes"),
         ("Answer: not valid", "not valid"),
+        ("The statement is not valid", "not valid"),
+        ("Answer: Yes or No", None),
+        ("Answer: a clear yes", "yes"),
         ("Answer: nobody", None),
         ("Answer: True", None),
     ],
@@ -89,6 +104,13 @@ def test_spans():
         ("hello", "hello"),
         ("None", None),
         ("[\n 1,\n 2\n]", [1, 2]),
+        ("`[1, 2]`, since it is a list", [1, 2]),
+        ("`abc`.", "abc"),
+        ("`'abc'`.", "abc"),
+        ("f('x') = 'abc'", "abc"),
+        (r"\[1, 2\]", [1, 2]),
+        (r"\[ 5 \]", 5),
+        (r"$\boxed{\{'a': 1\}}$", {"a": 1}),
         (r"$\boxed{7}$", 7),
     ],
 )
@@ -96,7 +118,10 @@ def test_values(text, value):
     assert final_value(f"Step by step.\nAnswer: {text}") == final_value(f"Answer: {value!r}") is not None
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "two words", "f(3)", "'open", "", "[" * 20_000, "__import__('os')"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2", "two words", "```python\nOrderedDict(a=1)\n```", "f(3)", "'open", "", "[" * 20_000, "__import__('os')"],
+)
 def test_values_that_cannot_be_read(text):
     assert final_value(f"Answer: {text}") is None
 
@@ -118,6 +143,7 @@ def test_calls():
         f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>",
         json.dumps([CALL]),
         json.dumps({"tool": CALL}),
+        json.dumps({"name": "call", "call": CALL}),
         json.dumps(CALL | {"arguments": json.dumps(CALL["arguments"])}),
         json.dumps({"name": CALL["name"], "parameters": CALL["arguments"]}),
         json.dumps(CALL).replace("New York", "new-york").replace("5", "5.0"),
@@ -129,6 +155,7 @@ def test_calls():
         json.dumps(CALL).replace("5", "6"),
         json.dumps(CALL).replace('["tolls"]', '"tolls"'),
         json.dumps([CALL, CALL | {"name": "more"}]),
+        json.dumps([CALL, CALL]),
     ):
         assert final_call(other) not in (None, found)
     for nothing in (
@@ -137,6 +164,8 @@ def test_calls():
         '{"name": "x"}',
         '{"name": "x", "arguments": "{"}',
         "{" * 5000,
+        json.dumps(CALL | {"arguments": {"a": json.loads("[" * 900 + "]" * 900)}}),
+        '{"name": "x", "parameters": {"type": "dict", "properties": {}}}',  # a schema
         json.dumps(CALL)[:-2],
     ):
         assert final_call(nothing) is None
@@ -159,6 +188,12 @@ def test_calls_are_scored_by_their_allowed_values():
     for body, right in (({"mode": "a"}, 1), ({"mode": "a", "fan": 2}, 1), ({"fan": 2}, 0), ({"mode": "a", "x": 1}, 0)):
         text = json.dumps({"name": "f", "arguments": {"body": body}})
         assert CHECKS["call"].score(nested, CheckedAnswer(text, True)) == right
+    several = [{"f": {"a": [1]}}, {"f": {"a": [1, 2]}}]
+    for right in (several, several[::-1]):
+        prompt = Prompt("a", "?", check="call", references=[json.dumps(right)])
+        text = json.dumps([{"name": "f", "arguments": {"a": number}} for number in (1, 2)])
+        assert CHECKS["call"].score(prompt, CheckedAnswer(text, True)) == 1
+        assert CHECKS["call"].score(prompt, CheckedAnswer(text.replace("1", "2"), True)) == 0
     plain = Prompt("a", "?", check="call", references=[json.dumps(CALL)])
     assert CHECKS["call"].score(plain, CheckedAnswer(json.dumps(CALL), True)) == 1
 
