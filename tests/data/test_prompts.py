@@ -145,6 +145,12 @@ def test_fingerprints(tmp_path):
             '{"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}',
             "p.jsonl:1: a message has `function_call`, .* Write it as `tool_calls`",
         ),
+        ('{"prompt": "a", "check": "call", "reference": "f(5)"}', "p.jsonl:1: a `reference` of a call must be JSON"),
+        ('{"prompt": "a", "check": "call", "reference": "[1]"}', "p.jsonl:1: a `reference` of a call must be JSON"),
+        (
+            json.dumps({"prompt": "a", "check": "call", "reference": '[{"f": {"a": 1}}]'}),
+            r"p.jsonl:1: a `reference` of a call must be JSON.*found '\[\{\"f\"",
+        ),
         ('{"prompt": "a", "check": ["number"]}', "p.jsonl:1: `check` must be one of"),
         ('{"prompt": "a", "check": 0}', "p.jsonl:1: `check` must be one of"),
         ('{"prompt": "a", "category": {}}', "p.jsonl:1: `category` must be text or a number, found {}"),
