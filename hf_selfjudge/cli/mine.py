@@ -33,7 +33,7 @@ class MineOptions(JudgeOptions, OutputOptions, PromptOptions, PairOptions):
 class AddLayerOptions(OutputOptions, TargetOptions):
     layer: int = reuse(MiningConfig, "layer")
     batch: int = option("Answers in a forward.", 4, min=1)
-    prompts: str | None = option("The prompts that the labels were mined on, for labels made by `compact`.", None)
+    prompts: str | None = reuse(PromptOptions, "prompts", None)
 
 
 def mine_command(options: MineOptions, config: MiningConfig) -> None:
@@ -68,7 +68,8 @@ def mine_command(options: MineOptions, config: MiningConfig) -> None:
 def add_layer_command(
     labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")], options: AddLayerOptions
 ) -> None:
-    """Write mined labels again with the hidden states of another layer, for a judge that reads that layer."""
+    """Write mined labels again with the hidden states of another layer, for a judge that reads that layer. Labels made
+    by `compact` also need the --prompts that they were mined on."""
     record = read_mining(labels)
     prompts = None if options.prompts is None else read_prompts(options.prompts, **record["prompts_options"])
     dtype = options.torch_dtype(record["dtype"])

@@ -18,10 +18,7 @@ from .chat import json_list, message_of
 
 
 # How answers can be checked, and the column that a prompt then needs. `scoring/checks.py` has an entry for each.
-CHECK_COLUMNS = {
-    **dict.fromkeys(("number", "choice", "span", "value", "call", "text")),
-    "tests": "tests",
-}
+CHECK_COLUMNS = {**dict.fromkeys(("number", "choice", "span", "value", "call")), "tests": "tests", "text": None}
 # Columns that may hold the prompt. The first one that has a value is used.
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
 # Categories of MT-Bench, which Spec-Bench counts as one.

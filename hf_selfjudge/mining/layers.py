@@ -136,8 +136,10 @@ def add_layer_states(
                 progress.advance(bar, len(table))
                 continue
             answers = with_prompts(shard, prompts, tokenizer)
-            labels = join_answers(datasets.Dataset(table), answers, record | {"source": str(folder)})
-            states = _states(reader, labels, batch, partial(progress.advance, bar))
+            states = np.zeros((0, len(STATES), record["hidden_size"]), np.float16)
+            if len(table):
+                labels = join_answers(datasets.Dataset(table), answers, record | {"source": str(folder)})
+                states = _states(reader, labels, batch, partial(progress.advance, bar))
             if not np.isfinite(states).all():
                 raise too_large(layer)
             for side, name in enumerate(STATES):

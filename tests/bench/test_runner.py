@@ -219,17 +219,18 @@ def test_timing(pair, tmp_path):
 def test_rules_have_draft_lengths_of_their_own(pair, tmp_path, mode):
     config = replace(CONFIG, mode=mode, draft_length=5)
     rules = ["lossless@1", "lossless@8", "stock", "stock@2", "stock@default"]
+    before = pair.draft.generation_config.to_dict()
     _, _, records = bench(pair, tmp_path, rules, config)
     of = {name: [record for record in records if record.method == name] for name in ("lossless", *rules)}
-    assert len({tuple(record.tokens) for records in zip(*of.values(), strict=True) for record in records}) == len(
-        PROMPTS
+    texts = {name: [record.tokens for record in answers] for name, answers in of.items()}
+    assert all(answers == texts["lossless"] for answers in texts.values())
+    drafted, forwards, rounds = (
+        {name: sum(map(count, answers)) for name, answers in of.items()}
+        for count in (lambda r: r.stats.drafted, lambda r: r.draft_forwards, lambda r: r.stats.rounds)
     )
-    longest = {name: max(max(record.lengths) for record in records) for name, records in of.items()}
-    assert {name: longest[name] for name in ("lossless", "lossless@1", "lossless@8")} == {
-        "lossless": 6, "lossless@1": 2, "lossless@8": 9,
-    }  # fmt: skip
-    assert (longest["stock"], longest["stock@2"]) == (6, 3)
-    assert pair.draft.generation_config.num_assistant_tokens is None
+    assert drafted["lossless@1"] <= rounds["lossless@1"] < drafted["lossless"] < drafted["lossless@8"]
+    assert forwards["stock@2"] < forwards["stock"] != forwards["stock@default"]
+    assert pair.draft.generation_config.to_dict() == before
 
 
 def test_a_length_by_the_clock_needs_the_clock(pair, tmp_path):

@@ -154,7 +154,7 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     assert "| judge:j=0.5 | 1.50 [1.40, 1.60] |" in card.text
     assert "judge:other" not in card.text
     assert "| margin | 1.10 [1.00, 1.20] |" in card.text
-    numbers = card.text.partition("share of final numbers")[2]
+    numbers = card.text.partition("share of final answers")[2]
     assert "| against | 80 % |" in numbers
     assert "| margin | 1.30 [1.20, 1.40] |" in numbers
     assert "![curve](curve-gsm8k.png)" in card.text
