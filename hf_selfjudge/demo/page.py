@@ -41,6 +41,11 @@ COLOURS = {"draft, matched": "#2f9e44", "draft, judged": "#e8590c", "target": "#
 STEP = 0.001  # of the threshold
 EXAMPLES = (
     "A baker sells 24 rolls in the morning and twice as many in the afternoon. How many rolls is that in all?",
+    # With the known pair, where the page starts, one judged token changes the meaning of this answer …
+    "Anna is three years older than Ben, and together they are 27. How old is Anna? Answer in one or two sentences.",
+    # … and the judged tokens of this one change only its wording.
+    "Tom has 15 marbles. He gives a third of them to Ann and then buys 8 more. How many marbles does he have now? "
+    "Answer in one or two sentences.",
     "Why is the sky blue?",
     "Write a short email to my neighbours about the street party on Saturday.",
     "Translate to German: The library is closed on Mondays, but the garden is open.",
