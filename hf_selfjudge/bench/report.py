@@ -95,15 +95,16 @@ def timing_tables(timing: dict) -> str:
     categories = [*rows[0]["by_category"]]
     columns = {"decoding": "", "tokens/s": ".2f", "s/answer": ".1f", "tokens/answer": ".0f"}
     keys = ["setting", "tokens_per_second", "seconds_per_answer", "tokens_per_answer"]
-    for other in ("greedy", "stock", BASE):
-        if f"speed_over_{other}" in rows[0]:
-            columns[f"seconds of {other} ÷ its own"] = ".2f"
-            keys.append(f"speed_over_{other}")
-    parts = [_table(columns, [[row[key] for key in keys] for row in rows])]
-    for key in keys[4:] if len(categories) > 1 else ():
-        columns = {f"seconds of {key.removeprefix('speed_over_')} ÷ its own": ""} | dict.fromkeys(categories, ".2f")
+    ratios = {
+        key: f"seconds of {key.removeprefix('speed_over_')} ÷ its own"
+        for key in rows[0]
+        if key.startswith("speed_over_")
+    }
+    over_all = [[row[key] for key in (*keys, *ratios)] for row in rows]
+    parts = [_table(columns | dict.fromkeys(ratios.values(), ".2f"), over_all)]
+    for key, title in ratios.items() if len(categories) > 1 else ():
         cells = [[row["setting"], *(row["by_category"][name][key] for name in categories)] for row in rows]
-        parts.append(_table(columns, cells))
+        parts.append(_table({title: ""} | dict.fromkeys(categories, ".2f"), cells))
     return "\n\n".join(parts) + "\n"
 
 

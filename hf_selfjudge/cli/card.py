@@ -32,10 +32,10 @@ def calibrate_command(
     judge = Judge.from_pretrained(folder)
     quality = read_quality(bench)
     family = family_in(quality, fingerprint(judge), bench)
-    count = (quality.get("changes") or {"answers": 0})["answers"]
-    possible = [each for each in sorted(risk or RISKS) if fastest_within(quality, family, each) is not None]
+    risks, count = sorted(risk or RISKS), (quality.get("changes") or {"answers": 0})["answers"]
+    possible = [each for each in risks if fastest_within(quality, family, each) is not None]
     points = operating_points(quality, family, possible)
-    if too_low := [each for each in sorted(risk or RISKS) if each not in possible and (risk or not points)]:
+    if (risk or not points) and (too_low := [each for each in risks if each not in possible]):
         needed = math.ceil(1 / too_low[0]) - 1
         raise ValueError(
             f"`risk` {too_low[0]:g}: no threshold in {bench} changed so few of {count} answers that this can be "
@@ -57,11 +57,11 @@ def calibrate_command(
     for name, point in points.items():
         speed, changed = Interval(*point["speed"]), Interval(*point["changed"])
         say(
-            f"{name}: threshold {point['threshold']}, {speed:.2f} times the tokens a round of lossless decoding; "
-            f"changed {changed:.3f} of {count} answers."
+            f"{name}: threshold {point['threshold']}, {speed:.2f} times the tokens a round of lossless decoding. It "
+            f"changed the share {changed:.2f} of {count} answers."
         )
     named = [point["risk"] for point in points.values()]
-    if unnamed := ", ".join(f"{each:g}" for each in sorted(risk or RISKS) if each not in named):
+    if unnamed := ", ".join(f"{each:g}" for each in risks if each not in named):
         say(f"No threshold is both careful enough for these risks and faster than a more careful one: {unnamed}.")
 
 

@@ -81,8 +81,8 @@ def add_layer_command(
 def compact_command(
     labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")], options: OutputOptions
 ) -> None:
-    """Write mined labels again without hidden states and prompts: a few hundred bytes a substitution, to be kept in a
-    repository. `add-layer --prompts` adds both again."""
+    """Write mined labels again without hidden states and prompts, so that they can be kept in a repository.
+    `add-layer --prompts` adds both again."""
     rows = compact_labels(labels, options.output)
     size = sum(path.stat().st_size for path in options.output.iterdir() if path.is_file())
     say(f"{len(rows)} substitutions in {options.output}, {size / 1e6:.1f} MB.")

@@ -93,8 +93,8 @@ def label_row(
         `dict` with the suffixes of both, and
 
     - `reconvergence`: share of the original suffix's 4-grams that the rewritten one has, in [0, 1];
-    - `flipped`: whether the final number, or passing the tests, changed. `None` if the prompt has no such check, an
-      answer did not end (with tests: not even its code) or has no readable number, or both answers fail the tests;
+    - `flipped`: whether the final answer, or passing the tests, changed. `None` if the prompt has no such check, an
+      answer did not end (with tests: not even its code) or has no readable final answer, or both fail the tests;
     - `says_no`: the target's own probability that the two do not say the same, in [0, 1]; `None` if it was not asked;
     - `changed`: the label in [0, 1]: `flipped` where it is known, else 1 − `reconvergence`.
     """

@@ -72,7 +72,7 @@ def change_rates(columns: pandas.DataFrame, by: str, resamples: int = RESAMPLES,
 
     Returns:
         `list[dict]` with the value; the number of `substitutions`, of those `rewritten`, and of those `checked` by
-        final number or tests; the share of `changed` answers among the checked; and the mean `lost` among the
+        final answer or tests; the share of `changed` answers among the checked; and the mean `lost` among the
         rewritten. The last two are [`Interval`]s (bootstrap over prompts), or `None` where there are no rows.
     """
     result = []

@@ -47,7 +47,7 @@ class JudgeConfig(TrainingArguments):
     output_dir: str | None = option(None, "Folder for the judge and its checkpoints.", aliases=["--output"])
     label: str = option(
         "changed",
-        "What the judge predicts. 'changed': whether rewriting changed the final number or the passing of tests where "
+        "What the judge predicts. 'changed': whether rewriting changed the final answer or the passing of tests where "
         "that is known, else how much of the wording it lost; 'flipped': only the former; 'lost': only the latter; "
         "'says_no': the target's own probability that both answers do not say the same; 'likelihood' and "
         "'confidence': the suffix scores of the SelfJudge paper and of its published code, which need no rewrite.",
