@@ -1,6 +1,6 @@
 """Public names of the rules; the code is in `decoding/rules.py`."""
 
-from .decoding.rules import Candidate, Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, Rule, TopK
+from .decoding.rules import Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, Mismatches, Rule, TopK
 
 
-__all__ = ["Candidate", "Coin", "JudgeRule", "KLGate", "LookAhead", "Lossless", "Margin", "Rule", "TopK"]
+__all__ = ["Coin", "JudgeRule", "KLGate", "LookAhead", "Lossless", "Margin", "Mismatches", "Rule", "TopK"]

@@ -1,8 +1,8 @@
 """The rules: what decides whether a candidate that differs from the target's choice is kept.
 
-In: a [`Candidate`], with what the verification says about it. Out: whether it is accepted. A rule keeps no state of a
-call, so that threads may share it. To add one, write a subclass of [`Rule`] with `accept`; to compare it in the bench,
-add it to `FAMILIES` in `bench/methods.py`.
+In: the [`Mismatches`] of a round, with what the verification says about them. Out: which of them are kept. A rule
+has no state of a call, so that threads may share it. To add one, write a subclass of [`Rule`] with `keep`; to compare
+it in the bench, add it to `FAMILIES` in `bench/methods.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..judge.features import candidate_scalars, entropy
+from ..judge.features import SCALARS
 from ..judge.judge import Judge
 from ..judge.layers import LayerStates
 from ..judge.lora import Replay
@@ -28,24 +28,46 @@ from ..utils.names import public_name
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A candidate under verification."""
+class Mismatches:
+    """
+    The mismatches of a round, in their order, up to the first that no rule decides. Under sampling it is one candidate
+    at a time, since the target's own token is not drawn yet.
 
-    token: int
-    position: int  # number of tokens of the answer before it
-    # (vocab_size,): the target's logits for its place, after penalties and constraints, before temperature and filters
-    scores: torch.FloatTensor
-    final_scores: torch.FloatTensor  # the same after temperature and filters: the target's own token is taken from it
-    logits_after: torch.FloatTensor  # (vocab_size,): the target's raw logits after the candidate
-    hidden: torch.Tensor  # (2, hidden_size): the target's hidden states before and after the candidate
-    matches_after: int  # how many candidates directly after it are the target's likeliest tokens, by its raw logits
-    draft_logits: torch.FloatTensor | None = None  # (vocab_size,): what the draft took it from, if it has logits
+    Attributes:
+        tokens, choices (`torch.LongTensor` of shape `(n,)`): The candidates, and what the target chooses there.
+        positions (`torch.LongTensor` of shape `(n,)`): Tokens of the answer before each of them.
+        matches_after (`torch.LongTensor` of shape `(n,)`): How many candidates directly after it are the target's
+            likeliest tokens.
+        scalars (`torch.FloatTensor` of shape `(n, len(SCALARS))`): See [`candidate_scalars`].
+        hidden (`torch.Tensor` of shape `(n, len(STATES), hidden_size)`): The target's hidden states before and after
+            it.
+        ranks (`torch.LongTensor` of shape `(n,)`): How many tokens are as likely as it under the target, or more.
+        divergence (`torch.FloatTensor` of shape `(n,)`): KL(target ‖ draft) where it is chosen, nats; only for drafts
+            with logits.
+        surest (`torch.FloatTensor` of shape `(n,)`): Probability of the target's choice there.
+        vocab_size (`int`): The target's.
+    """
+
+    tokens: torch.LongTensor
+    choices: torch.LongTensor
+    positions: torch.LongTensor
+    matches_after: torch.LongTensor
+    scalars: torch.FloatTensor
+    hidden: torch.Tensor
+    ranks: torch.LongTensor
+    divergence: torch.FloatTensor
+    surest: torch.FloatTensor
+    vocab_size: int
 
     @property
     def margin(self) -> torch.FloatTensor:
-        """log P(choice) − log P(candidate), nats; a scalar tensor."""
-        return self.scores.max() - self.scores[self.token]
+        """log P(choice) − log P(candidate), nats, of shape `(n,)`."""
+        return self.scalars[:, SCALARS.index("margin")]
+
+    @property
+    def entropy(self) -> torch.FloatTensor:
+        """Entropy of the target's distribution where each is chosen, nats, of shape `(n,)`."""
+        return self.scalars[:, SCALARS.index("entropy")]
 
 
 class Rule:
@@ -72,8 +94,9 @@ class Rule:
         """What computes the hidden states that the rule reads; `None` for the target's own last ones."""
         return None
 
-    def accept(self, candidate: Candidate) -> bool:
-        """Whether to keep `candidate`."""
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        """Which of `n` mismatches to keep, of shape `(n,)`: each as if those before it are kept. The round ends at the
+        first that is not."""
         raise NotImplementedError
 
 
@@ -84,8 +107,8 @@ class Lossless(Rule):
 
     special_tokens = ()  # nothing is accepted, so none has to be protected
 
-    def accept(self, candidate: Candidate) -> bool:
-        return False
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        return torch.zeros_like(mismatches.tokens, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -97,8 +120,8 @@ class TopK(Rule):
     def __post_init__(self):
         _require(self.k >= 1, "k", self.k, "a number of tokens, 1 or more")
 
-    def accept(self, candidate: Candidate) -> bool:
-        return bool((candidate.scores >= candidate.scores[candidate.token]).sum() <= self.k)
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        return mismatches.ranks <= self.k
 
 
 @dataclass(frozen=True)
@@ -111,8 +134,8 @@ class Margin(Rule):
     def __post_init__(self):
         _require(self.nats >= 0, "nats", self.nats, "0 or more nats")
 
-    def accept(self, candidate: Candidate) -> bool:
-        return bool(candidate.margin <= self.nats)
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        return mismatches.margin <= self.nats
 
 
 @dataclass(frozen=True)
@@ -134,12 +157,8 @@ class KLGate(Rule):
         _require(self.nats >= 0, "nats", self.nats, "0 or more nats")
         _require(0 <= self.sure <= 1, "sure", self.sure, "a probability")
 
-    def accept(self, candidate: Candidate) -> bool:
-        target, draft = (row.float().log_softmax(-1) for row in (candidate.final_scores, candidate.draft_logits))
-        probability = target.exp()
-        # Where the target's probability is 0 the term is 0, whatever the draft's is.
-        divergence = torch.where(probability > 0, probability * (target - draft), 0.0).sum()
-        return bool((divergence < self.nats) & (probability.max() <= self.sure))
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        return (mismatches.divergence < self.nats) & (mismatches.surest <= self.sure)
 
 
 @dataclass(frozen=True)
@@ -161,11 +180,9 @@ class LookAhead(Rule):
         _require(self.window >= 0, "window", self.window, "a number of tokens, 0 or more")
         _require(0 <= self.unsure <= 1, "unsure", self.unsure, "a share of the largest entropy, in [0, 1]")
 
-    def accept(self, candidate: Candidate) -> bool:
-        if candidate.matches_after < self.window:
-            return False
-        share = entropy(candidate.scores.float().log_softmax(-1)) / math.log(len(candidate.scores))
-        return bool(share >= self.unsure)
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        unsure = mismatches.entropy >= self.unsure * math.log(mismatches.vocab_size)
+        return (mismatches.matches_after >= self.window) & unsure
 
 
 @dataclass(frozen=True)
@@ -185,8 +202,10 @@ class Coin(Rule):
     def __post_init__(self):
         _require(0 <= self.share <= 1, "share", self.share, "a share, in [0, 1]")
 
-    def accept(self, candidate: Candidate) -> bool:
-        return np.random.default_rng((self.seed, candidate.position, candidate.token)).random() < self.share
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        places = zip(mismatches.positions.tolist(), mismatches.tokens.tolist(), strict=True)
+        throws = [np.random.default_rng((self.seed, *place)).random() for place in places]
+        return torch.tensor(throws, device=mismatches.tokens.device) < self.share
 
 
 class JudgeRule(Rule):
@@ -249,17 +268,13 @@ class JudgeRule(Rule):
                 "any draft; how well was measured with the first one only."
             )
 
-    def log_odds(self, candidate: Candidate) -> torch.FloatTensor:
-        """Log-odds that keeping `candidate` changes the meaning; a scalar tensor."""
-        origin, device = candidate.scores.device, self.judge.head.weight.device
-        token, position = torch.tensor([[candidate.token], [candidate.position]], device=origin)
-        scalars = candidate_scalars(candidate.scores[None], token, candidate.logits_after[None], position)
-        return self.judge(scalars.to(device), candidate.hidden[None].to(device)).to(origin)[0]
+    def log_odds(self, mismatches: Mismatches) -> torch.FloatTensor:
+        """Log-odds that keeping each of `n` mismatches changes the meaning, of shape `(n,)`."""
+        origin, device = mismatches.tokens.device, self.judge.head.weight.device
+        return self.judge(mismatches.scalars.to(device), mismatches.hidden.to(device)).to(origin)
 
-    def accept(self, candidate: Candidate) -> bool:
-        log_odds = self.log_odds(candidate)
-        matches_after = torch.tensor(candidate.matches_after, device=log_odds.device)
-        return bool(log_odds < self.threshold.log_odds(matches_after))
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        return self.log_odds(mismatches) < self.threshold.log_odds(mismatches.matches_after)
 
 
 def _require(valid: bool, name: str, value: float, expected: str) -> None:

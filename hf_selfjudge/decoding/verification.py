@@ -17,13 +17,65 @@ from transformers import GenerationConfig
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 
 from ..forward.tap import LayerInput
+from ..judge.features import candidate_scalars
 from ..judge.layers import LayerStates
 from ..judge.lora import ReplaySession
 from .auto_length import AutoLength
 from .drafting import ContextFullError, set_draft_length
-from .rules import Candidate, Rule
+from .rules import Mismatches, Rule
 from .stats import Stats
 from .trial import Trial
+
+
+@dataclass(frozen=True, eq=False)
+class Verified(Mismatches):
+    """
+    Mismatches with the rows of the verification that show them.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(n, vocab_size)`): The target's logits for the places of the candidates,
+            after penalties and constraints, before temperature and filters.
+        final_scores (`torch.FloatTensor` of shape `(n, vocab_size)`): The same after temperature and filters: the
+            target's own token is taken from it.
+        logits_after (`torch.Tensor` of shape `(n, vocab_size)`): The target's raw logits after the candidates.
+        draft_logits (`torch.FloatTensor` of shape `(n, vocab_size)`, *optional*): What the draft took them from.
+    """
+
+    tokens: torch.LongTensor
+    positions: torch.LongTensor
+    matches_after: torch.LongTensor
+    hidden: torch.Tensor
+    scores: torch.FloatTensor
+    final_scores: torch.FloatTensor
+    logits_after: torch.Tensor
+    draft_logits: torch.FloatTensor | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.scores.shape[-1]
+
+    @property
+    def choices(self) -> torch.LongTensor:
+        return self.final_scores.argmax(-1)
+
+    @functools.cached_property
+    def scalars(self) -> torch.FloatTensor:
+        return candidate_scalars(self.scores, self.tokens, self.logits_after, self.positions)
+
+    @property
+    def ranks(self) -> torch.LongTensor:
+        return (self.scores >= self.scores.gather(-1, self.tokens[:, None])).sum(-1)
+
+    @property
+    def divergence(self) -> torch.FloatTensor:
+        target, draft = (rows.float().log_softmax(-1) for rows in (self.final_scores, self.draft_logits))
+        probability = target.exp()
+        # Where the target's probability is 0 the term is 0, whatever the draft's is.
+        return torch.where(probability > 0, probability * (target - draft), 0.0).sum(-1)
+
+    @property
+    def surest(self) -> torch.FloatTensor:
+        return self.final_scores.float().softmax(-1).amax(-1)
 
 
 @dataclass(eq=False)
@@ -37,7 +89,8 @@ class Verification:
     draft_logits: torch.FloatTensor | None = None  # (k, vocab_size), if the draft has logits
     hidden: torch.Tensor | None = None  # (k + 1, hidden_size)
     logits: torch.Tensor | None = None  # (k + 1, vocab_size)
-    scores: torch.FloatTensor | None = None  # (vocab_size,), of the row that is being processed; see `Candidate`
+    scores: torch.FloatTensor | None = None  # (vocab_size,), of the row that is being processed; see `Verified`
+    plan: dict[int, bool] = field(default_factory=dict)  # by row, whether the rule keeps the mismatch there
     asked: list[int] = field(default_factory=list)  # mismatches that the rule was asked about
     judged: dict[int, float] = field(default_factory=dict)  # those accepted, and the log-probability given up, nats
     rejected: bool = False  # a candidate was rejected, and nothing after it can be kept
@@ -50,21 +103,32 @@ class Verification:
         return self.candidates.tolist()
 
     @functools.cached_property
-    def _matches(self) -> list[bool]:
-        return (self.logits[:-1].argmax(-1).to(self.candidates.device) == self.candidates).tolist()
+    def choices(self) -> list[int]:
+        """The target's likeliest tokens in the places of the candidates, by its raw logits."""
+        return self.logits[:-1].argmax(-1).tolist()
 
-    def candidate(self, row: int, final_scores: torch.FloatTensor) -> Candidate:
-        """What a rule gets to see of candidate `row`."""
+    def mismatches_after(self, row: int, special_tokens: set[int]) -> list[int]:
+        """Rows after `row` with mismatches, by the raw logits, up to the first with a special token."""
+        pairs = [*enumerate(zip(self.tokens, self.choices, strict=True))][row + 1 :]
+        decided = itertools.takewhile(lambda pair: pair[1][0] == pair[1][1] or not special_tokens & {*pair[1]}, pairs)
+        return [place for place, (token, choice) in decided if token != choice]
+
+    def verified(self, rows: list[int], final_scores: torch.FloatTensor) -> Verified:
+        """What a rule gets to see of candidates. The first of them has the scores `self.scores` and `final_scores`;
+        those of later ones are not known yet, and the raw logits stand for them."""
         device = self.candidates.device
-        return Candidate(
-            token=self.tokens[row],
-            position=self.start + row - self.prompt_length,
-            scores=self.scores,
-            final_scores=final_scores,
-            logits_after=self.logits[row + 1].to(device),
-            hidden=self.hidden[row : row + 2],
-            matches_after=sum(itertools.takewhile(bool, self._matches[row + 1 :])),
-            draft_logits=None if self.draft_logits is None else self.draft_logits[row].to(device),
+        later = self.logits[rows[1:]].float().to(device)
+        matches = [token == choice for token, choice in zip(self.tokens, self.choices, strict=True)]
+        after = [sum(itertools.takewhile(bool, matches[row + 1 :])) for row in rows]
+        return Verified(
+            tokens=self.candidates[rows],
+            positions=torch.tensor(rows, device=device) + (self.start - self.prompt_length),
+            matches_after=torch.tensor(after, device=device),
+            hidden=torch.stack([self.hidden[row : row + 2] for row in rows]),
+            scores=torch.cat([self.scores[None], later]),
+            final_scores=torch.cat([final_scores[None], later]),
+            logits_after=self.logits[[row + 1 for row in rows]].to(device),
+            draft_logits=None if self.draft_logits is None else self.draft_logits[rows].to(device),
         )
 
     def sources(self, kept: list[int]) -> list[str]:
@@ -135,7 +199,7 @@ class Call:
         round.hidden, round.logits = hidden[0, -rows:], logits[0, -rows:]
 
     def accepts(self, row: int, final_scores: torch.FloatTensor) -> bool:
-        """Whether the rule accepts candidate `row`; for `final_scores` see [`Candidate`]. Under greedy decoding it is
+        """Whether the rule accepts candidate `row`; for `final_scores` see [`Verified`]. Under greedy decoding it is
         asked about mismatches only; under sampling about every candidate, since the target's own token is not drawn
         yet."""
         round = self.round
@@ -151,13 +215,23 @@ class Call:
             return False
         if mismatch:
             round.asked.append(row)
-        candidate = round.candidate(row, final_scores)
-        if not self.rule.accept(candidate):
+        if not self._keeps(row, final_scores):
             return False
         round.rejected = False
         if mismatch:
-            round.judged[row] = candidate.margin.item()
+            round.judged[row] = (round.scores.max() - round.scores[token]).item()
         return True
+
+    def _keeps(self, row: int, final_scores: torch.FloatTensor) -> bool:
+        """What the rule says about candidate `row`. Under greedy decoding it decides about all mismatches of the round
+        at once, and again only where processors made the scores others than it was told."""
+        round = self.round
+        if self.do_sample:
+            return bool(self.rule.keep(round.verified([row], final_scores)))
+        if row not in round.plan or not torch.equal(round.scores, round.logits[row].to(round.scores)):
+            rows = [row, *round.mismatches_after(row, self.special_tokens)]
+            round.plan = dict(zip(rows, self.rule.keep(round.verified(rows, final_scores)).tolist(), strict=True))
+        return round.plan[row]
 
     def end_round(self, kept: list[int]) -> None:
         """Count what the round kept: these tokens were added to the text."""

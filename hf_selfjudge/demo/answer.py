@@ -17,7 +17,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..decoding.judged_model import JudgedModel
-from ..decoding.rules import Candidate, JudgeRule
+from ..decoding.rules import JudgeRule, Mismatches
 from ..models.pair import Pair
 from ..utils.text import pieces, token_text
 
@@ -78,12 +78,13 @@ class RecordingRule(JudgeRule):
         super().__init__(*args, **kwargs)
         self.accepted: dict[int, Accepted] = {}
 
-    def accept(self, candidate: Candidate) -> bool:
-        accepted = super().accept(candidate)
-        if accepted:
-            choice, cost = candidate.final_scores.argmax().item(), self.log_odds(candidate).sigmoid().item()
-            self.accepted[candidate.position] = Accepted(candidate.token, choice, cost)
-        return accepted
+    def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
+        kept = super().keep(mismatches)
+        columns = mismatches.positions, mismatches.tokens, mismatches.choices, self.log_odds(mismatches).sigmoid()
+        rows = zip(kept.tolist(), *(column.tolist() for column in columns), strict=True)
+        for _, position, *accepted in itertools.takewhile(lambda row: row[0], rows):
+            self.accepted[position] = Accepted(*accepted)
+        return kept
 
 
 class _Rounds(queue.SimpleQueue):

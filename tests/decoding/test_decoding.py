@@ -13,7 +13,7 @@ from transformers.generation import AssistedCandidateGenerator
 from hf_selfjudge import JudgedModel
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.forward.tap import ForwardTap
-from hf_selfjudge.rules import Candidate, Coin, Lossless, Rule
+from hf_selfjudge.rules import Coin, Lossless, Mismatches, Rule
 from tests.builders import VOCAB, build, perturbed, random_judge
 
 
@@ -24,11 +24,11 @@ class AcceptAll(Rule):
     """Accepts what it is asked about, and notes it."""
 
     def __init__(self):
-        self.seen: list[Candidate] = []
+        self.seen: list[Mismatches] = []
 
-    def accept(self, candidate):
-        self.seen.append(candidate)
-        return True
+    def keep(self, mismatches):
+        self.seen.append(mismatches)
+        return torch.ones_like(mismatches.tokens, dtype=torch.bool)
 
 
 def constraint(name: str) -> dict:
@@ -85,8 +85,8 @@ def test_constraints(llama, prompt, name):
     torch.manual_seed(0)
     output = always.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
     assert rule.seen
-    for candidate in rule.seen:
-        assert torch.isfinite(candidate.final_scores[candidate.token])
+    for mismatches in rule.seen:
+        assert torch.isfinite(mismatches.final_scores[0, mismatches.tokens[0]])
     if name in ("bad_words_ids", "suppress_tokens", "suppress_tokens, sampled"):
         assert not [token for token in output if token % 2 == 0]
     if name == "prefix_allowed_tokens_fn":
@@ -124,8 +124,8 @@ def test_greedy_choice_is_the_watermarked_one(llama, prompt):
         prompt, assistant_model=draft, max_new_tokens=NEW, watermarking_config=WatermarkingConfig(bias=4.0)
     )
     assert rule.seen
-    for candidate in rule.seen:
-        assert candidate.final_scores.argmax() != candidate.token
+    for mismatches in rule.seen:
+        assert mismatches.final_scores[0].argmax() != mismatches.tokens[0]
 
 
 def test_the_rule_is_asked_after_a_candidate_that_the_ensemble_kept(llama, prompt):
@@ -133,9 +133,9 @@ def test_the_rule_is_asked_after_a_candidate_that_the_ensemble_kept(llama, promp
     asked = []
 
     class Refuse(Rule):
-        def accept(self, candidate):
-            asked.append(candidate.position)
-            return False
+        def keep(self, mismatches):
+            asked.append(mismatches.positions[0])
+            return torch.zeros_like(mismatches.tokens, dtype=torch.bool)
 
     judged = JudgedModel(target, Refuse())
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW, assistant_ensemble_weight=0.5)
@@ -171,18 +171,18 @@ def test_a_rejected_position_follows_the_target():
     counts = {True: torch.zeros(8), False: torch.zeros(8)}
     for seed in range(2000):
         coin = Coin(0.5, seed)
-        asked: list[Candidate] = []
+        asked: list[Mismatches] = []
 
         class Spy(Rule):
-            def accept(self, candidate, coin=coin, asked=asked):
-                asked.append(candidate)
-                return coin.accept(candidate)
+            def keep(self, mismatches, coin=coin, asked=asked):
+                asked.append(mismatches)
+                return coin.keep(mismatches)
 
         output = JudgedModel(target, Spy()).generate(
             prompt, assistant_model=draft, max_new_tokens=2, do_sample=True, top_k=0
         )
-        counts[coin.accept(asked[0])][output[0, 4]] += 1
-    q = asked[0].draft_logits.softmax(-1)
+        counts[coin.keep(asked[0]).item()][output[0, 4]] += 1
+    q = asked[0].draft_logits[0].softmax(-1)
     for kind, expected in ((False, p), (True, q)):
         n = counts[kind].sum()
         assert n > 800

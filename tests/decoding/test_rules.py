@@ -11,41 +11,42 @@ from transformers.utils import logging
 
 from hf_selfjudge import JudgedModel
 from hf_selfjudge.decoding.rules import JudgeRule
+from hf_selfjudge.decoding.verification import Verified
 from hf_selfjudge.judge.features import candidate_scalars
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.models.tokens import special_tokens
 from hf_selfjudge.models.wheels import PINNED, PinnedWheels, wheels_folder
-from hf_selfjudge.rules import Candidate, Coin, KLGate, LookAhead, Lossless, Margin, TopK
-from tests.builders import VOCAB, build, random_judge, tiny_tokenizer
+from hf_selfjudge.rules import Coin, KLGate, LookAhead, Lossless, Margin, Rule, TopK
+from tests.builders import VOCAB, build, perturbed, random_judge, tiny_tokenizer
 
 
-def candidate(probabilities, token=1, draft=None, matches_after=0, position=0) -> Candidate:
-    """A candidate over a small vocabulary; a probability of 0 is a masked token."""
-    scores = torch.tensor(probabilities).log()
-    return Candidate(
-        token=token,
-        position=position,
+def mismatch(probabilities, token=1, draft=None, matches_after=0, position=0) -> Verified:
+    """One mismatch over a small vocabulary; a probability of 0 is a masked token."""
+    scores = torch.tensor([probabilities]).log()
+    return Verified(
+        tokens=torch.tensor([token]),
+        positions=torch.tensor([position]),
         scores=scores,
         final_scores=scores,
         logits_after=scores,
-        hidden=torch.zeros(2, 4),
-        matches_after=matches_after,
-        draft_logits=None if draft is None else torch.tensor(draft).log(),
+        hidden=torch.zeros(1, 2, 4),
+        matches_after=torch.tensor([matches_after]),
+        draft_logits=None if draft is None else torch.tensor([draft]).log(),
     )
 
 
 def test_lossless():
-    assert not Lossless().accept(candidate([0.5, 0.5]))
+    assert not Lossless().keep(mismatch([0.5, 0.5]))
 
 
 @pytest.mark.parametrize(("k", "accepted"), [(1, False), (3, False), (4, True)])  # ties with the last
 def test_top_k(k, accepted):
-    assert TopK(k).accept(candidate([0.5, 0.1, 0.3, 0.1])) is accepted
+    assert TopK(k).keep(mismatch([0.5, 0.1, 0.3, 0.1])).tolist() == [accepted]
 
 
 @pytest.mark.parametrize(("nats", "accepted"), [(0.0, False), (1.09, False), (1.1, True)])
 def test_margin(nats, accepted):
-    assert Margin(nats).accept(candidate([0.6, 0.2, 0.2])) is accepted  # log 3 = 1.0986
+    assert Margin(nats).keep(mismatch([0.6, 0.2, 0.2])).tolist() == [accepted]  # log 3 = 1.0986
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_margin(nats, accepted):
     ],
 )
 def test_kl_gate(target, draft, accepted):
-    assert KLGate(0.1).accept(candidate(target, draft=draft)) is accepted
+    assert KLGate(0.1).keep(mismatch(target, draft=draft)).tolist() == [accepted]
 
 
 @pytest.mark.parametrize(
@@ -68,14 +69,14 @@ def test_kl_gate(target, draft, accepted):
 )
 def test_look_ahead(probabilities, matches, accepted):
     rule = LookAhead(window=2, unsure=0.3)  # entropy of (.99, .01) is 0.08 of log 2
-    assert rule.accept(candidate(probabilities, matches_after=matches)) is accepted
+    assert rule.keep(mismatch(probabilities, matches_after=matches)).tolist() == [accepted]
 
 
 def test_coin_is_fair_and_always_falls_the_same_way():
-    throws = [Coin(0.3).accept(candidate([0.5, 0.5], position=i)) for i in range(2000)]
+    throws = [Coin(0.3).keep(mismatch([0.5, 0.5], position=i)).item() for i in range(2000)]
     assert abs(sum(throws) / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
-    assert throws == [Coin(0.3).accept(candidate([0.5, 0.5], position=i)) for i in range(2000)]
-    assert throws != [Coin(0.3, seed=1).accept(candidate([0.5, 0.5], position=i)) for i in range(2000)]
+    assert throws == [Coin(0.3).keep(mismatch([0.5, 0.5], position=i)).item() for i in range(2000)]
+    assert throws != [Coin(0.3, seed=1).keep(mismatch([0.5, 0.5], position=i)).item() for i in range(2000)]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,41 @@ def test_a_threshold_for_each_token_gained(llama, threshold, accepted):
     """The candidate and the two after it that match: a probability of 0.4 is 0.133 for each."""
     judge = random_judge(llama[0])
     judge.forward = lambda scalars, hidden: torch.tensor([0.4]).logit()
-    assert JudgeRule(judge, threshold).accept(candidate([0.5, 0.5], matches_after=2)) == accepted
+    assert JudgeRule(judge, threshold).keep(mismatch([0.5, 0.5], matches_after=2)).tolist() == [accepted]
+
+
+class KeepAll(Rule):
+    """Notes the mismatches that it is asked about, and how often."""
+
+    def __init__(self):
+        self.calls = []
+
+    def keep(self, mismatches):
+        self.calls.append(list(zip(mismatches.positions.tolist(), mismatches.tokens.tolist(), strict=True)))
+        return torch.ones_like(mismatches.tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["raw logits", "a processor changes rows"])
+def test_a_round_is_decided_at_once(llama, prompt, changed):
+    """Greedy decoding asks once about all mismatches of a round, and again about the rest where a row turned out to be
+    another than the rule was told."""
+    target, rule = llama[0], KeepAll()
+    judged = JudgedModel(target, rule, draft_length=8)
+    processors = [lambda ids, scores: scores + 1e-3 * (torch.arange(VOCAB) == ids.shape[1] % VOCAB)] if changed else []
+    draft = perturbed(target, 0.1)
+    how = {"assistant_model": draft, "max_new_tokens": 40, "do_sample": False, "logits_processor": processors}
+    output = judged.generate(prompt, **how)[0, prompt.shape[1] :].tolist()
+    stats = judged.stats
+    assert stats.judged == sum(source == "judged" for source in stats.sources) > stats.rounds
+    if not changed:
+        assert len(rule.calls) <= stats.rounds
+        places = [place for call in rule.calls for place in call]
+        assert len(places) == len({*places})  # none is asked about twice
+    else:
+        assert len(rule.calls) == stats.asked  # each row was changed
+    judged_places = [place for place, source in enumerate(stats.sources) if source == "judged"]
+    asked = {position: token for call in rule.calls for position, token in call}
+    assert all(asked[place] == output[place] for place in judged_places)
 
 
 @pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", "slow", -0.1, float("nan"), True])
@@ -109,15 +144,14 @@ def test_an_operating_point_for_each_token_gained(llama):
     assert rule.threshold.limit == 0.5
 
 
-def test_the_judge_gets_the_features_of_the_candidate():
-    """The features of one candidate, in a batch of one."""
+def test_the_judge_gets_the_features_of_the_mismatch():
     target = build("llama", vocab_size=3, hidden_size=4, intermediate_size=4)
     rule = JudgeRule(random_judge(target), 0.5)
-    one = candidate([0.4, 0.35, 0.25], matches_after=3, position=1)
-    inputs = one.scores[None], torch.tensor([1]), one.logits_after[None], torch.tensor([1])
-    expected = rule.judge(candidate_scalars(*inputs), one.hidden[None])
-    assert torch.equal(rule.log_odds(one)[None], expected)
-    assert rule.accept(one) is (expected.sigmoid().item() < 0.5)
+    one = mismatch([0.4, 0.35, 0.25], matches_after=3, position=1)
+    inputs = one.scores, torch.tensor([1]), one.logits_after, torch.tensor([1])
+    expected = rule.judge(candidate_scalars(*inputs), one.hidden)
+    assert torch.equal(rule.log_odds(one), expected)
+    assert rule.keep(one).tolist() == [expected.sigmoid().item() < 0.5]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_an_error_in_decoding_arrives(parts, prompt):
     pair, judge = parts
 
     class Broken(RecordingRule):
-        def accept(self, candidate):
+        def keep(self, mismatches):
             raise RuntimeError("broken on purpose")
 
     with pytest.raises(RuntimeError, match="broken on purpose"):

@@ -62,9 +62,12 @@ def test_the_judge_sees_the_adapted_states_of_the_text(architecture, prompt):
     lora_adapter = adapter(target)
 
     class Noting(JudgeRule):
-        def accept(self, candidate):
-            seen.append((candidate.position, candidate.token, candidate.hidden))
-            return super().accept(candidate)
+        def keep(self, mismatches):
+            kept = super().keep(mismatches)
+            reached = int(kept.cumprod(0).sum()) + 1  # what comes after a rejected one is not in the text
+            rows = zip(mismatches.positions.tolist(), mismatches.tokens.tolist(), mismatches.hidden, strict=True)
+            seen.extend([*rows][:reached])
+            return kept
 
     judged = JudgedModel(target, Noting(adapted_judge(target, lora_adapter), 0.5))
     output = judged.generate(prompt, assistant_model=perturbed(target, 0.05), max_new_tokens=40, do_sample=False)

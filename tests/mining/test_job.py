@@ -63,8 +63,8 @@ def test_rows_and_what_is_kept_beside_them(llama, tokenizer, tmp_path):
 
 
 class Always(Rule):
-    def accept(self, candidate):
-        return True
+    def keep(self, mismatches):
+        return torch.ones_like(mismatches.tokens, dtype=torch.bool)
 
 
 def test_prompt_lookup(llama, tokenizer, tmp_path):
@@ -73,9 +73,9 @@ def test_prompt_lookup(llama, tokenizer, tmp_path):
     met = []
 
     class Noting(Rule):
-        def accept(self, candidate):
-            met.append((candidate.position, candidate.token))
-            return False
+        def keep(self, mismatches):
+            met.append((int(mismatches.positions[0]), int(mismatches.tokens[0])))
+            return torch.zeros_like(mismatches.tokens, dtype=torch.bool)
 
     config = replace(MINING, lookup=4, max_new_tokens=48, per_answer=200, rewrites=200)
     rows = mine(Pair(target, None, tokenizer), PROMPTS, config, tmp_path)

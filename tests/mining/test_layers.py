@@ -127,9 +127,12 @@ def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
     }[how]
 
     class Noting(JudgeRule):
-        def accept(self, candidate):
-            seen.append((candidate.position, candidate.token, candidate.hidden))
-            return super().accept(candidate)
+        def keep(self, mismatches):
+            kept = super().keep(mismatches)
+            reached = int(kept.cumprod(0).sum()) + 1  # what comes after a rejected one is not in the text
+            rows = zip(mismatches.positions.tolist(), mismatches.tokens.tolist(), mismatches.hidden, strict=True)
+            seen.extend([*rows][:reached])
+            return kept
 
     judged = JudgedModel(target, Noting(midway_judge(target), 0.5))
     output = judged.generate(prompt, max_new_tokens=40, do_sample=False, **options)
