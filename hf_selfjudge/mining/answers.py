@@ -14,6 +14,7 @@ from ..data.prompts import Prompt
 from ..forward.branches import Keys
 from ..forward.lockstep import Tally, run_in_lockstep
 from ..forward.tap import ForwardTap
+from ..judge.features import entropy
 from ..models.tokens import decoding_greedily, eos_tokens, until_eos
 
 
@@ -29,6 +30,8 @@ class Answer:
         cache (`Keys`): The target's keys and values of all tokens but the last.
         logprobs, best (`torch.FloatTensor` of shape `(answer_length,)`): Log-probabilities under the target, nats: of
             the answer's tokens, and of the target's choices.
+        entropies (`torch.FloatTensor` of shape `(answer_length,)`): Of the target's distribution at each position,
+            nats.
         choices (`torch.LongTensor` of shape `(answer_length, 1 + runners_up)`): The target's likeliest tokens at each
             position, the likeliest first.
     """
@@ -41,6 +44,7 @@ class Answer:
     cache: Keys
     logprobs: torch.Tensor
     best: torch.Tensor
+    entropies: torch.Tensor
     choices: torch.LongTensor
 
     @property
@@ -48,17 +52,25 @@ class Answer:
         """The answer without the prompt, of shape `(answer_length,)`; ends with an EOS token if `finished`."""
         return self.ids[self.prompt_length :]
 
+    @property
+    def text(self) -> list[int]:
+        """The same as a list."""
+        return self.tokens.tolist()
+
     def row(self, number: int) -> dict:
         """A row of [`ANSWER_FEATURES`]."""
         return {
             "answer": number,
+            "drafted": 0,
             "prompt_id": self.prompt.id,
             "category": self.prompt.category,
             "check": self.prompt.check,
             "prompt_ids": self.ids[: self.prompt_length].tolist(),
-            "answer_ids": self.tokens.tolist(),
+            "answer_ids": self.text,
             "own": self.own,
             "finished": self.finished,
+            "choice_logprobs": self.best.half().tolist(),
+            "entropies": self.entropies.half().tolist(),
         }
 
 
@@ -82,7 +94,7 @@ def target_answers(
     """
 
     def write(model: PreTrainedModel, prompt: Prompt, prompt_ids: torch.LongTensor) -> Answer:
-        steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        steps: list[tuple[torch.Tensor, ...]] = []
         cache = DynamicCache()  # keeps all keys, even if attention sees only a window
         with ForwardTap(model, lambda hidden, logits: steps.append(_likeliest(logits[0, -1:], runners_up))):
             output = decoding_greedily(model, max_new_tokens).generate(
@@ -90,9 +102,9 @@ def target_answers(
             )
         length = prompt_ids.shape[1]
         tokens, finished = until_eos(output[0, length:], eos_tokens(target))
-        best, choices = (torch.cat(rows)[: len(tokens)] for rows in zip(*steps, strict=True))
+        best, entropies, choices = (torch.cat(rows)[: len(tokens)] for rows in zip(*steps, strict=True))
         whole = torch.cat([prompt_ids[0], tokens])
-        return Answer(prompt, whole, length, finished, True, _keys(cache), best, best, choices)
+        return Answer(prompt, whole, length, finished, True, _keys(cache), best, best, entropies, choices)
 
     calls = [partial(write, prompt=prompt, prompt_ids=row) for prompt, row in zip(prompts, ids, strict=True)]
     return run_in_lockstep([target], calls, at_once=at_once, tally=tally)
@@ -116,9 +128,9 @@ def read_answers(
         read = {"input_ids": whole[None, :-1], "attention_mask": torch.ones_like(whole[None, :-1])}
         output = model(**read, past_key_values=cache, use_cache=True, logits_to_keep=len(tokens))
         logits = output.logits[0, -len(tokens) :]
-        best, choices = _likeliest(logits, runners_up)
+        likeliest = _likeliest(logits, runners_up)
         logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        return Answer(prompt, whole, prompt_ids.shape[1], finished, False, _keys(cache), logprobs, best, choices)
+        return Answer(prompt, whole, prompt_ids.shape[1], finished, False, _keys(cache), logprobs, *likeliest)
 
     rows = zip(prompts, ids, texts, strict=True)
     calls = [partial(read, prompt=prompt, prompt_ids=row, text=text) for prompt, row, text in rows]
@@ -129,8 +141,9 @@ def _keys(cache: DynamicCache) -> Keys:
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
-def _likeliest(logits: torch.Tensor, runners_up: int) -> tuple[torch.Tensor, torch.LongTensor]:
-    """For each row of logits: the log-probability of the likeliest token, and the `1 + runners_up` likeliest."""
-    logits = logits.float()
-    choices = logits.topk(1 + runners_up).indices if runners_up else logits.argmax(-1, keepdim=True)
-    return logits.amax(-1) - logits.logsumexp(-1), choices
+def _likeliest(logits: torch.Tensor, runners_up: int) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+    """For each row of logits: the log-probability of the likeliest token, the entropy, and the `1 + runners_up`
+    likeliest tokens."""
+    logprobs = logits.float().log_softmax(-1)
+    choices = logprobs.topk(1 + runners_up).indices if runners_up else logprobs.argmax(-1, keepdim=True)
+    return logprobs.amax(-1), entropy(logprobs), choices

@@ -27,6 +27,13 @@ class MiningConfig:
     )
     runners_up: int = _option(0, "The target's next choices to substitute at each position (without lookup).", min=0)
     lookup: int = _option(0, "Draft this many tokens a round by prompt lookup; 0: draft by the draft model.", min=0)
+    rounds: int = _option(
+        0,
+        "Rounds to draft in each answer: their mismatches are rewritten, each with all before it kept. 0: substitute "
+        "one token at a time.",
+        min=0,
+    )
+    draft_length: int = _option(16, "Tokens drafted in a round, with --rounds.", min=1)
     per_answer: int = _option(48, "Substitutions to score in each answer: mismatches first, then a sample.", min=1)
     rewrites: int = _option(8, "How many of these to rewrite, chosen in the same way.", min=0)
     window: int = _option(20, "Tokens after a substitution that `likelihood` and `confidence` look at.", min=0)

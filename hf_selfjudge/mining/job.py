@@ -36,7 +36,7 @@ from ..utils.names import absolute_if_folder
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
 from .label_files import FORMAT, load_labels, shards_of, too_large, write_shard
-from .labels import answers_at_once, label_answer
+from .labels import answers_at_once, label_answer, label_rounds
 
 
 # Options that decide how much is computed at a time, not what: they may change when a run continues.
@@ -159,15 +159,23 @@ def _mine_shard(
     answers, left_out = _answers(pair, prompts, config, judged, tally)
     advance(len(prompts) - (1 - ANSWERING) * len(answers))
 
-    def label(model: PreTrainedModel, answer: Answer) -> list[dict]:
-        rows = label_answer(model, pair, answer, config)
+    def label(model: PreTrainedModel, answer: Answer, number: int) -> list[tuple[dict, list[dict]]]:
+        """Rows of answers, which are numbered from `number`, and for each those of its labels."""
+        if config.rounds:
+            rounds = label_rounds(model, pair, answer, config)
+            rows = [(round.row(answer, number + i), labels) for i, (round, labels) in enumerate(rounds, start=1)]
+            rows = [(answer.row(number), []), *rows]
+        else:
+            rows = [(answer.row(number), label_answer(model, pair, answer, config))]
         answer.cache.clear()
         advance(1 - ANSWERING)
         return rows
 
-    calls = [partial(label, answer=answer) for answer in answers]
+    numbers = range(first * (1 + config.rounds), (first + len(prompts)) * (1 + config.rounds), 1 + config.rounds)
+    calls = [partial(label, answer=answer, number=number) for answer, number in zip(answers, numbers, strict=False)]
     parts = run_in_lockstep([pair.target], calls, at_once=answers_at_once(config, packs(pair.target)), tally=tally)
-    labels = [row | {"answer": number} for number, rows in enumerate(parts, start=first) for row in rows]
+    answer_rows = [row for part in parts for row, _ in part]
+    labels = [label | {"answer": row["answer"]} for part in parts for row, rows in part for label in rows]
     if config.layer is not None and not all(np.isfinite(row[name]).all() for row in labels for name in STATES):
         raise too_large(config.layer)
     counts = {
@@ -181,7 +189,6 @@ def _mine_shard(
         "target_forwards": tally.forwards,
         "seconds": round(time.monotonic() - since, 1),
     }
-    answer_rows = [answer.row(number) for number, answer in enumerate(answers, start=first)]
     write_shard(shard, pair.target.config.get_text_config().hidden_size, answer_rows, labels, counts)
 
 

@@ -21,18 +21,22 @@ from ..utils.names import public_mining
 from ..utils.transfer import first_line
 
 
-FORMAT = 2  # of a folder of labels
+FORMAT = 3  # of a folder of labels
 # Scores of a substitution that need no rewrite, nats; see `feature_row` in `labels.py`.
 CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_draft_target")
 _STRING, _INT, _BOOL, _FLOAT = map(datasets.Value, ("string", "int32", "bool", "float32"))
 _TOKENS = datasets.List(_INT)
-# Columns of the files of answers. `answer` is the answer's number, by which its substitutions refer to it.
+# Columns of the files of answers. `answer` is the answer's number, by which its substitutions refer to it. A round of
+# decoding is an answer, too, which ends with the `drafted` tokens of the round. `choice_logprobs` and `entropies` have
+# a value for each token of the answer, nats: the log-probability of the target's choice there, and the entropy of its
+# distribution.
 ANSWER_FEATURES = datasets.Features(
     {
-        "answer": _INT,
+        **dict.fromkeys(("answer", "drafted"), _INT),
         **dict.fromkeys(("prompt_id", "category", "check"), _STRING),
         **dict.fromkeys(("prompt_ids", "answer_ids"), _TOKENS),
         **dict.fromkeys(("own", "finished"), _BOOL),
+        **dict.fromkeys(("choice_logprobs", "entropies"), datasets.List(datasets.Value("float16"))),
     }
 )
 # What labels that are used together must have in common.
@@ -47,7 +51,7 @@ def labels_features(hidden_size: int) -> datasets.Features:
             "kind": _STRING,
             **dict.fromkeys(("position", "token", "substitute", "draft_rank", "mismatches"), _INT),
             **dict.fromkeys(("original_suffix", "rewritten_suffix"), _TOKENS),
-            **dict.fromkeys(("rewrite_finished", "flipped"), _BOOL),
+            **dict.fromkeys(("rewrite_finished", "flipped", "round_flipped"), _BOOL),
             **dict.fromkeys(("changed", "reconvergence", "says_no", "draft_logprob", *CHEAP_SCORES), _FLOAT),
             "scalars": datasets.List(_FLOAT, length=len(SCALARS)),
             **dict.fromkeys(STATES, datasets.List(datasets.Value("float16"), length=hidden_size)),

@@ -19,7 +19,8 @@ from ..scoring.meaning import reconvergence, says_no
 from .answers import Answer
 from .config import MiningConfig
 from .rewrites import Continuation, continue_substitutions
-from .substitutions import Substitution, find_looked_up, find_substitutions, sample_mismatches_first
+from .rounds import Round, find_rounds
+from .substitutions import Substitution, find_looked_up, find_substitutions, sample, sample_mismatches_first
 
 
 def answers_at_once(config: MiningConfig, packed: bool) -> int:
@@ -73,24 +74,65 @@ def label_answer(model: PreTrainedModel, pair: Pair, answer: Answer, config: Min
         reference = references.get(continuation.substitution.position)
         row = feature_row(continuation, reference) | {"mismatches": mismatches}
         if continuation.rewrite is not None:
-            row |= label_row(model, pair.tokenizer, continuation, reference, config)
+            row |= label_row(model, pair.tokenizer, continuation, reference or answer, config)
         rows[continuation.substitution] = row
     return [rows[substitution] for substitution in found]
+
+
+def label_rounds(
+    model: PreTrainedModel, pair: Pair, answer: Answer, config: MiningConfig
+) -> list[tuple[Round, list[dict]]]:
+    """
+    Draft rounds in the target's own answer, and label their mismatches. Each is rewritten with those before it in the
+    round kept, and compared with the rewrite in which it is not. `model` is as for [`label_answer`].
+
+    Returns:
+        `list[tuple[Round, list[dict]]]`: each round, and the rows of its mismatches: [`feature_row`], [`label_row`],
+        and as `round_flipped` what `flipped` would be if compared with the answer itself.
+    """
+    packed = packs(pair.target)
+
+    def choose(starts: list[int]) -> list[int]:
+        return sample(starts, config.rounds, config.seed, answer.prompt.id)
+
+    length = config.lookup or config.draft_length
+    rounds = find_rounds(model, pair.draft, answer, pair.special_tokens, length, choose, packed)
+    found = {each: each.mismatches() for each in rounds}
+    room = max(1, config.forward_tokens // answers_at_once(config, packed))
+    layer_states = None if config.layer is None else LayerStates(pair.target, config.layer)
+    every = [substitution for mismatches in found.values() for substitution in mismatches]
+    rewritten = continue_substitutions(model, answer, every, config.window, room, packed, layer_states)
+    done = {continuation.substitution: continuation for continuation in rewritten}
+    parts = []
+    for round, mismatches in found.items():
+        rows, original = [], answer
+        for substitution in mismatches:
+            position, continuation = substitution.position, done[substitution]
+            if original.text[: position + 1] != [*substitution.before(answer), substitution.choice]:
+                round.cut(position - round.start)  # in another forward, rounding gave the target another choice
+                break
+            row = feature_row(continuation) | label_row(model, pair.tokenizer, continuation, original, config)
+            own = original is answer
+            flipped = row["flipped"] if own else _flipped(pair.tokenizer, answer, continuation, config)
+            rows.append(row | {"mismatches": len(mismatches), "round_flipped": flipped})
+            original = continuation
+        parts.append((round, rows))
+    return parts
 
 
 def label_row(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     continuation: Continuation,
-    reference: Continuation | None,
+    original: Answer | Continuation,
     config: MiningConfig,
 ) -> dict:
     """
-    Compare a rewritten answer with the original one: the rewrite of `reference`, which has the target's own choice, or
-    else the answer itself.
+    Compare a rewritten answer with the original one: the answer itself, or another continuation of it that has the
+    target's choice in the place of the substitute.
 
     Returns:
-        `dict` with the suffixes of both, and
+        `dict` with the suffixes of both (`None` for that of the answer itself), and
 
     - `reconvergence`: share of the original suffix's 4-grams that the rewritten one has, in [0, 1];
     - `flipped`: whether the final answer, or passing the tests, changed. `None` if the prompt has no such check, an
@@ -98,27 +140,38 @@ def label_row(
     - `says_no`: the target's own probability that the two do not say the same, in [0, 1]; `None` if it was not asked;
     - `changed`: the label in [0, 1]: `flipped` where it is known, else 1 − `reconvergence`.
     """
-    answer, substitution = continuation.answer, continuation.substitution
-    prompt, text = answer.prompt, answer.tokens.tolist()
-    start, original, finished = text[: substitution.position], text[substitution.position + 1 :], answer.finished
-    if reference is not None:
-        original, finished = reference.rewrite, reference.finished
-    share = reconvergence(original, continuation.rewrite)
-    before = tokenizer.decode([*start, substitution.choice, *original], skip_special_tokens=True)
-    after = tokenizer.decode([*start, substitution.token, *continuation.rewrite], skip_special_tokens=True)
-    answers = CheckedAnswer(before, finished), CheckedAnswer(after, continuation.finished)
-    same, no = check_of(prompt, config.allow_code).same(prompt, *answers), None
+    answer = continuation.answer
+    suffix = original.text[continuation.substitution.position + 1 :]
+    share = reconvergence(suffix, continuation.rewrite)
+    flipped, no = _flipped(tokenizer, original, continuation, config), None
     if config.ask:
-        no = 0.0 if before == after else says_no(model, tokenizer, prompt.text, before, after)
+        before, after = (tokenizer.decode(each.text, skip_special_tokens=True) for each in (original, continuation))
+        no = 0.0 if before == after else says_no(model, tokenizer, answer.prompt.text, before, after)
     return {
-        "original_suffix": None if reference is None else reference.rewrite,
+        "original_suffix": None if original is answer else suffix,
         "rewritten_suffix": continuation.rewrite,
         "rewrite_finished": continuation.finished,
         "reconvergence": share,
-        "flipped": None if same is None else not same,
+        "flipped": flipped,
         "says_no": no,
-        "changed": 1.0 - share if same is None else float(not same),
+        "changed": 1.0 - share if flipped is None else float(flipped),
     }
+
+
+def _flipped(
+    tokenizer: PreTrainedTokenizerBase,
+    original: Answer | Continuation,
+    continuation: Continuation,
+    config: MiningConfig,
+) -> bool | None:
+    """See [`label_row`]."""
+    prompt = continuation.answer.prompt
+    answers = (
+        CheckedAnswer(tokenizer.decode(each.text, skip_special_tokens=True), each.finished)
+        for each in (original, continuation)
+    )
+    same = check_of(prompt, config.allow_code).same(prompt, *answers)
+    return None if same is None else not same
 
 
 def feature_row(continuation: Continuation, reference: Continuation | None = None) -> dict:

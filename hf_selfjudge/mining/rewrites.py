@@ -45,6 +45,11 @@ class Continuation:
     rewrite: list[int] | None = None
     finished: bool = False
 
+    @property
+    def text(self) -> list[int]:
+        """The tokens of the rewritten answer."""
+        return [*self.substitution.before(self.answer), self.substitution.token, *self.rewrite]
+
 
 def continue_substitutions(
     model: PreTrainedModel,
@@ -105,12 +110,14 @@ class _Path:
         self.branches, self.answer, self.substitution = branches, answer, substitution
         self.rewrites, self.rewriting, self.done = rewrites, False, False
         self.scored: list[tuple[torch.Tensor, ...]] = []
-        place = answer.prompt_length + substitution.position
+        place, drafted = answer.prompt_length + substitution.position, substitution.drafted
         suffix = answer.ids[place + 1 :]
         # The state before the substitute is that of the token before it, which is fed again.
-        self.branch = branches.branch(place - 1)
-        before, substitute = answer.ids[place - 1, None], suffix.new_tensor([substitution.token])
-        self.to_score = torch.cat([before, substitute, suffix[:window]])
+        self.first = len(drafted)  # row of the state before the substitute
+        self.branch = branches.branch(place - self.first - 1)
+        before = answer.ids[place - self.first - 1, None]
+        own = suffix.new_tensor([*drafted, substitution.token])
+        self.to_score = torch.cat([before, own, suffix[: 0 if drafted else window]])
         # A rewrite may be a quarter longer than what it replaces, if the context allows.
         context, longer = context_of(branches.model), len(suffix) * 5 // 4 + 16
         self.limit = longer if context is None else min(longer, context - place - 1)
@@ -139,24 +146,28 @@ class _Path:
             self._append(choices[: accepted + 1])
             return
         first = self.branch.length - len(choices)
-        keep = max(0, 2 - first)  # whole rows of the first two tokens only
+        rows = slice(max(0, self.first - first), max(0, self.first + 2 - first))  # before and after the substitute
         logits, next_tokens = logits.float(), self.to_score[first + 1 :][: len(choices)]
         total = logits.logsumexp(-1)
         logprobs = logits[: len(next_tokens)].gather(-1, next_tokens[:, None]).squeeze(-1) - total[: len(next_tokens)]
         best = logits.amax(-1) - total
-        self.scored.append((logits[:keep].clone(), hidden[:keep], logprobs, best, torch.tensor(choices)))
+        self.scored.append((logits[rows].clone(), hidden[rows], logprobs, best, torch.tensor(choices)))
         if self.branch.length < len(self.to_score):
             return
         logits, hidden, logprobs, best, choices = (torch.cat(parts) for parts in zip(*self.scored, strict=True))
-        self.continuation = Continuation(self.answer, self.substitution, logits, hidden, logprobs[1:], best[1:-1])
+        after = slice(self.first + 1, -1)
+        self.continuation = Continuation(
+            self.answer, self.substitution, logits, hidden, logprobs[self.first + 1 :], best[after]
+        )
         self.scored.clear()
         self.rewriting, self.done = self.substitution.to_rewrite, not self.substitution.to_rewrite
         if self.rewriting:  # the tokens that were scored are the rewrite's first draft
             self.rewrites.append(self.rewrite)
-            accepted = common_prefix(self.to_score[2:].tolist(), choices[1:].tolist())
-            self.branches.cut(self.branch, 2 + accepted)
+            choices = choices[self.first + 1 :].tolist()
+            accepted = common_prefix(self.to_score[self.first + 2 :].tolist(), choices)
+            self.branches.cut(self.branch, self.first + 2 + accepted)
             self.place = accepted + 1
-            self._append(choices[1 : accepted + 2].tolist())
+            self._append(choices[: accepted + 1])
 
     def _append(self, tokens: list[int]) -> None:
         self.rewrite += tokens[: self.limit - len(self.rewrite)]

@@ -29,6 +29,8 @@ class Substitution:
         draft_rank (`int`): Number of tokens that the draft prefers to the substitute.
         draft_logits (`torch.Tensor` of shape `(vocab_size,)`, *optional*): Of a draft model at this position.
         to_rewrite (`bool`): Whether the target is to finish the answer after the substitute.
+        drafted (`list[int]`): Where the text leaves the answer before the substitute: its tokens from there to the
+            substitute, drafted in the same round.
     """
 
     position: int
@@ -38,6 +40,11 @@ class Substitution:
     draft_rank: int
     draft_logits: torch.Tensor | None = field(default=None, repr=False)
     to_rewrite: bool = False
+    drafted: list[int] = field(default_factory=list)
+
+    def before(self, answer: Answer) -> list[int]:
+        """The tokens of the answer's text before the substitute."""
+        return [*answer.tokens[: self.position - len(self.drafted)].tolist(), *self.drafted]
 
 
 @torch.no_grad()

@@ -141,7 +141,7 @@ class Speller:
 def test_what_a_change_is(check, words, flipped):
     """The answer is words 0, 1, 2; it is rewritten with word 1 again in its place, once the same and once with 3."""
     prompt = Prompt("p", "?", check=check, tests="assert f() == 4" if check == "tests" else None)
-    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None)
+    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None, None)
     config = MiningConfig(allow_code=True)
     for end, expected in zip((2, 3), flipped, strict=True):
         new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [end], True)
@@ -163,7 +163,7 @@ def test_what_a_change_is(check, words, flipped):
 )
 def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipped):
     prompt = Prompt("p", "?", check="tests", tests="assert f() == 4")
-    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, False, True, [], None, None, None)
+    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, False, True, [], None, None, None, None)
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], False)
     row = label_row(None, Speller(*words), new, None, MiningConfig(allow_code=True))
     assert row["flipped"] is flipped
@@ -171,7 +171,7 @@ def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipp
 
 def test_code_is_labelled_after_the_prompts_imports():
     prompt = Prompt("p", "from math import floor", check="tests", tests="assert f() == 4")
-    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None)
+    answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None, None)
     words = Speller("def f(): ", "return ", "floor(4.5)", "floor(5)")
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], True)
     assert label_row(None, words, new, None, MiningConfig(allow_code=True))["flipped"] is True

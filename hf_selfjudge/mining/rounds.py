@@ -1,0 +1,184 @@
+"""In: an [`Answer`], and a draft model or prompt lookup. Out: [`Round`]s of lossless decoding in it, with what the
+draft proposes beyond the first mismatch, and what the target chooses there. Where a rule keeps that mismatch, decoding
+meets the later ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from ..forward.branches import Alone, Branches
+from ..judge.features import entropy
+from ..models.tokens import context_of
+from .answers import Answer
+from .substitutions import Substitution, common_prefix
+
+
+@dataclass(eq=False)
+class Round:
+    """
+    One round of decoding that begins in an answer.
+
+    Args:
+        start (`int`): Tokens of the answer before it.
+        tokens (`list[int]`): Candidates, up to one that no rule may decide (a special token).
+        matched (`int`): How many of them come before the first that differs from the answer.
+        logits (`list[torch.Tensor]`, *optional*): The draft's, of shape `(vocab_size,)`, for each candidate.
+        choices (`list[int]`): What the target chooses in the place of each candidate, with those before it kept.
+        best, entropies (`list[float]`): Log-probability of each choice, and entropy of the target's distribution,
+            nats.
+    """
+
+    start: int
+    tokens: list[int]
+    matched: int
+    logits: list[torch.Tensor] | None
+    choices: list[int]
+    best: list[float]
+    entropies: list[float]
+
+    def mismatches(self) -> list[Substitution]:
+        """A substitution, to be rewritten, for each candidate that is not the target's choice."""
+        return [
+            Substitution(
+                position=self.start + place,
+                choice=choice,
+                token=token,
+                kind="mismatch",
+                draft_rank=0,
+                draft_logits=None if self.logits is None else self.logits[place],
+                to_rewrite=True,
+                drafted=self.tokens[self.matched : place],
+            )
+            for place, (token, choice) in enumerate(zip(self.tokens, self.choices, strict=True))
+            if token != choice
+        ]
+
+    def cut(self, end: int) -> None:
+        """Keep only the first `end` candidates."""
+        for column in (self.tokens, self.choices, self.best, self.entropies):
+            del column[end:]
+
+    def row(self, answer: Answer, number: int) -> dict:
+        """A row of [`ANSWER_FEATURES`]: the answer up to the round, and then the candidates."""
+        known = answer.row(number)
+        return known | {
+            "answer_ids": [*known["answer_ids"][: self.start], *self.tokens],
+            "drafted": len(self.tokens),
+            "own": False,
+            "finished": False,
+            "choice_logprobs": [*known["choice_logprobs"][: self.start], *self.best],
+            "entropies": [*known["entropies"][: self.start], *self.entropies],
+        }
+
+
+@torch.no_grad()
+def find_rounds(
+    model: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    answer: Answer,
+    special_tokens: list[int],
+    length: int,
+    choose: Callable[[list[int]], Iterable[int]],
+    packed: bool = True,
+) -> list[Round]:
+    """
+    Rounds of lossless decoding of the target's own answer. They end where a special token is drafted or chosen: no
+    rule decides it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The target.
+        draft ([`~transformers.PreTrainedModel`], *optional*): By default drafts are looked up in the text.
+        length (`int`): Candidates of a round.
+        choose (`Callable`): Gets where the answer's rounds start, and returns those to draft.
+        packed (`bool`): Whether rounds share a forward of the target ([`packs`]).
+    """
+    drafter = _Lookup(answer, length) if draft is None else _Draft(draft, answer, length)
+    text, starts, start = answer.tokens.tolist(), [], 0
+    while start < len(text):
+        starts.append(start)
+        start += common_prefix(drafter.begin(start), text[start:]) + 1
+    special, rounds = {*special_tokens}, []
+    for start in sorted(choose(starts), reverse=True):  # a draft's cache is cut to one after another
+        tokens, logits = drafter.finish(start)
+        matched = min(common_prefix(tokens, text[start:]), len(text) - start)
+        ends = [i for i, token in enumerate(tokens) if token in special]
+        if start + matched == len(text) or text[start + matched] in special:
+            ends.append(matched)
+        tokens = tokens[: min(ends, default=None)]
+        known = slice(start, start + min(matched + 1, len(tokens)))
+        seen = answer.choices[known, 0].tolist(), answer.best[known].tolist(), answer.entropies[known].tolist()
+        rounds.append(Round(start, tokens, matched, logits, *seen))
+    _verify(model, answer, [each for each in rounds if len(each.tokens) > each.matched + 1], special, packed)
+    return rounds[::-1]
+
+
+def _verify(model: PreTrainedModel, answer: Answer, rounds: list[Round], special: set[int], packed: bool) -> None:
+    """Add what the target chooses beyond the first mismatch, and cut the rounds where that is a special token."""
+    shared = Branches(model, answer.cache) if packed else None
+    for part in [rounds] if packed else [[each] for each in rounds]:
+        if not part:
+            continue
+        branches = shared or Alone(model, answer.cache)
+        starts = [branches.branch(answer.prompt_length + each.start + each.matched) for each in part]
+        outputs = branches.feed(starts, [answer.ids.new_tensor(each.tokens[each.matched : -1]) for each in part])
+        for each, (logits, _) in zip(part, outputs, strict=True):
+            logprobs = logits.float().log_softmax(-1)
+            each.choices += logprobs.argmax(-1).tolist()
+            each.best += logprobs.amax(-1).tolist()
+            each.entropies += entropy(logprobs).tolist()
+            each.cut(next((i for i, token in enumerate(each.choices) if token in special), len(each.tokens)))
+
+
+class _Draft:
+    """Drafts with a model, which has read the answer."""
+
+    def __init__(self, draft: PreTrainedModel, answer: Answer, length: int):
+        self.draft, self.answer, self.length, self.cache = draft, answer, length, DynamicCache()
+        read = answer.ids[:-1][: context_of(draft)]  # nothing follows the last token
+        keep = len(read) - answer.prompt_length + 1  # the row before each token
+        self.logits = list(self._read(read, keep)) if keep > 0 else []
+        self.proposed = [int(row.argmax()) for row in self.logits]
+
+    def _read(self, tokens: torch.LongTensor, keep: int) -> torch.Tensor:
+        tokens = tokens[None].to(self.draft.device)
+        return self.draft(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits[0, -keep:]
+
+    def begin(self, start: int) -> list[int]:
+        """The candidates of a round, as far as they match the answer, and the next one."""
+        return self.proposed[start : start + self.length]
+
+    def finish(self, start: int) -> tuple[list[int], list[torch.Tensor]]:
+        """All candidates of a round, and the draft's logits for each. Call it for the last round first."""
+        end = start + common_prefix(self.begin(start), self.answer.tokens[start:].tolist()) + 1
+        tokens, logits = self.begin(start)[: end - start], self.logits[start:end][: self.length]
+        place = self.answer.prompt_length + start + len(tokens) - 1  # of the last of them
+        self.cache.crop(place - self.cache.get_seq_length())
+        while tokens and len(tokens) < self.length and place < (context_of(self.draft) or math.inf):
+            logits.append(self._read(self.answer.ids.new_tensor(tokens[-1:]), 1)[0])
+            tokens.append(int(logits[-1].argmax()))
+            place += 1
+        return tokens, logits
+
+
+class _Lookup:
+    """Drafts by prompt lookup."""
+
+    def __init__(self, answer: Answer, length: int):
+        self.answer = answer
+        limits = {"num_output_tokens": length, "max_length": len(answer.ids) + length}
+        self.generator = PromptLookupCandidateGenerator(**limits)
+
+    def begin(self, start: int) -> list[int]:
+        """The candidates of a round."""
+        known = self.answer.ids[None, : self.answer.prompt_length + start]
+        return self.generator.get_candidates(known)[0][0, known.shape[1] :].tolist()
+
+    def finish(self, start: int) -> tuple[list[int], None]:
+        """The candidates of a round; they have no logits."""
+        return self.begin(start), None
