@@ -293,11 +293,14 @@ def write_labels(folder: Path, prompts: int = 40, target: str = "tiny/llama", se
                     "hidden_after": after.astype(np.float16),
                 }
             )
+    return labels_folder(folder, answers, rows, target=target, prompts=prompts, seed=seed)
+
+
+def labels_folder(folder: Path, answers: list[dict], rows: list[dict], **record) -> Path:
+    """A folder of labels of rows of answers and of substitutions, with `record` in its `mining.json`."""
     folder.mkdir()
     write_shard(folder / "labels-00000-of-00001.parquet", LABELS_HIDDEN, answers, rows, {})
-    (folder / "mining.json").write_text(
-        json.dumps(MINING_RECORD | {"target": target, "prompts": prompts, "seed": seed})
-    )
+    (folder / "mining.json").write_text(json.dumps(MINING_RECORD | record))
     return folder
 
 

@@ -20,7 +20,7 @@ from ..utils.names import public_name
 from ..utils.text import in_markdown, in_plot
 from .answers import AnswerRecord
 from .methods import FAMILIES
-from .summary import RETENTION_LEVELS, UNCHANGED_LEVELS
+from .summary import RETENTION_LEVELS, ROUND_LEVELS, UNCHANGED_LEVELS
 from .tradeoff import BASE
 
 
@@ -108,6 +108,19 @@ def timing_tables(timing: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def replay_tables(results: dict) -> str:
+    """The tables of [`summarise_replay`]."""
+    rows, categories = results["settings"], [*results["settings"][0]["by_category"]]
+    columns = {"rule": "", "tokens/round": ".2f", "× lossless": ".2f", "rounds unchanged": ".3f"}
+    keys = ("setting", "tokens_per_round", "speed", "unchanged")
+    parts = [_table(columns, [[row[key] for key in keys] for row in rows])]
+    if len(categories) > 1:
+        cells = [(row["setting"], *map(_values, row["by_category"].values())) for row in rows]
+        parts.append(_table({"× lossless / rounds unchanged": ""} | dict.fromkeys(categories, ""), cells))
+    parts += _comparisons("unchanged rounds", results["comparisons_unchanged"], ROUND_LEVELS)
+    return "\n\n".join(parts) + "\n"
+
+
 def _comparisons(measure: str, comparisons: Sequence[dict], levels: Sequence[float]) -> list[str]:
     """A table of pairs of rules at equal shares of a measure; empty if there are no pairs."""
     columns = {f"tokens a round (thresholds) at {measure}": ""} | {f"{level:.0%}": ".2f" for level in levels}
@@ -143,9 +156,9 @@ def _table(columns: dict[str, str], rows: Sequence[Sequence]) -> str:
 
 
 def _values(category: dict) -> str:
-    """Speed and retention in a category, without their intervals."""
-    speed, retention = category["speed"], category["retention"]
-    return f"{speed[0]:.2f} / {retention[0]:.3f}" if speed and retention else "–"
+    """Speed in a category, and the other figure beside it, without their intervals."""
+    speed, other = category.values()
+    return f"{speed[0]:.2f} / {other[0]:.3f}" if speed and other else "–"
 
 
 def plot_tradeoff(quality: dict, path: Path) -> None:

@@ -32,6 +32,7 @@ RETENTION = ("task", "same", "agreement")
 # Shares of retention, and of unchanged final answers, at which rules are compared.
 RETENTION_LEVELS = (0.99, 0.97, 0.95, 0.9)
 UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
+ROUND_LEVELS = (0.99, 0.98, 0.97, 0.95)  # the same of single rounds
 # What says whether an answer still says what the lossless one says: the one of these that is known of more answers.
 CHANGES = ("unchanged", "same")
 # Shares of changed answers for which [`operating_points`] looks for thresholds.
@@ -186,6 +187,41 @@ def summarise_quality(
         "judges": {
             curve: fingerprint(judges[method.judge]) for curve in own if (method := curves[curve]).length is None
         },
+    }
+
+
+def summarise_replay(grid: Grid, methods: Sequence[Method]) -> dict:
+    """Summarise rounds that were replayed ([`replay`]): for each of `methods`, and the oracle, tokens a round, those
+    divided by lossless decoding's, and the share of rounds that leave the final answer unchanged, also in each
+    category; and each judge compared with every other rule at equal shares."""
+    samples = {
+        "tokens_per_round": grid.ratio(grid.tokens, grid.rounds),
+        "speed": grid.speed(),
+        "unchanged": grid.ratio(grid.scores["unchanged"] * grid.rounds, grid.rounds),
+    }
+    own = [*dict.fromkeys(method.curve for method in methods if method.judge is not None)]
+    others = [*dict.fromkeys(method.curve for method in methods if method.judge is None and method.arguments)]
+    unchanged = {
+        name: grid.ratio(grid.scores["unchanged"] * grid.rounds, grid.rounds, name) for name in set(grid.categories)
+    }
+    rows = [
+        {
+            "setting": name,
+            **_intervals(samples, i),
+            "by_category": {
+                category: _intervals({"speed": grid.speed(category), "unchanged": unchanged[category]}, i)
+                for category in sorted(unchanged)
+            },
+        }
+        for i, name in enumerate(grid.methods)
+    ]
+    return {
+        "prompts": len(grid.categories),
+        "rounds": int(grid.rounds[0].sum()),
+        "settings": rows,
+        "comparisons_unchanged": [
+            compare_rules(grid, samples["unchanged"], ROUND_LEVELS, *two) for two in product(own, others)
+        ],
     }
 
 

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from ..models.wheels import SourceError
 from ..utils.text import in_terminal
-from . import bench, card, demo, labels, mine, quickstart, share, train
+from . import bench, card, demo, labels, mine, quickstart, replay, share, train
 from .options import as_command
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A function `some_command` of these modules is the command `some`.
-for module in (quickstart, mine, labels, train, bench, card, share, demo):
+for module in (quickstart, mine, labels, train, replay, bench, card, share, demo):
     for function_name, function in vars(module).items():
         if function_name.endswith("_command"):
             name = function_name.removesuffix("_command").replace("_", "-")

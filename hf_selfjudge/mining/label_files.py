@@ -137,13 +137,25 @@ def _load_folder(source: str, folder: Path) -> datasets.Dataset:
     return join_answers(labels, answers, record | {"shards": [len(shards), count], "source": source})
 
 
+def load_answers(labels: str | os.PathLike | Sequence[str | os.PathLike], token: str | None = None) -> pyarrow.Table:
+    """The answers of labels ([`ANSWER_FEATURES`], and their folder as `source`), also those without a substitution.
+    The arguments are those of [`load_labels`]."""
+    references = [labels] if isinstance(labels, str | os.PathLike) else labels
+    tables = [
+        table.append_column("source", pyarrow.repeat(source, len(table)))
+        for source, folder in folders_of(references, token).items()
+        for table in (pyarrow.parquet.read_table(answers_beside(shard)) for shard in shards_of(folder))
+    ]
+    return pyarrow.concat_tables(tables)
+
+
 def join_answers(labels: datasets.Dataset, answers: pyarrow.Table, record: dict) -> datasets.Dataset:
     """Add to each row of `labels` ([`labels_features`]) the columns of its answer ([`ANSWER_FEATURES`]). `record`,
     which has the folder as `source`, becomes a record of [`mining_records`]."""
     rows = pyarrow.compute.index_in(labels.data.column("answer"), value_set=answers["answer"].combine_chunks())
     joined = answers.drop_columns("answer").take(rows).replace_schema_metadata()
     joined = joined.append_column("source", pyarrow.repeat(record["source"], len(labels)))
-    dataset = datasets.concatenate_datasets([datasets.Dataset(joined), labels.remove_columns("answer")], axis=1)
+    dataset = datasets.concatenate_datasets([datasets.Dataset(joined), labels], axis=1)
     dataset.info.description = json.dumps(record)
     return dataset
 

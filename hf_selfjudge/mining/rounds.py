@@ -14,7 +14,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from ..forward.branches import Alone, Branches
 from ..judge.features import entropy
-from ..models.tokens import context_of
+from ..models.tokens import context_of, eos_tokens
 from .answers import Answer
 from .substitutions import Substitution, common_prefix
 
@@ -26,7 +26,7 @@ class Round:
 
     Args:
         start (`int`): Tokens of the answer before it.
-        tokens (`list[int]`): Candidates, up to one that no rule may decide (a special token).
+        tokens (`list[int]`): Candidates, up to a mismatch that no rule decides.
         matched (`int`): How many of them come before the first that differs from the answer.
         logits (`list[torch.Tensor]`, *optional*): The draft's, of shape `(vocab_size,)`, for each candidate.
         choices (`list[int]`): What the target chooses in the place of each candidate, with those before it kept.
@@ -88,8 +88,8 @@ def find_rounds(
     packed: bool = True,
 ) -> list[Round]:
     """
-    Rounds of lossless decoding of the target's own answer. They end where a special token is drafted or chosen: no
-    rule decides it.
+    Rounds of lossless decoding of the target's own answer. They end at a mismatch with a special token, which no rule
+    decides, and where the text ends.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The target.
@@ -107,10 +107,8 @@ def find_rounds(
     for start in sorted(choose(starts), reverse=True):  # a draft's cache is cut to one after another
         tokens, logits = drafter.finish(start)
         matched = min(common_prefix(tokens, text[start:]), len(text) - start)
-        ends = [i for i, token in enumerate(tokens) if token in special]
-        if start + matched == len(text) or text[start + matched] in special:
-            ends.append(matched)
-        tokens = tokens[: min(ends, default=None)]
+        if start + matched == len(text) or special & {text[start + matched], *tokens[matched : matched + 1]}:
+            tokens = tokens[:matched]
         known = slice(start, start + min(matched + 1, len(tokens)))
         seen = answer.choices[known, 0].tolist(), answer.best[known].tolist(), answer.entropies[known].tolist()
         rounds.append(Round(start, tokens, matched, logits, *seen))
@@ -119,7 +117,8 @@ def find_rounds(
 
 
 def _verify(model: PreTrainedModel, answer: Answer, rounds: list[Round], special: set[int], packed: bool) -> None:
-    """Add what the target chooses beyond the first mismatch, and cut the rounds where that is a special token."""
+    """Add what the target chooses beyond the first mismatch, and cut the rounds where no rule decides any more."""
+    end_tokens = eos_tokens(model)
     shared = Branches(model, answer.cache) if packed else None
     for part in [rounds] if packed else [[each] for each in rounds]:
         if not part:
@@ -132,7 +131,13 @@ def _verify(model: PreTrainedModel, answer: Answer, rounds: list[Round], special
             each.choices += logprobs.argmax(-1).tolist()
             each.best += logprobs.amax(-1).tolist()
             each.entropies += entropy(logprobs).tolist()
-            each.cut(next((i for i, token in enumerate(each.choices) if token in special), len(each.tokens)))
+            for place, (token, choice) in enumerate(zip(each.tokens, each.choices, strict=True)):
+                if token != choice and special & {token, choice}:
+                    each.cut(place)
+                    break
+                if token == choice and token in end_tokens:
+                    each.cut(place + 1)
+                    break
 
 
 class _Draft:
