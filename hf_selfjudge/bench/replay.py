@@ -93,7 +93,7 @@ def read_rounds(labels: datasets.Dataset, answers: pyarrow.Table) -> list[Record
     rows = labels.select_columns([*COLUMNS]).with_format("numpy")
     columns = ["source", "answer", "prompt_id", "category", "drafted", "answer_ids"]
     for answer in answers.select(columns).to_pylist():
-        if not answer["drafted"] or (answer["source"], answer["prompt_id"]) not in known:
+        if answer["drafted"] is None or (answer["source"], answer["prompt_id"]) not in known:
             continue
         end = len(answer["answer_ids"])
         mismatches = sorted(found[answer["source"], answer["answer"]])

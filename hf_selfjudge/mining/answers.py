@@ -61,7 +61,7 @@ class Answer:
         """A row of [`ANSWER_FEATURES`]."""
         return {
             "answer": number,
-            "drafted": 0,
+            "drafted": None,
             "prompt_id": self.prompt.id,
             "category": self.prompt.category,
             "check": self.prompt.check,

@@ -76,7 +76,7 @@ def mine(
         TooLong: If no prompt fits into the context.
         OSError: If `folder` cannot be written.
     """
-    _check(pair, prompts, config)
+    _check(pair, prompts, config, judged)
     state, folder = this_process(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     packed, count = packs(pair.target), -(-len(prompts) // config.shard)
@@ -103,8 +103,12 @@ def this_process() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
-def _check(pair: Pair, prompts: Sequence[Prompt], config: MiningConfig) -> None:
+def _check(pair: Pair, prompts: Sequence[Prompt], config: MiningConfig, judged: JudgedModel | None) -> None:
     """Refuse, before hours of work, what would fail in some shard."""
+    if config.rounds and (judged is not None or any(prompt.answer is not None for prompt in prompts)):
+        raise ValueError(
+            "`rounds` are those of the target's own answers. Mine them without a judge, on prompts without answers."
+        )
     if (pair.draft is None) != bool(config.lookup):
         raise ValueError(
             "`draft`: drafts come from a model or, with `lookup`, from prompt lookup. Give one of the two."

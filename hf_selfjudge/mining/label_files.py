@@ -27,9 +27,9 @@ CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_dra
 _STRING, _INT, _BOOL, _FLOAT = map(datasets.Value, ("string", "int32", "bool", "float32"))
 _TOKENS = datasets.List(_INT)
 # Columns of the files of answers. `answer` is the answer's number, by which its substitutions refer to it. A round of
-# decoding is an answer, too, which ends with the `drafted` tokens of the round. `choice_logprobs` and `entropies` have
-# a value for each token of the answer, nats: the log-probability of the target's choice there, and the entropy of its
-# distribution.
+# decoding is an answer, too, which ends with the `drafted` tokens of the round; that is null for whole answers.
+# `choice_logprobs` and `entropies` have a value for each token of the answer, nats: the log-probability of the
+# target's choice there, and the entropy of its distribution.
 ANSWER_FEATURES = datasets.Features(
     {
         **dict.fromkeys(("answer", "drafted"), _INT),

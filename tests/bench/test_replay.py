@@ -39,9 +39,9 @@ def test_replayed_rounds_are_those_of_decoding(llama, tokenizer, tmp_path):
     labels = mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path)
     labels = labels.remove_columns("round_flipped").add_column("round_flipped", [False] * len(labels))
     answers, kept = load_answers(tmp_path), set()
-    rows = [row for row in answers.to_pylist() if row["drafted"]]
+    rows = [row for row in answers.to_pylist() if row["drafted"] is not None]
     for each, row in zip(read_rounds(labels, answers), rows, strict=True):
-        text = torch.tensor([row["prompt_ids"] + row["answer_ids"][: -row["drafted"]]])
+        text = torch.tensor([row["prompt_ids"] + row["answer_ids"][: len(row["answer_ids"]) - row["drafted"]]])
         for rule in (Lossless(), Margin(0.3), TopK(3), LookAhead(1, 0.1)):
             streamer, judged = Counting(), JudgedModel(target, rule, config.draft_length, tokenizer=tokenizer)
             judged.generate(text, assistant_model=draft, max_new_tokens=20, do_sample=False, streamer=streamer)

@@ -57,13 +57,15 @@ def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path)
     assert not np.allclose(before["hidden_after"][:], after["hidden_after"][:], atol=1e-2)
 
 
+@pytest.mark.parametrize("rounds", [0, 3])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_states_of_a_layer_are_mined_at_once(architecture, tokenizer, tmp_path):
+def test_states_of_a_layer_are_mined_at_once(architecture, rounds, tokenizer, tmp_path):
     """The same labels as with `add_layer_states` afterwards."""
     target = build(architecture)
-    mined(target, tmp_path / "labels", tokenizer)
+    mined(target, tmp_path / "labels", tokenizer, rounds=rounds)
     after = add_layer_states(target, tmp_path / "labels", LAYER, tmp_path / "after")
-    at_once = mined(target, tmp_path / "at-once", tokenizer, layer=LAYER)
+    at_once = mined(target, tmp_path / "at-once", tokenizer, layer=LAYER, rounds=rounds)
+    assert {drafted is not None for drafted in at_once["drafted"]} == {rounds > 0}
     assert mining_of(at_once)["layer"] == LAYER
     others = (*STATES, "source")
     assert at_once.remove_columns(others).to_dict() == after.remove_columns(others).to_dict()

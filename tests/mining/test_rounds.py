@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from hf_selfjudge import JudgedModel, MiningConfig
+from hf_selfjudge import JudgedModel, MiningConfig, mine
 from hf_selfjudge.judge.features import SCALARS
 from hf_selfjudge.mining import labels as labels_module
 from hf_selfjudge.mining.answers import target_answers
-from hf_selfjudge.mining.label_files import both_answers
+from hf_selfjudge.mining.label_files import both_answers, load_answers
 from hf_selfjudge.mining.labels import label_rounds
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Rule
-from tests.builders import PROMPTS, build, perturbed
+from tests.builders import MINING, PROMPTS, build, perturbed
 
 
 CONFIG = MiningConfig(max_new_tokens=24, rounds=50, draft_length=6, window=3, forward_tokens=48)
@@ -91,6 +91,34 @@ def test_each_round_is_what_decoding_meets(case):
                 margin = float(before.max() - before[label["substitute"]])
                 assert label["scalars"][SCALARS.index("margin")] == pytest.approx(margin, abs=1e-3)
     assert kept_several or pair.draft is None
+
+
+def test_rounds_are_written_beside_their_answers(llama, tokenizer, tmp_path):
+    config = replace(MINING, max_new_tokens=32, rounds=2, draft_length=6)
+    rows = mine(Pair(*llama, tokenizer), PROMPTS, config, tmp_path / "labels")
+    answers = load_answers(tmp_path / "labels").to_pylist()
+    assert len({answer["answer"] for answer in answers}) == len(answers) == 9
+    for answer in answers:
+        assert answer["own"] == (answer["answer"] % 3 == 0) == (answer["drafted"] is None)
+        assert len(answer["choice_logprobs"]) == len(answer["entropies"]) == len(answer["answer_ids"])
+    rounds = {answer["answer"]: answer for answer in answers if answer["drafted"] is not None}
+    assert {*rows["answer"]} <= {*rounds}
+    for row in rows:
+        assert row["answer_ids"] == rounds[row["answer"]]["answer_ids"]
+        assert row["answer_ids"][row["position"]] == row["substitute"]
+        assert row["position"] >= len(row["answer_ids"]) - row["drafted"]
+    # The same rounds again, whatever is computed together.
+    again = mine(Pair(*llama, tokenizer), PROMPTS, replace(config, answers_at_once=1), tmp_path / "again")
+    columns = ["answer", "position", "token", "substitute", "answer_ids", "rewritten_suffix", "changed"]
+    assert rows.select_columns(columns).to_dict() == again.select_columns(columns).to_dict()
+
+
+@pytest.mark.parametrize("given", ["answer", "judge"])
+def test_rounds_need_the_targets_own_answers(llama, tokenizer, tmp_path, given):
+    prompts = [replace(PROMPTS[0], answer="because")] if given == "answer" else PROMPTS
+    judged = JudgedModel(llama[0], Keep(), tokenizer=tokenizer) if given == "judge" else None
+    with pytest.raises(ValueError, match="`rounds` are those of the target's own answers"):
+        mine(Pair(*llama, tokenizer), prompts, replace(MINING, rounds=1), tmp_path, judged=judged)
 
 
 @torch.no_grad()
