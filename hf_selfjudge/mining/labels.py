@@ -136,7 +136,7 @@ def label_row(
 
     - `reconvergence`: share of the original suffix's 4-grams that the rewritten one has, in [0, 1];
     - `flipped`: whether the final answer, or passing the tests, changed. `None` if the prompt has no such check, an
-      answer did not end (with tests: not even its code) or has no readable final answer, or both fail the tests;
+      answer did not end (with tests: not even its code) or has no readable final answer;
     - `says_no`: the target's own probability that the two do not say the same, in [0, 1]; `None` if it was not asked;
     - `changed`: the label in [0, 1]: `flipped` where it is known, else 1 − `reconvergence`.
     """

@@ -23,7 +23,7 @@ from .final_answers import (
     has_allowed_call,
     normalised,
 )
-from .meaning import passes_tests
+from .meaning import computes_the_same, passes_tests
 
 
 class CheckedAnswer(NamedTuple):
@@ -98,17 +98,23 @@ class ResultCheck(Check):
 
 
 class CodeCheck(Check):
-    """Whether an answer's code passes the prompt's tests. It **runs the code** (`sandbox.py`)."""
+    """Whether an answer's code passes the prompt's tests. Two answers that fail them are the same if they compute the
+    same values in them. It **runs the code** (`sandbox.py`)."""
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
         ended = first.finished and second.finished
         if not ended and not (has_code(first.text) and has_code(second.text)):
             return None
-        passed = [self._passes(prompt, answer) for answer in (first, second)]
-        return passed[0] == passed[1] if any(passed) else None  # two failures may be the same or not
+        return self._same(prompt, first, second)
 
     def unchanged(self, prompt: Prompt, own: CheckedAnswer, answer: CheckedAnswer) -> bool | None:
-        return self._passes(prompt, answer) if self._passes(prompt, own) else None
+        return self._same(prompt, own, answer)
+
+    def _same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
+        passed = [self._passes(prompt, answer) for answer in (first, second)]
+        if any(passed):
+            return all(passed)
+        return computes_the_same(first.text, second.text, prompt.tests, prompt.conversation)
 
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
         return float(self._passes(prompt, answer))

@@ -3,6 +3,7 @@ or their meaning, or what the target says about them."""
 
 from __future__ import annotations
 
+import ast
 import secrets
 import tempfile
 from collections import Counter
@@ -35,6 +36,30 @@ Second answer: {second}
 Do both answers say the same? Answer with yes or no."""
 
 
+# The tests of [`computes_the_same`], for the cells of two answers and expressions.
+COMPARISON = """
+import contextlib
+
+spaces = {{"__name__": "first"}}, {{"__name__": "second"}}
+for space, cells in zip(spaces, ({!r}, {!r})):
+    for cell in cells:
+        with contextlib.suppress(Exception, SystemExit):
+            exec(cell, space)
+
+
+def value(expression, space):
+    try:
+        return eval(expression, space)
+    except (Exception, SystemExit) as error:
+        return type(error)
+
+
+for expression in {!r}:
+    one, other = (value(expression, space) for space in spaces)
+    assert repr(one) == repr(other) or one == other
+"""
+
+
 def reconvergence(original: Sequence[Hashable], rewritten: Sequence[Hashable]) -> float:
     """Share of the original suffix's 4-grams that the rewritten suffix has, counted with multiplicity, in [0, 1]. For
     a suffix of fewer than 4 tokens: the whole suffix instead of 4-grams."""
@@ -54,13 +79,44 @@ def passes_tests(text: str, tests: str, conversation: Sequence[dict] = (), secon
     The imports in the user's messages of the conversation run first, then the blocks of the answer one after another,
     as in a notebook: a block that fails, such as an example of use, does not affect the others.
     """
+    return bool(_passes(_cells(text, conversation), tests, seconds))
+
+
+def computes_the_same(
+    first: str, second: str, tests: str, conversation: Sequence[dict] = (), seconds: float = 10.0
+) -> bool | None:
+    """
+    Whether the code of two answers, which need not be right, computes the same values where `tests` assert something:
+    of `assert f(2) == 4` this is `f(2)`. An exception is a value, too: its type. It **runs the code** like
+    [`passes_tests`].
+
+    Returns:
+        `bool` or `None`: `None` if the tests assert nothing outside of functions, or the code did not end in time.
+    """
+    try:
+        asserted = [statement.test for statement in ast.parse(tests).body if isinstance(statement, ast.Assert)]
+    except SyntaxError:
+        return None
+    sides = [
+        test.left if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) else test for test in asserted
+    ]
+    cells = [_cells(text, conversation) for text in (first, second)]
+    expressions = [ast.unparse(side) for side in sides]
+    if not expressions or cells[0] == cells[1]:
+        return True if expressions else None
+    return _passes((), COMPARISON.format(*cells, expressions), seconds)
+
+
+def _cells(text: str, conversation: Sequence[dict]) -> tuple[str, ...]:
+    """The code of an answer, after the imports in the user's messages."""
     user_texts = [message["content"] for message in conversation if message["role"] == "user"]
     imports = [statement for part in user_texts if isinstance(part, str) for statement in imports_of(part)]
-    return _passes((*imports, *code_of(text)), tests, seconds)
+    return (*imports, *code_of(text))
 
 
 @lru_cache(maxsize=4096)  # rewrites often end in the same code
-def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
+def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool | None:
+    """Whether tests pass after cells; `None` if these did not end in time."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         parts, work = Path(folder) / "cells", Path(folder) / "work"
         parts.mkdir()
@@ -68,8 +124,8 @@ def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool:
         for number, code in enumerate((*cells, tests)):
             (parts / f"{number:06}.py").write_text(code, encoding="utf-8", errors="replace")
         mark = work / secrets.token_hex(16)
-        sandbox.run(parts, work, mark, seconds)
-        return mark.is_dir()
+        status = sandbox.run(parts, work, mark, seconds)
+        return True if mark.is_dir() else None if status == sandbox.TIMED_OUT else False
 
 
 def differing(first: str, second: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from tests.builders import VOCAB, greedy
 
 
 CONFIG = MiningConfig(max_new_tokens=24, top=2, floor=0.0, per_answer=10, rewrites=6, window=5)
-PROMPTS = [Prompt("a", "a"), Prompt("b", "b", check="number"), Prompt("c", "c", check="tests", tests="assert 0")]
+PROMPTS = [Prompt("a", "a"), Prompt("b", "b", check="number"), Prompt("c", "c", check="tests", tests="1 / 0")]
 
 
 def ids_of(count=3):
@@ -134,7 +134,7 @@ class Speller:
         ("number", ("so ", "it is ", "4-5", "-5"), (None, None)),
         ("number", ("so ", "it is ", "5", "4-5"), (False, None)),
         ("tests", ("def f(): ", "return ", "4", "5"), (False, True)),
-        ("tests", ("def f(): ", "return ", "6", "4"), (None, True)),  # the answer itself is wrong
+        ("tests", ("def f(): ", "return ", "6", "4"), (False, True)),  # the answer itself is wrong
         ("text", ("so ", "it is ", "4", "5"), (None, None)),
     ],
 )
@@ -145,12 +145,12 @@ def test_what_a_change_is(check, words, flipped):
     config = MiningConfig(allow_code=True)
     for end, expected in zip((2, 3), flipped, strict=True):
         new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [end], True)
-        row = label_row(None, Speller(*words), new, None, config)
+        row = label_row(None, Speller(*words), new, answer, config)
         assert row["flipped"] is expected
         assert row["changed"] == (float(expected) if expected is not None else float(end == 3))
         assert (row["original_suffix"], row["rewritten_suffix"]) == (None, [end])
     answer.finished = False
-    assert label_row(None, Speller(*words), new, None, config)["flipped"] is None
+    assert label_row(None, Speller(*words), new, answer, config)["flipped"] is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipp
     prompt = Prompt("p", "?", check="tests", tests="assert f() == 4")
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, False, True, [], None, None, None, None)
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], False)
-    row = label_row(None, Speller(*words), new, None, MiningConfig(allow_code=True))
+    row = label_row(None, Speller(*words), new, answer, MiningConfig(allow_code=True))
     assert row["flipped"] is flipped
 
 
@@ -174,7 +174,7 @@ def test_code_is_labelled_after_the_prompts_imports():
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None, None)
     words = Speller("def f(): ", "return ", "floor(4.5)", "floor(5)")
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], True)
-    assert label_row(None, words, new, None, MiningConfig(allow_code=True))["flipped"] is True
+    assert label_row(None, words, new, answer, MiningConfig(allow_code=True))["flipped"] is True
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_selfjudge.scoring.codeblocks import has_code
-from hf_selfjudge.scoring.meaning import differing, passes_tests, reconvergence, says_no
+from hf_selfjudge.scoring.meaning import computes_the_same, differing, passes_tests, reconvergence, says_no
 
 
 def test_reconvergence():
@@ -43,6 +43,39 @@ def test_reconvergence():
 )
 def test_code(answer, passes):
     assert passes_tests(answer, "assert double(2) == 4\nassert double(0) == 0", seconds=2.0) == passes
+
+
+TRIPLE = "def double(x):\n    return 3 * x"
+
+
+@pytest.mark.parametrize(
+    ("second", "same"),
+    [
+        ("It triples:\n```python\ndef double(x):\n    return x + x + x\n```", True),
+        ("def double(x):\n    return 3.0 * x", True),  # 6 == 6.0
+        (f"{TRIPLE}\n\nraise SystemExit", True),
+        ("def double(x):\n    return 4 * x", False),
+        ("def double(x):\n    return 3 * x if x else None", False),
+        ("def triple(x):\n    return 3 * x", False),
+        ("import os\nos._exit(0)", False),
+        ("while True:\n    pass", None),
+    ],
+)
+def test_code_that_fails_its_tests_may_compute_the_same(second, same):
+    tests = "import math\nassert double(2) == 4\nassert double(0) == math.floor(0.5)\nassert not double(1) - 2"
+    for pair in ((TRIPLE, second), (second, TRIPLE)):
+        assert computes_the_same(*pair, tests, seconds=2.0) is same
+
+
+def test_errors_are_compared_by_their_kind():
+    wrong_name, divides = "def twice(x):\n    return 2 * x", "def double(x):\n    return x / 0"
+    assert computes_the_same(wrong_name, "x = 5", "assert double(2) == 4") is True
+    assert computes_the_same(wrong_name, divides, "assert double(2) == 4") is False
+
+
+@pytest.mark.parametrize("tests", ["def check(f):\n    assert f(2) == 4\ncheck(double)", "assert double(", ""])
+def test_tests_that_assert_nothing_that_can_be_compared(tests):
+    assert computes_the_same(TRIPLE, "def double(x):\n    return 4 * x", tests) is None
 
 
 DOUBLE = "def double(x):\n    return 2 * x\n"

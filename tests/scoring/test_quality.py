@@ -114,7 +114,7 @@ PASSES, FAILS = "```python\nx = 2\n```", "```python\nx = 1\n```"
         ("number", ("No idea.", True), ("No idea.", True), None),
         ("tests", (PASSES, True), (FAILS, True), False),
         ("tests", (PASSES, True), (f"So: {PASSES}", True), True),
-        ("tests", (FAILS, True), (FAILS, True), None),
+        ("tests", (FAILS, True), (FAILS, True), True),
         ("tests", (PASSES, False), (FAILS, True), False),  # both have whole code
         ("tests", (PASSES, True), ("```python\nx = 1", False), None),
         ("tests", ("x = 2", True), (PASSES, False), None),  # code without a fence may go on
