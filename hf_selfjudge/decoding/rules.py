@@ -274,7 +274,7 @@ class JudgeRule(Rule):
         return self.judge(mismatches.scalars.to(device), mismatches.hidden.to(device)).to(origin)
 
     def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
-        return self.log_odds(mismatches) < self.threshold.log_odds(mismatches.matches_after)
+        return self.threshold.keeps(self.log_odds(mismatches), mismatches.matches_after)
 
 
 def _require(valid: bool, name: str, value: float, expected: str) -> None:

@@ -23,8 +23,8 @@ class Threshold:
     Args:
         limit (`float`): A probability. 0 never accepts (lossless decoding), 1 always does.
         per_token (`bool`, defaults to `False`): Multiply the limit by the tokens that accepting gains in the round:
-            the candidate, and those after it that match. This gains more tokens for the same expected number of
-            changes in meaning.
+            the candidate, those after it that match, and what can be gained from the next mismatch on ([`keeps`]).
+            This gains more tokens for the same expected number of changes in meaning.
         name (`str`, *optional*): Name of the operating point, if it is one. It is ignored when thresholds are
             compared.
 
@@ -79,11 +79,21 @@ class Threshold:
     def __str__(self) -> str:
         return f"{self.limit:g}{PER_TOKEN * self.per_token}"
 
-    def log_odds(self, matches_after: torch.LongTensor) -> torch.Tensor:
+    def keeps(self, log_odds: torch.Tensor, matches_after: torch.LongTensor) -> torch.BoolTensor:
         """
-        The limit as log-odds, given how many matching candidates follow each candidate.
+        Which mismatches of a round to keep: each as if those before it are kept.
+
+        With `per_token`, the mismatches of a round are decided together, from the last one backwards. Keeping one is
+        worth the limit times the tokens that it gains, less its probability, and what can be gained from the next one
+        on, if that is more than nothing. So one that gains little is kept where much follows it.
 
         Args:
-            matches_after (`torch.LongTensor` of shape `(candidates,)`): Tokens.
+            log_odds (`torch.Tensor` of shape `(n,)`): Of changing the meaning.
+            matches_after (`torch.LongTensor` of shape `(n,)`): How many matching candidates follow each.
         """
-        return torch.logit((self.limit * (1 + self.per_token * matches_after)).clamp(max=1))
+        if not self.per_token:
+            return log_odds < torch.logit(torch.tensor(float(self.limit)))
+        worth = (self.limit * (1 + matches_after) - log_odds.sigmoid()).tolist()
+        for place in range(len(worth) - 2, -1, -1):
+            worth[place] += max(0.0, worth[place + 1])
+        return torch.tensor(worth, device=log_odds.device) > 0

@@ -127,6 +127,25 @@ def test_a_round_is_decided_at_once(llama, prompt, changed):
     assert all(asked[place] == output[place] for place in judged_places)
 
 
+@pytest.mark.parametrize(
+    ("costs", "matches_after", "kept"),
+    [
+        ([0.05, 0.05], [1, 2], [True, True]),
+        ([0.05, 0.50], [1, 2], [True, False]),
+        ([0.10, 0.01], [1, 2], [True, True]),  # loses 0.02, but opens the way to 0.11
+        ([0.10, 0.11], [1, 2], [False, True]),  # loses 0.02, opens the way to 0.01 only
+        ([0.15, 0.05, 0.20], [0, 0, 9], [True, True, True]),  # 0.04 - 0.15 + 0.04 - 0.05 + 0.4 - 0.2
+        ([], [], []),
+    ],
+)
+def test_a_round_is_worth_what_follows(costs, matches_after, kept):
+    """At 0.04 for each token."""
+    found = Threshold(0.04, per_token=True).keeps(torch.tensor(costs).logit(), torch.tensor(matches_after))
+    assert found.tolist() == kept
+    plain = Threshold(0.1).keeps(torch.tensor(costs).logit(), torch.tensor(matches_after))
+    assert plain.tolist() == [cost < 0.1 for cost in costs]
+
+
 @pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", "slow", -0.1, float("nan"), True])
 def test_thresholds_that_are_invalid(llama, threshold):
     with pytest.raises(
