@@ -13,6 +13,7 @@ from ..bench.replay import read_rounds, replay
 from ..bench.report import replay_tables
 from ..bench.summary import summarise_replay
 from ..judge.judge import Judge
+from ..judge.shipped import shipped_for
 from ..mining.label_files import load_answers, load_labels, mining_of
 from .console import console, say
 from .options import JsonOptions, option
@@ -30,18 +31,24 @@ def replay_command(
     options: ReplayOptions,
 ) -> None:
     """Compare rules in seconds on rounds whose outcome was mined: tokens a round, and changed final answers."""
-    methods = [method for method in parse_methods(options.rule) if method.like is None]
-    for method in methods:
-        if FAMILIES[method.family].rule is None:
-            raise ValueError(f"`rule` {method.name!r} does not decide about mismatches. Leave it out.")
-    judges = {name: Judge.from_pretrained(name) for name in {method.judge for method in methods} - {None}}
     rows = load_labels(labels)
-    layer = mining_of(rows)["layer"]
-    for name, judge in judges.items():
-        if judge.info.layer != layer or judge.adapter is not None:
+    record = mining_of(rows)
+    shipped = shipped_for(record["target"], record["draft"])
+    methods = parse_methods(options.rule, None if shipped is None else str(shipped))
+    for method in methods:
+        if FAMILIES[method.family].rule is None or method.like is not None:
             raise ValueError(
-                f"`rule`: the judge {name} does not look at layer {layer} of the target (None: the last states), "
-                "which the labels have. Add its layer with `hf-selfjudge add-layer`, or use another judge."
+                f"`rule` {method.name!r} cannot be replayed: it needs to decode. Leave it out. (A coin needs a share: "
+                "coin=0.5.)"
+            )
+    judges = {name: Judge.from_pretrained(name) for name in {method.judge for method in methods} - {None}}
+    for name, judge in judges.items():
+        needs = judge.info.hidden_size, judge.info.layer, judge.info.adapter
+        if needs != (record["hidden_size"], record["layer"], False):
+            raise ValueError(
+                f"`rule`: the labels have states of layer {record['layer']} (None: the last ones) of size "
+                f"{record['hidden_size']}, without an adapter; the judge {name} needs other ones. Use another judge, "
+                "or add its layer: `hf-selfjudge add-layer LABELS --layer …`."
             )
     rules = [method.rule(judges) for method in methods]
     names, curves = zip(*((method.name, method.curve) for method in methods), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..models.pair import DRAFT_MODEL, LOOKUP
+from ..models.pair import DRAFT_MODEL, LOOKUP, PAIRS
 from ..utils.files import shipped
 
 
@@ -21,6 +21,15 @@ def find_judge(reference: str | os.PathLike) -> str | os.PathLike:
     """The folder of a shipped judge, by the judge's name; any other reference, and a folder of that name, as it is."""
     is_name = str(reference) in SHIPPED.values() and not Path(reference).is_dir()
     return HUB_CARDS / reference if is_name else reference
+
+
+def shipped_for(target: str, draft: str) -> Path | None:
+    """The folder of the judge that is shipped for a target and a draft (or `LOOKUP`), by their names; `None` if there
+    is none."""
+    for (pair, drafts), name in SHIPPED.items():
+        if (target, draft) == (PAIRS[pair][0], LOOKUP if drafts == LOOKUP else PAIRS[pair][1]):
+            return HUB_CARDS / name
+    return None
 
 
 def shipped_judge(pair: str, drafts: str = DRAFT_MODEL) -> Path:

@@ -117,7 +117,11 @@ def test_the_command(labels, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rule", "message"),
-    [("stock", "`rule` 'stock' does not decide about mismatches"), ("lossles", "`rule`")],
+    [
+        ("stock", "`rule` 'stock' cannot be replayed"),
+        ("judge:qwen2.5-coder-1.5b-selfjudge=0.5", "the labels have states of layer None"),
+        ("lossles", "`rule`"),
+    ],
 )
 def test_rules_that_cannot_be_replayed(labels, rule, message):
     with pytest.raises(ValueError, match=message):

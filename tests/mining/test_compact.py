@@ -54,6 +54,19 @@ def test_new_shards_are_added(labels, tmp_path):
     assert (tmp_path / "small" / first.name).stat().st_mtime_ns == written
 
 
+def test_mining_goes_on_after_compact_shards(llama, tokenizer, labels, tmp_path):
+    """What was kept in a repository can be continued on another machine."""
+    compact_labels(labels, tmp_path / "small")
+    for path in (tmp_path / "small").glob("*-00001-of-*"):
+        path.unlink()
+    pair = Pair(llama[0], perturbed(llama[0], 0.05), tokenizer)
+    rows = mine(pair, PROMPTS, replace(MINING, layer=LAYER), tmp_path / "small")
+    missing = rows.data.column(STATES[0]).is_null().to_pylist()
+    assert {*missing} == {True, False}
+    columns = ["prompt_id", "position", "substitute", "rewritten_suffix"]
+    assert rows.select_columns(columns).to_dict() == load_labels(labels).select_columns(columns).to_dict()
+
+
 def test_a_run_that_was_cut_off_goes_on(labels, tmp_path):
     whole = compact_labels(labels, tmp_path / "small").to_dict()
     first = min((tmp_path / "small").glob("labels-*.parquet"))
