@@ -15,15 +15,15 @@ from ..bench.summary import summarise_replay
 from ..judge.judge import Judge
 from ..judge.shipped import shipped_for
 from ..mining.label_files import load_answers, load_labels, mining_of
+from ..models.pair import LOOKUP
+from .bench import BenchOptions
 from .console import console, say
-from .options import JsonOptions, option
+from .options import JsonOptions, reuse
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions(JsonOptions):
-    rule: list[str] = option(
-        "Rules to compare, with thresholds, as for `bench`: judge:FOLDER=0.01,0.03 margin=0.5,1 …"
-    )
+    rule: list[str] | None = reuse(BenchOptions, "rule", None)
 
 
 def replay_command(
@@ -34,13 +34,14 @@ def replay_command(
     rows = load_labels(labels)
     record = mining_of(rows)
     shipped = shipped_for(record["target"], record["draft"])
-    methods = parse_methods(options.rule, None if shipped is None else str(shipped))
-    for method in methods:
-        if FAMILIES[method.family].rule is None or method.like is not None:
-            raise ValueError(
-                f"`rule` {method.name!r} cannot be replayed: it needs to decode. Leave it out. (A coin needs a share: "
-                "coin=0.5.)"
-            )
+    methods = parse_methods(options.rule, None if shipped is None else str(shipped), record["draft"] == LOOKUP)
+    others = [method.name for method in methods if FAMILIES[method.family].rule is None or method.like is not None]
+    if options.rule and others:
+        raise ValueError(
+            f"`rule` {others[0]!r} cannot be replayed: it needs to decode. Leave it out. (A coin needs a share: "
+            "coin=0.5.)"
+        )
+    methods = [method for method in methods if method.name not in others]
     judges = {name: Judge.from_pretrained(name) for name in {method.judge for method in methods} - {None}}
     for name, judge in judges.items():
         needs = judge.info.hidden_size, judge.info.layer, judge.info.adapter

@@ -33,7 +33,7 @@ class MiningConfig:
         "one token at a time.",
         min=0,
     )
-    draft_length: int = _option(16, "Tokens drafted in a round, with --rounds.", min=1)
+    round_length: int = _option(16, "Tokens drafted in a round, with --rounds.", min=1)
     per_answer: int = _option(48, "Substitutions to score in each answer: mismatches first, then a sample.", min=1)
     rewrites: int = _option(8, "How many of these to rewrite, chosen in the same way.", min=0)
     window: int = _option(20, "Tokens after a substitution that `likelihood` and `confidence` look at.", min=0)

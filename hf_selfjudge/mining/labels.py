@@ -95,7 +95,7 @@ def label_rounds(
     def choose(starts: list[int]) -> list[int]:
         return sample(starts, config.rounds, config.seed, answer.prompt.id)
 
-    length = config.lookup or config.draft_length
+    length = config.lookup or config.round_length
     rounds = find_rounds(model, pair.draft, answer, pair.special_tokens, length, choose, packed)
     found = {each: each.mismatches() for each in rounds}
     room = max(1, config.forward_tokens // answers_at_once(config, packed))

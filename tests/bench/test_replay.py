@@ -35,7 +35,7 @@ class Counting(BaseStreamer):
 def test_replayed_rounds_are_those_of_decoding(llama, tokenizer, tmp_path):
     """Each rule keeps as many tokens in a recorded round as in a round of `generate` that begins there."""
     target, draft = llama
-    config = replace(MINING, max_new_tokens=32, rounds=50, draft_length=6)
+    config = replace(MINING, max_new_tokens=32, rounds=50, round_length=6)
     labels = mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path)
     labels = labels.remove_columns("round_flipped").add_column("round_flipped", [False] * len(labels))
     answers, kept = load_answers(tmp_path), set()
@@ -43,7 +43,7 @@ def test_replayed_rounds_are_those_of_decoding(llama, tokenizer, tmp_path):
     for each, row in zip(read_rounds(labels, answers), rows, strict=True):
         text = torch.tensor([row["prompt_ids"] + row["answer_ids"][: len(row["answer_ids"]) - row["drafted"]]])
         for rule in (Lossless(), Margin(0.3), TopK(3), LookAhead(1, 0.1)):
-            streamer, judged = Counting(), JudgedModel(target, rule, config.draft_length, tokenizer=tokenizer)
+            streamer, judged = Counting(), JudgedModel(target, rule, config.round_length, tokenizer=tokenizer)
             judged.generate(text, assistant_model=draft, max_new_tokens=20, do_sample=False, streamer=streamer)
             assert streamer.counts[1] == each.tokens[each.kept(rule)], rule
             kept.add(each.kept(rule))

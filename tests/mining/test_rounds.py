@@ -17,7 +17,7 @@ from hf_selfjudge.rules import Rule
 from tests.builders import MINING, PROMPTS, build, perturbed
 
 
-CONFIG = MiningConfig(max_new_tokens=24, rounds=50, draft_length=6, window=3, forward_tokens=48)
+CONFIG = MiningConfig(max_new_tokens=24, rounds=50, round_length=6, window=3, forward_tokens=48)
 
 
 class Keep(Rule):
@@ -37,7 +37,7 @@ class Keep(Rule):
 
 def decode(pair, ids, rule, config):
     draft = {"prompt_lookup_num_tokens": config.lookup} if pair.draft is None else {"assistant_model": pair.draft}
-    length = config.lookup or config.draft_length
+    length = config.lookup or config.round_length
     judged = JudgedModel(pair.target, rule, length, tokenizer=pair.tokenizer)
     return judged.generate(ids, max_new_tokens=40, do_sample=False, **draft)[0, ids.shape[1] :].tolist(), judged.stats
 
@@ -94,7 +94,7 @@ def test_each_round_is_what_decoding_meets(case):
 
 
 def test_rounds_are_written_beside_their_answers(llama, tokenizer, tmp_path):
-    config = replace(MINING, max_new_tokens=32, rounds=2, draft_length=6)
+    config = replace(MINING, max_new_tokens=32, rounds=2, round_length=6)
     rows = mine(Pair(*llama, tokenizer), PROMPTS, config, tmp_path / "labels")
     answers = load_answers(tmp_path / "labels").to_pylist()
     assert len({answer["answer"] for answer in answers}) == len(answers) == 9
