@@ -161,7 +161,8 @@ class _Draft:
     def finish(self, start: int) -> tuple[list[int], list[torch.Tensor]]:
         """All candidates of a round, and the draft's logits for each. Call it for the last round first."""
         end = start + common_prefix(self.begin(start), self.answer.tokens[start:].tolist()) + 1
-        tokens, logits = self.begin(start)[: end - start], self.logits[start:end][: self.length]
+        tokens = self.begin(start)[: end - start]
+        logits = [row.clone() for row in self.logits[start:end][: self.length]]  # frees the rest
         place = self.answer.prompt_length + start + len(tokens) - 1  # of the last of them
         self.cache.crop(place - self.cache.get_seq_length())
         while tokens and len(tokens) < self.length and place < (context_of(self.draft) or math.inf):
