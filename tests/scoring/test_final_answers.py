@@ -223,7 +223,9 @@ def test_checks(check, reference, right, wrong):
 
 def test_code_that_passed_is_changed_if_it_fails():
     prompt = Prompt("a", "?", check="tests", tests="assert f() == 1")
-    right, wrong = (CheckedAnswer(f"def f(): return {n}", True) for n in (1, 2))
+    right, wrong, other = (CheckedAnswer(f"def f(): return {n}", True) for n in (1, 2, 3))
     assert CHECKS["tests"].unchanged(prompt, right, right) is True
     assert CHECKS["tests"].unchanged(prompt, right, wrong) is False
-    assert CHECKS["tests"].unchanged(prompt, wrong, right) is None
+    assert CHECKS["tests"].unchanged(prompt, wrong, right) is False
+    assert CHECKS["tests"].unchanged(prompt, wrong, wrong) is True  # it fails as before
+    assert CHECKS["tests"].unchanged(prompt, wrong, other) is False
