@@ -34,6 +34,7 @@ class Recorded(Mismatches):
     choices: torch.LongTensor
     positions: torch.LongTensor
     matches_after: torch.LongTensor
+    last: torch.BoolTensor
     scalars: torch.FloatTensor
     hidden: torch.Tensor
     divergence: torch.FloatTensor
@@ -124,6 +125,7 @@ def _recorded(rows: dict, reached: Sequence[int], vocab_size: int) -> Recorded:
         choices=columns["token"],
         positions=columns["position"],
         matches_after=torch.tensor(reached).diff() - 1,
+        last=torch.tensor([False] * (len(reached) - 2) + [True]),
         scalars=columns["scalars"],
         hidden=torch.stack([columns[name] for name in STATES], dim=1),
         divergence=columns["kl_target_draft"],

@@ -30,14 +30,16 @@ logger = logging.get_logger(__name__)
 
 class Mismatches:
     """
-    The mismatches of a round, in their order, up to the first that no rule decides. Under sampling it is one candidate
-    at a time, since the target's own token is not drawn yet.
+    The mismatches of a round, in their order, up to the first that no rule decides; or those of several rounds, one
+    round after the other. Under sampling each candidate counts as a round, since the target's own token is not drawn
+    yet.
 
     Attributes:
         tokens, choices (`torch.LongTensor` of shape `(n,)`): The candidates, and what the target chooses there.
         positions (`torch.LongTensor` of shape `(n,)`): Tokens of the answer before each of them.
         matches_after (`torch.LongTensor` of shape `(n,)`): How many candidates directly after it are the target's
             likeliest tokens.
+        last (`torch.BoolTensor` of shape `(n,)`): Which are the last of their round.
         scalars (`torch.FloatTensor` of shape `(n, len(SCALARS))`): See [`candidate_scalars`].
         hidden (`torch.Tensor` of shape `(n, len(STATES), hidden_size)`): The target's hidden states before and after
             it.
@@ -52,6 +54,7 @@ class Mismatches:
     choices: torch.LongTensor
     positions: torch.LongTensor
     matches_after: torch.LongTensor
+    last: torch.BoolTensor
     scalars: torch.FloatTensor
     hidden: torch.Tensor
     ranks: torch.LongTensor
@@ -95,8 +98,8 @@ class Rule:
         return None
 
     def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
-        """Which of `n` mismatches to keep, of shape `(n,)`: each as if those before it are kept. The round ends at the
-        first that is not."""
+        """Which of `n` mismatches to keep, of shape `(n,)`: each as if those before it in its round are kept. A round
+        ends at the first that is not."""
         raise NotImplementedError
 
 
@@ -274,7 +277,7 @@ class JudgeRule(Rule):
         return self.judge(mismatches.scalars.to(device), mismatches.hidden.to(device)).to(origin)
 
     def keep(self, mismatches: Mismatches) -> torch.BoolTensor:
-        return self.threshold.keeps(self.log_odds(mismatches), mismatches.matches_after)
+        return self.threshold.keeps(self.log_odds(mismatches), mismatches.matches_after, mismatches.last)
 
 
 def _require(valid: bool, name: str, value: float, expected: str) -> None:

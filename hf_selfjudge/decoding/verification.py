@@ -44,6 +44,7 @@ class Verified(Mismatches):
     tokens: torch.LongTensor
     positions: torch.LongTensor
     matches_after: torch.LongTensor
+    last: torch.BoolTensor
     hidden: torch.Tensor
     scores: torch.FloatTensor
     final_scores: torch.FloatTensor
@@ -124,6 +125,7 @@ class Verification:
             tokens=self.candidates[rows],
             positions=torch.tensor(rows, device=device) + (self.start - self.prompt_length),
             matches_after=torch.tensor(after, device=device),
+            last=torch.tensor([False] * (len(rows) - 1) + [True], device=device),
             hidden=torch.stack([self.hidden[row : row + 2] for row in rows]),
             scores=torch.cat([self.scores[None], later]),
             final_scores=torch.cat([final_scores[None], later]),

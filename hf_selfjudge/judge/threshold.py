@@ -79,9 +79,11 @@ class Threshold:
     def __str__(self) -> str:
         return f"{self.limit:g}{PER_TOKEN * self.per_token}"
 
-    def keeps(self, log_odds: torch.Tensor, matches_after: torch.LongTensor) -> torch.BoolTensor:
+    def keeps(
+        self, log_odds: torch.Tensor, matches_after: torch.LongTensor, last: torch.BoolTensor
+    ) -> torch.BoolTensor:
         """
-        Which mismatches of a round to keep: each as if those before it are kept.
+        Which mismatches of rounds to keep: each as if those before it in its round are kept.
 
         With `per_token`, the mismatches of a round are decided together, from the last one backwards. Keeping one is
         worth the limit times the tokens that it gains, less its probability, and what can be gained from the next one
@@ -90,10 +92,13 @@ class Threshold:
         Args:
             log_odds (`torch.Tensor` of shape `(n,)`): Of changing the meaning.
             matches_after (`torch.LongTensor` of shape `(n,)`): How many matching candidates follow each.
+            last (`torch.BoolTensor` of shape `(n,)`): Which are the last of their round.
         """
         if not self.per_token:
             return log_odds < torch.logit(torch.tensor(float(self.limit)))
         worth = (self.limit * (1 + matches_after) - log_odds.sigmoid()).tolist()
+        ends = last.tolist()
         for place in range(len(worth) - 2, -1, -1):
-            worth[place] += max(0.0, worth[place + 1])
+            if not ends[place]:
+                worth[place] += max(0.0, worth[place + 1])
         return torch.tensor(worth, device=log_odds.device) > 0

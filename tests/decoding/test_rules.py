@@ -31,6 +31,7 @@ def mismatch(probabilities, token=1, draft=None, matches_after=0, position=0) ->
         logits_after=scores,
         hidden=torch.zeros(1, 2, 4),
         matches_after=torch.tensor([matches_after]),
+        last=torch.tensor([True]),
         draft_logits=None if draft is None else torch.tensor([draft]).log(),
     )
 
@@ -140,10 +141,13 @@ def test_a_round_is_decided_at_once(llama, prompt, changed):
 )
 def test_a_round_is_worth_what_follows(costs, matches_after, kept):
     """At 0.04 for each token."""
-    found = Threshold(0.04, per_token=True).keeps(torch.tensor(costs).logit(), torch.tensor(matches_after))
-    assert found.tolist() == kept
-    plain = Threshold(0.1).keeps(torch.tensor(costs).logit(), torch.tensor(matches_after))
-    assert plain.tolist() == [cost < 0.1 for cost in costs]
+    last = [place == len(costs) - 1 for place in range(len(costs))]
+    # Rounds side by side do not touch each other.
+    for rounds in (1, 3):
+        inputs = [torch.tensor(column * rounds) for column in (costs, matches_after, last)]
+        odds = inputs[0].logit(), *inputs[1:]
+        assert Threshold(0.04, per_token=True).keeps(*odds).tolist() == kept * rounds
+        assert Threshold(0.1).keeps(*odds).tolist() == [cost < 0.1 for cost in costs] * rounds
 
 
 @pytest.mark.parametrize("threshold", ["1.5/token", "x/token", "/token", "slow", -0.1, float("nan"), True])
