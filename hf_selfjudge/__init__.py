@@ -8,33 +8,39 @@ decoding           stock `generate`, with the judge or another rule inside
 scoring, mining    comparing answers; labels, by substituting draft tokens into the target's own answer
 training           labels -> judge
 bench              speed against quality
+serving            the judge inside vLLM
 hub, demo, cli     repositories, the page, the commands
 """
 
-from .data.prompts import read_prompts
-from .decoding.judged_model import JudgedModel
-from .judge.judge import Judge
-from .judge.threshold import Threshold
-from .mining.config import MiningConfig
-from .mining.job import mine
-from .mining.label_files import load_labels
-from .models.load import load_model
-from .models.pair import Pair, load_pair
-from .training.config import JudgeConfig
-from .training.trainer import JudgeTrainer
+import importlib
 
 
-__all__ = [
-    "Judge",
-    "JudgeConfig",
-    "JudgeTrainer",
-    "JudgedModel",
-    "MiningConfig",
-    "Pair",
-    "Threshold",
-    "load_labels",
-    "load_model",
-    "load_pair",
-    "mine",
-    "read_prompts",
-]
+# Where each public name is defined. It is imported when it is first used: training and mining need packages that take
+# seconds to import, a server needs neither.
+_MODULES = {
+    "Judge": "judge.judge",
+    "JudgeConfig": "training.config",
+    "JudgeTrainer": "training.trainer",
+    "JudgedModel": "decoding.judged_model",
+    "MiningConfig": "mining.config",
+    "Pair": "models.pair",
+    "Threshold": "judge.threshold",
+    "load_labels": "mining.label_files",
+    "load_model": "models.load",
+    "load_pair": "models.pair",
+    "mine": "mining.job",
+    "read_prompts": "data.prompts",
+}
+
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

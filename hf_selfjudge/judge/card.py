@@ -15,13 +15,11 @@ from ..models.wheels import described
 from ..utils.files import atomic_write, json_text, read_json, read_text, write_text
 from ..utils.names import is_hub_id
 from ..utils.text import in_code, in_markdown, in_python, in_shell, one_line
-from .info import JudgeInfo, TrainingRecord
+from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, JudgeInfo, TrainingRecord
 from .shipped import HUB_CARDS
 from .threshold import Threshold
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RESULTS = "results.json"  # measurements of decoding with the judge
 
 

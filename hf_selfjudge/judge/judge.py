@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.load import fingerprint
@@ -25,9 +25,8 @@ from ..models.wheels import described
 from ..utils.files import atomic_write, read_json, write_json
 from ..utils.names import is_hub_id, public_name
 from ..utils.transfer import download, upload
-from .card import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, plot_reliability, repo_files
 from .features import SCALARS, STATES
-from .info import JudgeInfo
+from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, JudgeInfo
 from .lora import Adapter
 from .shipped import find_judge
 
@@ -91,12 +90,19 @@ class Judge(torch.nn.Module):
             ValueError: If it was made for another target; says which of id, hidden size, vocabulary and fingerprint
                 differ.
         """
-        config, info = target.config.get_text_config(), self.info
+        self.check_config(target.config, fingerprint(target), allow_other_weights)
+
+    def check_config(
+        self, config: PreTrainedConfig, weights: str | None = None, allow_other_weights: bool = False
+    ) -> None:
+        """[`check_target`] for a target that is only known by its config and the fingerprint of its `weights`; without
+        that they count as others."""
+        text, info = config.get_text_config(), self.info
         pairs = {
-            "hidden size": (info.hidden_size, config.hidden_size),
-            "vocabulary": (info.vocab_size, config.vocab_size),
-            "id": (info.target, public_name(target.config.name_or_path)),
-            "fingerprint": (info.target_fingerprint, fingerprint(target)),
+            "hidden size": (info.hidden_size, text.hidden_size),
+            "vocabulary": (info.vocab_size, text.vocab_size),
+            "id": (info.target, public_name(config.name_or_path)),
+            "fingerprint": (info.target_fingerprint, weights),
         }
         different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         if "fingerprint" not in different:
@@ -153,6 +159,8 @@ class Judge(torch.nn.Module):
         Raises:
             HubError: If the Hub refused or could not be reached. The repo is as it was.
         """
+        from .card import plot_reliability, repo_files  # matplotlib, which decoding does not need
+
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             if "held_out" in self.info.training:

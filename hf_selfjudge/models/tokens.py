@@ -46,10 +46,14 @@ def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTenso
     return (tokens[: int(ends[0]) + 1], True) if len(ends) else (tokens, False)
 
 
-def special_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that no rule may accept against the target, nor overrule: end tokens and all other special tokens. Those
-    that were added without a role (such as `<|im_start|>`), which `tokenizer.all_special_ids` lacks, are among
-    them."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All special tokens of a tokenizer. Those that were added without a role (such as `<|im_start|>`), which
+    `tokenizer.all_special_ids` lacks, are among them."""
     decoder = tokenizer.added_tokens_decoder  # none with mistral-common, whose `all_special_ids` is complete
     added = [token for token, content in decoder.items() if content.special] if isinstance(decoder, dict) else []
-    return sorted({*tokenizer.all_special_ids, *added, *eos_tokens(target)})
+    return {*tokenizer.all_special_ids, *added}
+
+
+def special_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that no rule may accept against the target, nor overrule: end tokens and all other special tokens."""
+    return sorted(special_ids(tokenizer).union(eos_tokens(target)))
