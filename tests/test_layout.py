@@ -11,8 +11,8 @@ import hf_selfjudge
 ROOT = Path(hf_selfjudge.__file__).parent
 # No folder imports from one behind it.
 ORDER = (
-    "utils", "models", "data", "forward", "judge", "decoding", "scoring", "mining", "training", "bench", "hub", "demo",
-    "cli",
+    "utils", "models", "data", "forward", "judge", "decoding", "scoring", "mining", "training", "bench", "hub",
+    "serving", "demo", "cli",
 )  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent.name in ORDER)
 

@@ -11,19 +11,22 @@ from rich.console import Console
 
 from ..models.wheels import SourceError
 from ..utils.text import in_terminal
-from . import bench, card, demo, labels, mine, quickstart, replay, share, train
+from . import bench, card, demo, labels, mine, quickstart, replay, serve, share, train
 from .options import as_command
 
 
+# `train` has its own parser, and `serve` passes on options that are not its own.
+SETTINGS = {
+    "train": {"ignore_unknown_options": True, "help_option_names": []},
+    "serve": {"ignore_unknown_options": True},
+}
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # A function `some_command` of these modules is the command `some`.
-for module in (quickstart, mine, labels, train, replay, bench, card, share, demo):
+for module in (quickstart, mine, labels, train, replay, bench, card, share, serve, demo):
     for function_name, function in vars(module).items():
         if function_name.endswith("_command"):
             name = function_name.removesuffix("_command").replace("_", "-")
-            # `train` has its own parser.
-            settings = {"ignore_unknown_options": True, "help_option_names": []} if name == "train" else {}
-            app.command(name, context_settings=settings)(as_command(function))
+            app.command(name, context_settings=SETTINGS.get(name))(as_command(function))
 
 
 def main() -> None:

@@ -1,0 +1,131 @@
+"""The rounds of many requests at once: which candidates each request's rule keeps.
+
+In: the candidates of all requests, and the rows of the target's one forward over them. Out: which are kept. Knows
+nothing of vLLM. What decides here are the same rules that decide in `generate`, on the same features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..decoding.rules import Lossless, Rule
+from ..decoding.verification import Verified
+
+
+@dataclass(eq=False)
+class Rounds:
+    """
+    The candidates of `R` requests, `n` in all, one request after the other. The forward has a row for each candidate
+    and one more for each request: what comes after its last candidate.
+
+    Args:
+        counts (`list[int]`): Candidates of each request, 0 or more.
+        tokens (`torch.LongTensor` of shape `(n,)`): The candidates. One that is negative only fills up a draft.
+        prompt_lengths (`Sequence[int]`): Tokens of each request's prompt.
+        places (`torch.LongTensor` of shape `(n + R,)`): Which token of its text each row of the forward reads.
+        scores (`torch.FloatTensor` of shape `(n, vocab_size)`): The target's logits for their places, after penalties
+            and constraints, before temperature and filters.
+        final_scores (`torch.FloatTensor` of shape `(n, vocab_size)`): The same after temperature and filters.
+        logits (`torch.Tensor` of shape `(n + R, vocab_size)`): The target's raw logits.
+        hidden (`torch.Tensor` of shape `(n + R, hidden_size)`): The hidden states that the rules read.
+        special (`torch.BoolTensor` of shape `(vocab_size,)`): The protected tokens, which are neither accepted nor
+            overruled.
+        stops (`Sequence[Set[int]]`): For each request, further such tokens.
+        sampled (`Sequence[bool]`): Which requests are sampled. Others are decoded greedily.
+    """
+
+    counts: list[int]
+    tokens: torch.LongTensor
+    prompt_lengths: Sequence[int]
+    places: torch.LongTensor
+    scores: torch.FloatTensor
+    final_scores: torch.FloatTensor
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    special: torch.BoolTensor
+    stops: Sequence[Set[int]]
+    sampled: Sequence[bool]
+
+    def decide(self, rules: Sequence[Rule]) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        """
+        Ask each request's rule about its mismatches, up to the first that no rule decides; for a sampled request,
+        about each candidate by itself, since the target's own token is not drawn yet.
+
+        Args:
+            rules (`Sequence[Rule]`): Of each request. Requests with the same rule are decided together.
+
+        Returns:
+            Two `torch.BoolTensor` of shape `(n,)`: which candidates are kept whatever the target chooses, each as if
+            those before it in its round are kept; and about which mismatches a rule was asked.
+        """
+        sampled, decides = self._each(self.sampled), self._each([not isinstance(rule, Lossless) for rule in rules])
+        tokens, choices = self.tokens.clamp(min=0), self.scores.argmax(-1)
+        mismatch, fixed = choices != self.tokens, self._fixed(tokens, choices)
+        blocking = torch.cat([self.tokens.new_zeros(1), (mismatch & fixed).cumsum(0)])
+        blocked = blocking[1:] > blocking[self._starts]
+        asked = decides & torch.where(sampled, ~fixed, mismatch & ~blocked)
+        kept = torch.zeros_like(asked)
+        (rows,) = asked.nonzero(as_tuple=True)
+        by_rule: dict[Rule, list[int]] = defaultdict(list)
+        for place, number in enumerate(self._request[rows].tolist()):
+            by_rule[rules[number]].append(place)
+        for rule, places in by_rule.items():
+            own = rows[places]
+            kept[own] = rule.keep(self._verified(own, tokens, mismatch, sampled))
+        return kept, asked & mismatch
+
+    @functools.cached_property
+    def _request(self) -> torch.LongTensor:
+        """The request of each candidate, of shape `(n,)`."""
+        return self._each(range(len(self.counts)))
+
+    @functools.cached_property
+    def _starts(self) -> torch.LongTensor:
+        """For each candidate, of shape `(n,)`, the first one of its request."""
+        return self._each(np.cumsum([0, *self.counts[:-1]]))
+
+    def _each(self, values: Iterable[int | bool]) -> torch.Tensor:
+        """A value of each request, for each of its candidates: of shape `(n,)`."""
+        return torch.from_numpy(np.repeat(np.array([*values]), self.counts)).to(self.tokens.device)
+
+    def _fixed(self, tokens: torch.LongTensor, choices: torch.LongTensor) -> torch.BoolTensor:
+        """Where no rule decides, of shape `(n,)`: the candidate only fills up the draft, a constraint or a filter has
+        masked it, or it or the target's choice is a protected token."""
+        masked = self.final_scores.gather(-1, tokens[:, None]).squeeze(-1).isneginf()
+        fixed = masked | (self.tokens < 0) | self.special[tokens] | self.special[choices]
+        for number, stops in enumerate(self.stops):
+            if stops:
+                own, stops = self._request == number, torch.tensor([*stops], device=tokens.device)
+                fixed |= own & (torch.isin(tokens, stops) | torch.isin(choices, stops))
+        return fixed
+
+    def _verified(
+        self, rows: torch.LongTensor, tokens: torch.LongTensor, mismatch: torch.BoolTensor, sampled: torch.BoolTensor
+    ) -> Verified:
+        """What a rule gets to see of the candidates `rows`."""
+        order, count = torch.arange(len(tokens), device=rows.device), len(tokens)
+        # The next mismatch after each candidate, which may be in another request.
+        following = torch.where(mismatch, order, count).flip(0).cummin(0).values.flip(0)
+        following = torch.cat([following[1:], following.new_tensor([count])])
+        ends = self._starts + self._each(self.counts)
+        request = self._request[rows]
+        in_forward = rows + request  # each request before has one more row
+        last = torch.ones_like(rows, dtype=torch.bool)
+        last[:-1] = sampled[rows[:-1]] | (request[:-1] != request[1:])
+        return Verified(
+            tokens=tokens[rows],
+            positions=self.places[in_forward] + 1 - self._each(self.prompt_lengths)[rows],
+            matches_after=(torch.minimum(following, ends) - order - 1)[rows],
+            last=last,
+            hidden=torch.stack([self.hidden[in_forward], self.hidden[in_forward + 1]], dim=1),
+            scores=self.scores[rows],
+            final_scores=self.final_scores[rows],
+            logits_after=self.logits[in_forward + 1],
+            draft_logits=None,
+        )
