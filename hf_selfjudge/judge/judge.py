@@ -119,10 +119,12 @@ class Judge(torch.nn.Module):
                 advice += " Same model in another precision, or a light fine-tune? Pass `allow_other_weights=True`."
             raise ValueError(f"`judge` was made for another target. What differs: {differences}. {advice}")
         if other_weights:
+            own = described(info.target_fingerprint) or info.target_fingerprint
             logger.warning_once(
-                f"The judge was made on other weights of {info.target} than those of `target`: on "
-                f"{described(info.target_fingerprint) or info.target_fingerprint}. Its quality on these was not "
-                "measured."
+                f"It is not known whether `target` has the weights that the judge was made on ({own})."
+                if weights is None
+                else f"The judge was made on other weights of {info.target} than those of `target`: on {own}. Its "
+                "quality on these was not measured."
             )
 
     # -- files -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""vLLM's worker, with a judge. Started by `vllm serve … --worker-cls hf_selfjudge.serving.worker.JudgedWorker`."""
+"""vLLM's worker, with a judge. vLLM starts it by its name: `worker_cls="hf_selfjudge.serving.worker.JudgedWorker"`."""
 
 from __future__ import annotations
 
@@ -123,10 +123,9 @@ def check_supported(vllm_config: VllmConfig, serving: ServingConfig, rules: Rule
         f"`rejection_sample_method` must be standard, got {drafts.rejection_sample_method}.": (
             drafts.rejection_sample_method != "standard"
         ),
-        f"The judge reads what enters layer {rules.layer}, and so does the {drafts.method} drafter in its way. Use a "
-        f"draft of another method ({', '.join(WITHOUT_STATES)}) or a judge of the last hidden states.": (
-            rules.layer is not None and drafts.method not in WITHOUT_STATES
-        ),
+        f"The {drafts.method} drafter reads hidden states of the target, as does this judge (of layer {rules.layer}), "
+        f"and vLLM gives them to one of the two. Use another drafter ({', '.join(WITHOUT_STATES)}) or a judge of the "
+        "last hidden states.": (rules.layer is not None and drafts.method not in WITHOUT_STATES),
     }
     for problem, found in problems.items():
         if found:

@@ -194,7 +194,10 @@ DRAFTS = {"method": "draft_model", "rejection_sample_method": "standard"}
         ({"parallel_config": SimpleNamespace(world_size=2)}, "--tensor-parallel-size"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER must be 0"),
         ({"speculative_config": SimpleNamespace(**DRAFTS | {"rejection_sample_method": "synthetic"})}, "synthetic"),
-        ({"speculative_config": SimpleNamespace(**DRAFTS | {"method": "eagle3"})}, "so does the eagle3 drafter"),
+        (
+            {"speculative_config": SimpleNamespace(**DRAFTS | {"method": "eagle3"})},
+            "eagle3 drafter reads hidden states",
+        ),
     ],
 )
 def test_configurations_that_are_refused(serving, judges, changed, found):
