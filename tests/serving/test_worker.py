@@ -196,7 +196,7 @@ DRAFTS = {"method": "draft_model", "rejection_sample_method": "standard"}
         ({"speculative_config": SimpleNamespace(**DRAFTS | {"rejection_sample_method": "synthetic"})}, "synthetic"),
         (
             {"speculative_config": SimpleNamespace(**DRAFTS | {"method": "eagle3"})},
-            "eagle3 drafter reads hidden states",
+            "eagle3 drafter reads",
         ),
     ],
 )
