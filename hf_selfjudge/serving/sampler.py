@@ -4,6 +4,7 @@ of vLLM's kernels accept it, greedy or sampled."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
 from vllm.logger import init_logger
@@ -29,7 +30,7 @@ class JudgedSampler(RejectionSampler):
     Args:
         runner ([`GPUModelRunner`]): The runner that it belongs to; it knows the requests.
         rules ([`Rules`]): The rules of the server.
-        special_tokens (`Sequence[int]`): Neither accepted nor overruled, like the stop tokens of a request.
+        special_tokens (`Iterable[int]`): Neither accepted nor overruled, like the stop tokens of a request.
 
     Attributes:
         step ([`ExecuteModelState`], *optional*): What the target computed in the step that is sampled now. Without it,
@@ -38,11 +39,13 @@ class JudgedSampler(RejectionSampler):
         seconds (`float`): Time that the rules took.
     """
 
-    def __init__(self, runner: GPUModelRunner, rules: Rules, special_tokens: list[int]):
+    def __init__(self, runner: GPUModelRunner, rules: Rules, special_tokens: Iterable[int]):
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self.runner, self.rules = runner, rules
-        self.special = torch.zeros(runner.model_config.get_vocab_size(), dtype=torch.bool, device=runner.device)
-        self.special[special_tokens] = True
+        size = runner.model_config.get_vocab_size()
+        self.special_tokens = {token for token in special_tokens if token < size}  # a tokenizer may have more
+        self.special = torch.zeros(size, dtype=torch.bool, device=runner.device)
+        self.special[sorted(self.special_tokens)] = True
         self.step: ExecuteModelState | None = None
         self.judged = self.refused = 0
         self.seconds = 0.0
@@ -87,7 +90,7 @@ class JudgedSampler(RejectionSampler):
             logits=self.step.logits,
             hidden=self._hidden(metadata),
             special=self.special,
-            stops=[request.sampling_params.all_stop_token_ids for request in requests],
+            stops=[request.sampling_params.all_stop_token_ids - self.special_tokens for request in requests],
             sampled=[request.sampling_params.temperature > 0 for request in requests],
         )
         self._kept, self._asked = rounds.decide(rules)
@@ -105,7 +108,7 @@ class JudgedSampler(RejectionSampler):
         try:
             return self.rules.of(asked_for(request.sampling_params.extra_args))
         except ValueError as error:
-            logger.warning("Request %s is decoded losslessly. %s", request.req_id, error)
+            logger.warning_once("Request %s is decoded losslessly. %s", request.req_id, str(error))
             return LOSSLESS
 
     def _hidden(self, metadata: SpecDecodeMetadata) -> torch.Tensor:

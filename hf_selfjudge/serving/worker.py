@@ -72,7 +72,7 @@ class JudgedWorker(Worker):
                 )
             target.set_aux_hidden_state_layers((self.rules.layer,))
             runner.use_aux_hidden_state_outputs = True
-        self.sampler = runner.rejection_sampler = JudgedSampler(runner, self.rules, sorted(special_tokens))
+        self.sampler = runner.rejection_sampler = JudgedSampler(runner, self.rules, special_tokens)
         self._counted, self._logged, self._next_line = dict.fromkeys(COUNTERS, 0), (0, 0), 0.0
         logger.info("Decoding with %s.", self.rules.default)
 

@@ -122,7 +122,9 @@ class Logger:
     def info(self, line, *values):
         self.lines.append(line % values)
 
-    warning = info
+    def warning_once(self, line, *values):
+        if line % values not in self.lines:
+            self.info(line, *values)
 
 
 class Counter:
