@@ -29,6 +29,7 @@ from .options import JudgeOptions, option, reuse
 WORKER = "hf_selfjudge.serving.worker.JudgedWorker"
 SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve`, which not every distribution of vLLM has
 OURS = ("--speculative-config", "--worker-cls", "--additional-config")
+REFUSED = (*OURS, "--model", "-sc", "--config")  # others would replace these, or serve another target
 SILENT = ("VLLM_LOGGING_LEVEL", "ERROR")  # set by trl when it is imported
 OPENMP = "libiomp5.so"  # comes with vLLM for CPUs, which is slow without it
 
@@ -53,9 +54,9 @@ class ServeOptions(JudgeOptions):
 def serve_command(
     pair: Annotated[str, typer.Argument(help="A known pair, 'TARGET,DRAFT', or TARGET alone: prompt lookup drafts.")],
     options: ServeOptions,
-    arguments: Annotated[list[str] | None, typer.Argument(help="Options of `vllm serve`: --port 8000 …")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Options of vLLM's server: --port 8000 …")] = None,
 ) -> None:
-    """Serve a target with a judge in vLLM, for clients of OpenAI's interface. Other options go to `vllm serve`."""
+    """Serve a target with a judge in vLLM, for clients of OpenAI's interface. Other options go to vLLM's server."""
     words = server_words(pair, options, arguments or [])
     if find_spec("vllm") is None:
         raise ImportError(
@@ -69,11 +70,13 @@ def serve_command(
             changed["LD_PRELOAD"] = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
         say(shlex.join([*(f"{name}={value}" for name, value in changed.items()), "python", *words]))
         inherited = {name: value for name, value in os.environ.items() if (name, value) != SILENT}
-        process = subprocess.Popen([sys.executable, *words], env=inherited | changed)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to vLLM as well
-        signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-        code = process.wait()
-    sys.exit(code)
+        servers: list[subprocess.Popen] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: [server.send_signal(number) for server in servers])
+        # In a session of its own it gets these signals once, from here.
+        servers.append(subprocess.Popen([sys.executable, *words], env=inherited | changed, start_new_session=True))
+        code = servers[0].wait()
+    sys.exit(code if code >= 0 else 128 - code)  # as a shell tells which signal ended it
 
 
 def server_words(pair: str, options: ServeOptions, arguments: Sequence[str]) -> list[str]:
@@ -84,7 +87,7 @@ def server_words(pair: str, options: ServeOptions, arguments: Sequence[str]) -> 
         ValueError: If an option has a value that it cannot have; says so before vLLM starts.
     """
     for argument in arguments:
-        if argument.partition("=")[0] in OURS:
+        if argument.partition("=")[0].partition(".")[0].replace("_", "-") in REFUSED:
             raise ValueError(
                 f"`{argument}` is set by this command. To set it yourself, run `vllm serve`; see the docs."
             )
@@ -98,7 +101,7 @@ def server_words(pair: str, options: ServeOptions, arguments: Sequence[str]) -> 
     drafts |= (
         {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2} if draft is None else {"model": draft}
     )
-    given = {name: value for name, value in vars(serving).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(serving).items() if value is not None and value is not False}
     ours = (json.dumps(drafts), WORKER, json.dumps({KEY: given}))
     own = (word for pair in zip(OURS, ours, strict=True) for word in pair)
     return ["-m", SERVER, "--model", target, *own, *arguments]

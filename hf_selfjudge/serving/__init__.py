@@ -1,1 +1,1 @@
-"""Serves: the judge inside vLLM. It builds on vLLM's own extension points and patches nothing."""
+"""Serving: the judge inside vLLM. It builds on vLLM's own extension points and patches nothing."""

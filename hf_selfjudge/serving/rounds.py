@@ -7,6 +7,7 @@ nothing of vLLM. What decides here are the same rules that decide in `generate`,
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from ..decoding.rules import Lossless, Rule
 from ..decoding.verification import Verified
 
 
+ROWS = 512  # mismatches that a rule is asked about at a time: a row of logits may have a megabyte
+FORCED = 1e8  # vLLM forces a token (the end of thinking) by a logit of 1e9
+
+
 @dataclass(eq=False)
 class Rounds:
     """
@@ -26,16 +31,17 @@ class Rounds:
 
     Args:
         counts (`list[int]`): Candidates of each request, 0 or more.
-        tokens (`torch.LongTensor` of shape `(n,)`): The candidates. One that is negative only fills up a draft.
+        tokens (`torch.LongTensor` of shape `(n,)`): The candidates. A negative one is padding, and so is a draft of
+            several zeros: vLLM pads with them where a text gets too long for the draft.
         prompt_lengths (`Sequence[int]`): Tokens of each request's prompt.
         places (`torch.LongTensor` of shape `(n + R,)`): Which token of its text each row of the forward reads.
         scores (`torch.FloatTensor` of shape `(n, vocab_size)`): The target's logits for their places, after penalties
             and constraints, before temperature and filters.
         final_scores (`torch.FloatTensor` of shape `(n, vocab_size)`): The same after temperature and filters.
-        logits (`torch.Tensor` of shape `(n + R, vocab_size)`): The target's raw logits.
+        logits (`torch.Tensor` of shape `(n + R, vocab_size)`): The target's raw logits, under a grammar masked by it.
         hidden (`torch.Tensor` of shape `(n + R, hidden_size)`): The hidden states that the rules read.
-        special (`torch.BoolTensor` of shape `(vocab_size,)`): The protected tokens, which are neither accepted nor
-            overruled.
+        special (`torch.BoolTensor` of shape `(vocab_size,)`): The protected tokens, which are neither accepted
+            against the target's choice nor overruled.
         stops (`Sequence[Set[int]]`): For each request, further such tokens.
         sampled (`Sequence[bool]`): Which requests are sampled. Others are decoded greedily.
     """
@@ -72,12 +78,17 @@ class Rounds:
         asked = decides & torch.where(sampled, ~fixed, mismatch & ~blocked)
         kept = torch.zeros_like(asked)
         (rows,) = asked.nonzero(as_tuple=True)
-        by_rule: dict[Rule, list[int]] = defaultdict(list)
-        for place, number in enumerate(self._request[rows].tolist()):
-            by_rule[rules[number]].append(place)
-        for rule, places in by_rule.items():
-            own = rows[places]
-            kept[own] = rule.keep(self._verified(own, tokens, mismatch, sampled))
+        by_rule: dict[Rule, list[list[int]]] = defaultdict(list)  # in slices
+        for number, group in itertools.groupby(enumerate(self._request[rows].tolist()), lambda pair: pair[1]):
+            places, slices = [place for place, _ in group], by_rule[rules[number]]
+            if slices and len(slices[-1]) + len(places) <= ROWS:
+                slices[-1] += places
+            else:
+                slices.append(places)
+        for rule, slices in by_rule.items():
+            for places in slices:
+                own = rows[places]
+                kept[own] = rule.keep(self._verified(own, tokens, mismatch, sampled))
         return kept, asked & mismatch
 
     @functools.cached_property
@@ -95,10 +106,15 @@ class Rounds:
         return torch.from_numpy(np.repeat(np.array([*values]), self.counts)).to(self.tokens.device)
 
     def _fixed(self, tokens: torch.LongTensor, choices: torch.LongTensor) -> torch.BoolTensor:
-        """Where no rule decides, of shape `(n,)`: the candidate only fills up the draft, a constraint or a filter has
-        masked it, or it or the target's choice is a protected token."""
-        masked = self.final_scores.gather(-1, tokens[:, None]).squeeze(-1).isneginf()
-        fixed = masked | (self.tokens < 0) | self.special[tokens] | self.special[choices]
+        """Where no rule decides, of shape `(n,)`: the candidate is padding, a constraint or a filter has masked it or
+        forces another token, or it or the target's choice is a protected token."""
+        chosen = self.final_scores.gather(-1, tokens[:, None]).squeeze(-1)
+        masked = (chosen - self.final_scores.logsumexp(-1)).exp() == 0
+        forced = self.scores.amax(-1) >= FORCED
+        before = torch.cat([tokens.new_zeros(1), (tokens != 0).cumsum(0)])
+        counts = self._each(self.counts)
+        padding = (self.tokens < 0) | ((counts > 1) & (before[self._starts + counts] == before[self._starts]))
+        fixed = padding | masked | forced | self.special[tokens] | self.special[choices]
         for number, stops in enumerate(self.stops):
             if stops:
                 own, stops = self._request == number, torch.tensor([*stops], device=tokens.device)

@@ -30,12 +30,13 @@ class JudgedSampler(RejectionSampler):
     Args:
         runner ([`GPUModelRunner`]): The runner that it belongs to; it knows the requests.
         rules ([`Rules`]): The rules of the server.
-        special_tokens (`Iterable[int]`): Neither accepted nor overruled, like the stop tokens of a request.
+        special_tokens (`Iterable[int]`): Neither accepted against the target's choice nor
+            overruled, like the stop tokens of a request.
 
     Attributes:
         step ([`ExecuteModelState`], *optional*): What the target computed in the step that is sampled now. Without it,
             as while vLLM warms up, no rule is asked.
-        judged, refused (`int`): Mismatches that were kept, and those that were not, in all steps.
+        judged, refused (`int`): Mismatches that a rule kept, and those that it did not and that ended a draft.
         seconds (`float`): Time that the rules took.
     """
 
@@ -119,15 +120,17 @@ class JudgedSampler(RejectionSampler):
         return entered[metadata.logits_indices]
 
     def _count(self, metadata: SpecDecodeMetadata, sampled_token_ids: torch.Tensor) -> None:
-        """Count the mismatches that were reached; candidates after the first rejected one were not."""
+        """Count the mismatches that a rule decided about, up to the end of what each draft added."""
         lengths = (sampled_token_ids != PLACEHOLDER_TOKEN_ID).sum(-1)
         counts = torch.tensor(metadata.num_draft_tokens, device=lengths.device)
         starts = counts.cumsum(0) - counts
         place = torch.arange(len(self._kept), device=lengths.device) - starts.repeat_interleave(counts)
-        reached = self._asked & (place < lengths.repeat_interleave(counts))
-        judged, asked = torch.stack([(reached & self._kept).sum(), reached.sum()]).tolist()
+        end = lengths.repeat_interleave(counts) - 1  # where a token of the target's own stands
+        judged = (self._asked & self._kept & (place < end)).sum()
+        refused = (self._asked & ~self._kept & (place == end)).sum()
+        judged, refused = torch.stack([judged, refused]).tolist()
         self.judged += judged
-        self.refused += asked - judged
+        self.refused += refused
 
     def _get_logprobs_tensors(
         self,

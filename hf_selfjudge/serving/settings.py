@@ -53,7 +53,7 @@ class ServingConfig:
         names = [field.name for field in fields(cls)]
         if not isinstance(found, Mapping) or not {*found} <= {*names}:
             raise ValueError(
-                f"`--additional-config` must have {KEY!r} with some of {', '.join(names)}: "
+                f"`--additional-config` must have {KEY!r} with keys among {', '.join(names)}: "
                 f'\'{{"{KEY}": {{"judge": "FOLDER"}}}}\', got {additional_config!r}.'
             )
         return cls(**found)

@@ -34,7 +34,7 @@ LOG_SECONDS = 10.0  # between two lines in the log
 WITHOUT_STATES = ("draft_model", "ngram", "ngram_gpu", "suffix", "medusa")
 COUNTERS = {
     "judged": Counter("selfjudge_judged_tokens", "Draft tokens kept though the target chose another token."),
-    "refused": Counter("selfjudge_refused_mismatches", "Draft tokens rejected after a rule was asked about them."),
+    "refused": Counter("selfjudge_refused_mismatches", "Draft tokens rejected after a rule did not keep them."),
     "seconds": Counter("selfjudge_rule_seconds", "Time that the rules took."),
 }
 
@@ -100,19 +100,22 @@ class JudgedWorker(Worker):
 
 def check_supported(vllm_config: VllmConfig, serving: ServingConfig, rules: Rules) -> None:
     """
-    Check that vLLM is configured in a way that judges were made for.
+    Check that vLLM is configured in a way that the judge supports.
 
     Raises:
         ImportError: If this version of vLLM was not tested.
         ValueError: If something else has to be changed; says what.
     """
     if not vllm_version.startswith(f"{TESTED_VERSION}."):
-        raise ImportError(f"hf_selfjudge was tested with vLLM {TESTED_VERSION}, this is {vllm_version}. Install that.")
+        raise ImportError(
+            f"This is vLLM {vllm_version}; hf_selfjudge was tested with {TESTED_VERSION}. Install that one."
+        )
     drafts, model = vllm_config.speculative_config, vllm_config.model_config
     if drafts is None:
         raise ValueError(
             f'`{KEY}` needs drafts: --speculative-config \'{{"model": "DRAFT", "num_speculative_tokens": 5}}\'.'
         )
+    others = ", ".join(WITHOUT_STATES)
     problems = {
         "`--tensor-parallel-size` and `--pipeline-parallel-size` must be 1: processes could decide differently.": (
             vllm_config.parallel_config.world_size > 1
@@ -123,9 +126,10 @@ def check_supported(vllm_config: VllmConfig, serving: ServingConfig, rules: Rule
         f"`rejection_sample_method` must be standard, got {drafts.rejection_sample_method}.": (
             drafts.rejection_sample_method != "standard"
         ),
-        f"The {drafts.method} drafter reads hidden states of the target, as does this judge (of layer {rules.layer}), "
-        f"and vLLM gives them to one of the two. Use another drafter ({', '.join(WITHOUT_STATES)}) or a judge of the "
-        "last hidden states.": (rules.layer is not None and drafts.method not in WITHOUT_STATES),
+        f"The {drafts.method} drafter reads hidden states of the target, and the judge those of layer {rules.layer}: "
+        f"vLLM gives only one of them. Use a judge of the last hidden states, or a drafter among {others}.": (
+            rules.layer is not None and drafts.method not in WITHOUT_STATES
+        ),
     }
     for problem, found in problems.items():
         if found:

@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, field
 import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.utils.versions import require_version
 
 from ..judge.features import SCALARS, STATES
 
@@ -77,6 +78,7 @@ class JudgeConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        require_version("transformers>=5.20", "Training needs it; decoding and serving do not.")
         check(self.label in LABELS, "label", f"one of {', '.join(LABELS)}", repr(self.label))
         if self.label_threshold is not None and self.label not in SCORES:
             raise ValueError(f"`label_threshold` is for the labels {' and '.join(SCORES)}, not {self.label!r}.")

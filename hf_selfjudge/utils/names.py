@@ -14,6 +14,7 @@ from pathlib import Path
 _PART = r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.))(?:{_PART}/)?{_PART}", re.ASCII | re.IGNORECASE)
 SEPARATOR = re.compile(r"[/\\]")
+SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]\w+[/\\]?$")  # in the cache of the Hub
 PATH = re.compile(r"[./~\\]|\w:\\")  # the beginning of a path
 
 
@@ -30,13 +31,16 @@ def absolute_if_folder(reference: str) -> str:
 def public_name(reference: str, here: bool = True) -> str:
     """
     The name of a model, judge or file for publication. The last part of a path is kept, after `./`, so that it cannot
-    be taken for a Hub id; the rest of the path, and the name of the user, are removed.
+    be taken for a Hub id; the rest of the path, and the name of the user, are removed. A snapshot in the cache of the
+    Hub has the id of its repo.
 
     Args:
         reference (`str`): Hub id, folder or file. Anything else, such as `"prompt lookup"`, stays.
         here (`bool`): Whether a folder with this name on this machine is meant. `False` if the reference comes from
             another machine.
     """
+    if (snapshot := SNAPSHOT.search(reference)) and is_hub_id(name := snapshot[1].replace("--", "/", 1)):
+        return name
     if here and reference and os.path.isdir(reference):
         reference = os.path.abspath(reference)
     elif is_hub_id(reference) or not SEPARATOR.search(reference):

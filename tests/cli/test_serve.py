@@ -20,10 +20,11 @@ def started(monkeypatch):
     """Calls of the server, which ends by itself with code 3."""
     calls = []
 
-    def start(command, env):
+    def start(command, env, start_new_session):
+        assert start_new_session
         calls.append((command, env))
         assert Path(env["PROMETHEUS_MULTIPROC_DIR"]).is_dir()
-        return SimpleNamespace(wait=lambda: 3, send_signal=None)
+        return SimpleNamespace(wait=lambda: 3 if command[-1] != "killed" else -9)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(serve, "find_spec", lambda name: name)
@@ -81,6 +82,10 @@ def test_prompt_lookup_and_a_rule(run, started, tmp_path):
     assert read["--additional-config"] == {"selfjudge": {"rule": "margin=0.5"}}
 
 
+def test_a_server_that_is_killed(run, started):
+    assert run("serve", "a,b", "--instead-of-judge", "margin=1", "killed")[0] == 128 + 9
+
+
 def test_a_judge_in_a_folder(run, started, tmp_path, monkeypatch):
     random_judge(build("llama")).save_pretrained(tmp_path / "judge")
     monkeypatch.chdir(tmp_path)
@@ -103,6 +108,9 @@ def test_a_judge_in_a_folder(run, started, tmp_path, monkeypatch):
         (("qwen2.5-coder", "--draft-length", "0"), "`--draft-length` must be a number of tokens"),
         (("qwen2.5-coder", "--worker-cls", "other"), "`--worker-cls` is set by this command"),
         (("qwen2.5-coder", "--additional-config={}"), "is set by this command"),
+        (("qwen2.5-coder", "--worker_cls=auto"), "is set by this command"),
+        (("qwen2.5-coder", "--speculative-config.num_speculative_tokens=3"), "is set by this command"),
+        (("qwen2.5-coder", "--model", "other"), "is set by this command"),
     ],
 )
 def test_mistakes_are_found_before_vllm_starts(run, started, arguments, message):

@@ -151,6 +151,9 @@ def test_a_folder_is_no_id(tmp_path, monkeypatch):
         *((folder, "./it") for folder in (r"C:\Users\kim\it", r"kim\it", "kim smith/it", "-kim/it")),
         *((folder, "./folder") for folder in ("/", "/home/kim", "~/..", "../..")),
         ("me/it.", "./it."),
+        ("/home/kim/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b", "Qwen/Qwen2.5-0.5B"),
+        ("/home/kim/hub/models--gpt2/snapshots/0a1b/", "gpt2"),
+        ("/home/kim/hub/models--a..b/snapshots/0a1b", "./0a1b"),
     ],
 )
 def test_public_names(monkeypatch, reference, name):

@@ -160,3 +160,34 @@ def test_what_the_rules_see(monkeypatch):
     assert one.last.tolist() == [True, True]
     assert one.hidden.flatten(1).tolist() == [[0, 1], [4, 5]]
     assert one.logits_after[:, 0].tolist() == [1, 5]
+
+
+def test_padding_of_zeros():
+    """vLLM's drafts where a text is too long for the draft model."""
+    changed = {"tokens": torch.tensor([0, 0, 0, 1, 0]), "scores": rounds().scores.roll(1, -1)}  # the choice is 1
+    kept, asked = rounds(**changed).decide([TopK(6)] * 3)
+    assert kept.tolist() == [False, False, True, False, True]
+    assert asked.tolist() == kept.tolist()
+
+
+def test_forced_tokens():
+    scores = rounds().scores.clone()
+    scores[3, 4] = 1e9
+    assert rounds(scores=scores).decide([TopK(6)] * 3)[0].tolist() == [True, True, True, False, False]
+
+
+def test_tokens_without_probability():
+    """As in transformers, what underflows to 0 counts as masked."""
+    kept, _ = rounds(final_scores=rounds().scores * 1000).decide([TopK(6)] * 3)
+    assert not kept.any()
+
+
+def test_many_mismatches_are_asked_about_in_slices(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(TopK, "keep", lambda rule, mismatches: sizes.append(len(mismatches.tokens)) or mismatches.last)
+    one = rounds().decide([TopK(2)] * 3)
+    assert sizes == [5]
+    monkeypatch.setattr("hf_selfjudge.serving.rounds.ROWS", 4)
+    several = rounds().decide([TopK(2)] * 3)
+    assert sizes == [5, 2, 3]
+    assert all(map(torch.equal, one, several))

@@ -18,7 +18,7 @@ def judge(tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        (None, "must have 'selfjudge' with some of judge, threshold, rule, allow_other_weights"),
+        (None, "must have 'selfjudge' with keys among judge, threshold, rule, allow_other_weights"),
         ({}, "must have 'selfjudge'"),
         ({"selfjudge": "margin=0.5"}, "must have 'selfjudge'"),
         ({"selfjudge": {"jugde": "folder"}}, "must have 'selfjudge'.*'jugde'"),

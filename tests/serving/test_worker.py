@@ -214,7 +214,7 @@ def test_a_judge_of_another_target(serving, judges):
 
 def test_another_version_of_vllm(serving, monkeypatch):
     monkeypatch.setattr(serving.worker, "vllm_version", "0.40.1")
-    with pytest.raises(ImportError, match="was tested with vLLM 0.32, this is 0.40.1"):
+    with pytest.raises(ImportError, match="This is vLLM 0.40.1; hf_selfjudge was tested with 0.32"):
         started(serving, config_of({"rule": "top-k=2"}))
 
 
