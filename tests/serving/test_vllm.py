@@ -155,10 +155,11 @@ def test_rules_without_a_judge(folder, pair, monkeypatch, lossless):
         {"async_scheduling": True},
         {"async_scheduling": False, "enable_prefix_caching": True, "block_size": 32},
         {"enable_chunked_prefill": True, "max_num_batched_tokens": 8, "max_num_seqs": 1},
+        {"enforce_eager": False},
     ],
-    ids=["asynchronous", "cached prefixes", "prompts in chunks"],
+    ids=["asynchronous", "cached prefixes", "prompts in chunks", "compiled"],
 )
-def test_ways_to_schedule(folder, options):
+def test_ways_to_run(folder, options):
     shared = prompts(1, seed=3)[0] * 8  # longer than a block of the cache
     requests = [(shared + prompt, asking(limit)) for prompt, limit in zip(prompts(8), THRESHOLDS, strict=True)]
     expected = decode(folder, requests, judge_of(folder, "layer"), async_scheduling=False, enable_prefix_caching=False)
