@@ -14,7 +14,6 @@ from .threshold import Threshold
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-
 # The type of each field, and for numbers and lists of numbers the largest value that any judge has.
 TYPES = {
     **dict.fromkeys(("target", "target_fingerprint", "draft"), str),
