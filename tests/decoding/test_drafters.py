@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.generation import AssistedCandidateGenerator
+from transformers.generation import AssistedCandidateGenerator, MinLengthLogitsProcessor
 
 from hf_selfjudge import JudgedModel
 from hf_selfjudge.decoding.auto_length import AutoLength
@@ -89,6 +89,12 @@ def test_generate_of_the_draft_runs_once(llama, prompt, monkeypatch):
     judged.generate(prompt, assistant_model=draft, max_new_tokens=NEW)
     assert judged.stats.rounds > 3
     assert sum(model is draft for model in calls) == 1
+
+
+def test_drafting_asks_no_processor_that_changes_nothing(llama, prompt, monkeypatch):
+    target, draft = llama
+    monkeypatch.setattr(MinLengthLogitsProcessor, "__call__", lambda *arguments: pytest.fail("was asked"))
+    JudgedModel(target, Lossless()).generate(prompt, assistant_model=draft, max_new_tokens=NEW, eos_token_id=0)
 
 
 def test_nothing_outlives_a_call(llama, prompt, monkeypatch):
