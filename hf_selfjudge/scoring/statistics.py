@@ -56,6 +56,19 @@ def auc(label: np.ndarray, score: np.ndarray) -> float:
     return float(roc_auc_score(label, score)) if 0 < label.sum() < len(label) else float("nan")
 
 
+def auc_within(label: np.ndarray, score: np.ndarray, group: np.ndarray) -> float:
+    """Area under the ROC curve over pairs of the same group: the share of pairs, of a row with `label` 1 and one with
+    0, in which the first has the higher score. Groups that differ in how often the label is 1 do not raise it. NaN if
+    there is no pair."""
+    areas, pairs = [], []
+    for name in np.unique(group):
+        here = label[group == name]
+        if count := here.sum() * (len(here) - here.sum()):
+            areas.append(auc(here, score[group == name]))
+            pairs.append(count)
+    return float(np.average(areas, weights=pairs)) if pairs else float("nan")
+
+
 def among_accepted(label: np.ndarray, score: np.ndarray, share: float) -> float | None:
     """Mean of `label` among the `share` of rows with the lowest `score`; `None` where there are no rows."""
     return float(label[score <= np.quantile(score, share)].mean()) if len(label) else None

@@ -12,9 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from transformers import EvalPrediction
 
 from ..judge.features import SCALARS
-from ..mining.label_files import mining_records
 from ..mining.layers import IGNORED
-from ..scoring.statistics import among_accepted, auc, bootstrap, rank_correlation
+from ..scoring.statistics import among_accepted, auc, auc_within, bootstrap, rank_correlation
+
+
+TRAINED_ON_OTHERS = "judge of the other categories"
 
 
 def agreement(odds: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -56,19 +58,30 @@ def reliability(probability: np.ndarray, label: np.ndarray) -> list[dict]:
 
 
 def evaluate(
-    labels: datasets.Dataset, label: np.ndarray, odds: np.ndarray, fold: np.ndarray, resamples: int, seed: int
+    labels: datasets.Dataset,
+    label: np.ndarray,
+    odds: np.ndarray,
+    fold: np.ndarray,
+    left_out: np.ndarray | None,
+    resamples: int,
+    seed: int,
 ) -> dict:
     """
-    Compare the judge with the training-free scores on held-out rows: `label` in [0, 1], held-out log-odds `odds` and
-    the `fold` that each row was held out in, all of shape `(rows,)`. Probabilities of a fold are calibrated on the
+    Compare the judge with the training-free scores on held-out rows. Probabilities of a fold are calibrated on the
     others. Intervals are from `resamples` bootstrap samples of prompts.
+
+    Args:
+        label (`np.ndarray` of shape `(rows,)`): In [0, 1].
+        odds, fold (`np.ndarray` of shape `(rows,)`): Held-out log-odds, and the fold that each row was held out in.
+        left_out (`np.ndarray` of shape `(rows,)`, *optional*): Log-odds of judges that were trained on the other
+            categories.
 
     Returns:
         `dict` with the number of rows and prompts; the mean label; the log loss (nats), and that of the mean label;
-        the [`reliability`]; and for each score the AUC for a changed answer, over all rows and within each folder of
-        labels (folders differ in how often answers change, and telling them apart raises an AUC over all), the rank
-        correlation with 1 − re-convergence of the other rows, both as `[value, low, high]` with a 95 % bootstrap
-        interval over prompts, and the mean label and the share of changed answers among the 25, 50 and 75 % accepted.
+        the [`reliability`]; for each score the AUC for a changed answer, over all rows and over pairs within a
+        category ([`auc_within`]), the rank correlation with 1 − re-convergence of the other rows, both as `[value,
+        low, high]` with a 95 % bootstrap interval over prompts, and the mean label and the share of changed answers
+        among the 25, 50 and 75 % accepted; and `by_category` the same for those whose answers could be checked.
     """
     prompts, probability = np.array(labels["prompt_id"][:]), np.empty(len(odds))
     for number in np.unique(fold):
@@ -77,22 +90,28 @@ def evaluate(
         probability[here] = expit(slope * odds[here] + intercept)
     flipped = np.array(labels["flipped"][:], dtype=float)
     lost = 1 - np.array(labels["reconvergence"][:], dtype=float)
-    scalars = np.stack(labels.with_format("numpy")["scalars"][:])
-    margin, logprob = (scalars[:, SCALARS.index(name)] for name in ("margin", "candidate_logprob"))
-    checked, source = ~np.isnan(flipped), np.array(labels["source"][:])
+    checked, category = ~np.isnan(flipped), np.array(labels["category"][:])
+    scores = {"judge": odds} | ({} if left_out is None else {TRAINED_ON_OTHERS: left_out}) | training_free(labels)
 
     def log_loss(probability: np.ndarray) -> float:
         probability = probability.clip(1e-6, 1 - 1e-6)
         return float(-(label * np.log(probability) + (1 - label) * np.log(1 - probability)).mean())
 
-    def interval(measure: Callable, target: np.ndarray, score: np.ndarray, among: np.ndarray) -> list[float] | None:
-        found = bootstrap(measure, (target[among], score[among]), prompts[among], resamples, seed)
+    def interval(measure: Callable, among: np.ndarray, *columns: np.ndarray) -> list[float] | None:
+        found = bootstrap(measure, tuple(column[among] for column in columns), prompts[among], resamples, seed)
         return None if found is None else [*found]  # a list, as JSON gives it back
 
     def by_share(target: np.ndarray, score: np.ndarray) -> dict[str, float] | None:
         shares = (0.25, 0.5, 0.75)
         return {str(share): among_accepted(target, score, share) for share in shares} if len(target) else None
 
+    def of_checked(score: np.ndarray, among: np.ndarray) -> dict:
+        return {
+            "auc_changed_answer": interval(auc, among, flipped, score),
+            "changed_among_accepted": by_share(flipped[among], score[among]),
+        }
+
+    parts = {str(name): checked & (category == name) for name in np.unique(category[checked])}
     return {
         "rows": len(label),
         "prompts": len(set(prompts)),
@@ -103,16 +122,39 @@ def evaluate(
         "log_loss_of_the_mean": log_loss(np.full_like(probability, label.mean())),
         "reliability": reliability(probability, label),
         "scores": {
-            name: {
-                "auc_changed_answer": interval(auc, flipped, score, checked),
-                "auc_within": [
-                    interval(auc, flipped, score, checked & (source == record["source"]))
-                    for record in mining_records(labels)
-                ],
-                "rank_correlation_text": interval(rank_correlation, lost, score, ~checked & ~np.isnan(lost)),
+            name: of_checked(score, checked)
+            | {
+                "auc_within_categories": interval(auc_within, checked, flipped, score, category),
+                "rank_correlation_text": interval(rank_correlation, ~checked & ~np.isnan(lost), lost, score),
                 "mean_label_among_accepted": by_share(label, score),
-                "changed_among_accepted": by_share(flipped[checked], score[checked]),
             }
-            for name, score in {"judge": odds, "margin": margin, "low log-probability": -logprob}.items()
+            for name, score in scores.items()
+        },
+        "by_category": {
+            name: {
+                "prompts": len(set(prompts[part])),
+                "rows": int(part.sum()),
+                "changed_answers": int(flipped[part].sum()),
+                "scores": {name: of_checked(score, part) for name, score in scores.items()},
+            }
+            for name, part in parts.items()
         },
     }
+
+
+def training_free(labels: datasets.Dataset) -> dict[str, np.ndarray]:
+    """Scores that need no training, by name, each of shape `(rows,)`: the higher, the less should be accepted. How
+    many candidates match after a mismatch is known of labels that were mined in rounds."""
+    scalars = np.stack(labels.with_format("numpy")["scalars"][:])
+    margin, logprob = (scalars[:, SCALARS.index(name)] for name in ("margin", "candidate_logprob"))
+    scores = {"margin": margin, "low log-probability": -logprob}
+    drafted = labels["drafted"][:]
+    if None in drafted:
+        return scores
+    rounds = [*zip(labels["source"][:], labels["answer"][:], strict=True)]
+    position, ends = labels["position"][:], {}
+    matches = np.empty(len(labels))
+    for row in np.argsort(position)[::-1]:  # the last mismatch of each round first
+        end = ends.get(rounds[row], len(labels["answer_ids"][int(row)]))
+        matches[row], ends[rounds[row]] = end - position[row] - 1, position[row]
+    return scores | {"look-ahead": -matches}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from scipy.special import expit
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import BaseCrossValidator, GroupKFold, LeaveOneGroupOut
 from transformers import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 Fit = Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer]  # trains a judge on rows of labels
 
+MEASURING = ("accept_share", "folds", "resamples", "leave_one_category_out")  # options of how a judge is measured
 # How the names of the options begin that have no influence on the weights: the card does not list them.
 NOT_ON_THE_CARD = (
     *("output_dir", "logging", "log_", "save", "eval_", "report_to", "run_name", "disable_tqdm", "project"),
@@ -67,6 +68,9 @@ class ScriptArguments:
         "threshold accepts. Published thresholds do not carry over from one pair to another.",
     )
     resamples: int = option(1000, "Bootstrap samples of prompts for the intervals.")
+    leave_one_category_out: bool = option(
+        False, "Also measure each category of prompts with a judge that was trained on the others."
+    )
     lora_layers: int = option(
         0,
         "Last layers of the target to train a LoRA adapter in, through the model, after the head; 0: the head alone, "
@@ -113,7 +117,18 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
     known = np.flatnonzero(~np.isnan(label))
     labels, label = labels.select(known), label[known]
     fit = _judge_fitter(script_args, mining_of(labels))
-    odds, fold = _held_out(labels, fit, training_args, script_args.folds)
+    prompts, category = (np.array(labels[name][:]) for name in ("prompt_id", "category"))
+    if (count := len(set(prompts))) < 2 * script_args.folds:
+        raise ValueError(
+            f"`labels`: {count} prompts are too few for {script_args.folds} folds. Mine at least "
+            f"{2 * script_args.folds}."
+        )
+    if script_args.leave_one_category_out and len(set(category)) < 2:
+        raise ValueError(f"`leave_one_category_out`: all labels are of one category, '{category[0]}'.")
+    odds, fold = _held_out(labels, fit, training_args, GroupKFold(script_args.folds), prompts)
+    left_out = None
+    if script_args.leave_one_category_out:
+        left_out, _ = _held_out(labels, fit, training_args, LeaveOneGroupOut(), category)
     trainer = fit(labels, training_args)
     judge = trainer.judge
     slope, intercept = calibrate(odds, label)
@@ -126,14 +141,14 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         slope, intercept = 1.0, 0.0
     mismatches = odds[np.array(labels["kind"][:]) == "mismatch"]
     limit = np.quantile(mismatches if len(mismatches) else odds, script_args.accept_share)
-    measured = evaluate(labels, label, odds, fold, script_args.resamples, training_args.seed)
+    measured = evaluate(labels, label, odds, fold, left_out, script_args.resamples, training_args.seed)
     judge.info = replace(
         judge.info,
         threshold=Threshold(float(expit(slope * limit + intercept))),
         training={
             "mining": [public_mining(record) for record in mining_records(labels)],
             "fit": {
-                **{name: getattr(script_args, name) for name in ("accept_share", "folds", "resamples")},
+                **{name: getattr(script_args, name) for name in MEASURING},
                 **{"seed": training_args.seed, "slope": slope, "intercept": intercept},
                 "options": _card_options(script_args, training_args),
             },
@@ -158,22 +173,22 @@ def _check_no_evaluation(args: JudgeConfig) -> None:
         )
 
 
-def _held_out(labels: datasets.Dataset, fit: Fit, args: JudgeConfig, folds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-validate by prompt: for each row the log-odds of a judge that was trained on the other folds, and the
-    row's fold."""
-    prompts = np.array(labels["prompt_id"][:])
-    if (count := len(set(prompts))) < 2 * folds:
-        raise ValueError(f"`labels`: {count} prompts are too few for {folds} folds. Mine at least {2 * folds}.")
+def _held_out(
+    labels: datasets.Dataset, fit: Fit, args: JudgeConfig, splitter: BaseCrossValidator, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-validate: for each row the log-odds of a judge that was trained on the other parts, and the row's part.
+    Rows of one of the `groups`, of shape `(rows,)`, are in one part."""
     quiet = {"disable_tqdm": True, "push_to_hub": False, "resume_from_checkpoint": None, "report_to": []}
     quiet |= {"logging_strategy": IntervalStrategy.NO, "save_strategy": SaveStrategy.NO}
-    odds, fold = np.empty(len(labels)), np.empty(len(labels), int)
-    for number, (train, test) in enumerate(GroupKFold(folds).split(prompts, groups=prompts)):
+    odds, part = np.empty(len(labels)), np.empty(len(labels), int)
+    parts = [*splitter.split(groups, groups=groups)]
+    for number, (train, test) in enumerate(parts):
         try:
             trainer = fit(labels.select(train), with_options(args, **quiet))
         except ValueError as error:
-            raise ValueError(f"{error} (Held out was part {number + 1} of {folds}.)") from error
-        odds[test], fold[test] = trainer.odds(labels.select(test)), number
-    return odds, fold
+            raise ValueError(f"{error} (Held out was part {number + 1} of {len(parts)}.)") from error
+        odds[test], part[test] = trainer.odds(labels.select(test)), number
+    return odds, part
 
 
 def _judge_fitter(script_args: ScriptArguments, mining: dict) -> Fit:

@@ -24,9 +24,10 @@ from hf_selfjudge.mining.layers import DataCollatorForJudge, answers_of
 from hf_selfjudge.models.cpu import HalfLinear
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import DRAFT_MODEL, LOOKUP, parse_pair
+from hf_selfjudge.scoring.statistics import auc
 from hf_selfjudge.training import script as training
 from hf_selfjudge.training.data import soft_labels
-from hf_selfjudge.training.evaluation import calibrate, reliability
+from hf_selfjudge.training.evaluation import TRAINED_ON_OTHERS, calibrate, reliability, training_free
 from hf_selfjudge.training.model import TargetWithJudge, new_judge
 from hf_selfjudge.training.script import ScriptArguments, main, make_parser
 from hf_selfjudge.utils.names import public_mining
@@ -165,6 +166,50 @@ def test_calibration_finds_slope_and_intercept():
     rows = reliability(truth, (rng.random(20000) < truth).astype(float))
     assert sum(row["rows"] for row in rows) == 20000
     assert all(abs(row["probability"] - row["label"]) < 0.05 for row in rows)
+
+
+def with_column(labels, name, values):
+    """Labels in which one column has other values."""
+    return labels.remove_columns(name).add_column(name, values)
+
+
+@pytest.mark.heavy
+def test_each_category_is_measured_also_by_a_judge_of_the_others(fitted, tmp_path, monkeypatch):
+    labels = load_labels(fitted[0])
+    odd = np.arange(len(labels)) // 6 % 4 >= 2  # two of each four prompts, one of which is checked
+    labels = with_column(labels, "category", np.where(odd, "odd", "even").tolist())
+    monkeypatch.setattr(training, "load_labels", lambda folders: labels)
+    judge = main(script("labels", leave_one_category_out=True), config(tmp_path / "judge"))
+    measured = judge.info.training["held_out"]
+    assert {name: part["rows"] for name, part in measured["by_category"].items()} == {"even": 60, "odd": 60}
+    for name, rows in (("odd", odd), ("even", ~odd)):
+        other = JudgeTrainer(args=config(tmp_path / name), train_dataset=labels.select(np.flatnonzero(~rows)))
+        other.train()
+        rows = np.flatnonzero(rows & ~np.isnan(np.array(labels["flipped"][:], dtype=float)))
+        expected = auc(np.array(labels["flipped"][:])[rows].astype(float), other.odds(labels.select(rows)))
+        scores = measured["by_category"][name]["scores"]
+        assert scores[TRAINED_ON_OTHERS]["auc_changed_answer"][0] == pytest.approx(expected)
+        assert scores["judge"]["auc_changed_answer"][0] != scores[TRAINED_ON_OTHERS]["auc_changed_answer"][0]
+    of_both = [part["scores"]["judge"]["auc_changed_answer"][0] for part in measured["by_category"].values()]
+    assert min(of_both) <= measured["scores"]["judge"]["auc_within_categories"][0] <= max(of_both)
+    card = (tmp_path / "judge/README.md").read_text()
+    assert "| category | prompts | substitutions | changed | judge | judge of the other categories | margin |" in card
+    assert "| odd | 10 | 60 |" in card
+    assert "--accept_share 0.5 --leave_one_category_out true" in card
+
+
+def test_one_category_cannot_be_left_out(fitted, tmp_path):
+    with pytest.raises(ValueError, match="`leave_one_category_out`: all labels are of one category, '-'"):
+        main(script(fitted[0], leave_one_category_out=True), config(tmp_path))
+
+
+def test_look_ahead_counts_the_candidates_that_match_after_a_mismatch(fitted):
+    labels = load_labels(fitted[0])
+    assert "look-ahead" not in training_free(labels)
+    # Rounds of ten candidates.
+    for name, value in {"drafted": [10], "answer_ids": [[3] * 10], "position": [0, 2, 3, 4, 7, 8]}.items():
+        labels = with_column(labels, name, value * (len(labels) // len(value)))
+    np.testing.assert_array_equal(training_free(labels)["look-ahead"], [-1, 0, 0, -2, 0, -1] * 40)
 
 
 # -- the shape of TRL's trainers -----------------------------------------------------------------------------------
