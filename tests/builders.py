@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import string
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -329,6 +333,31 @@ def write_answer_labels(folder: Path, target: torch.nn.Module) -> Path:
     record = MINING_RECORD | {"hidden_size": HIDDEN, "target_fingerprint": fingerprint(target), "prompts": 12}
     (folder / "mining.json").write_text(json.dumps(record))
     return folder
+
+
+# What the command does, and which process did it.
+COMMAND = """
+from accelerate import PartialState
+from hf_selfjudge.cli.app import main
+try:
+    main()
+finally:
+    print("process", PartialState().process_index, "of", PartialState().num_processes)
+"""
+
+
+def in_processes(count: int, words: list) -> subprocess.CompletedProcess:
+    """The console script in several processes of one thread each, as a launcher starts them."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "run.py")
+        script.write_text(COMMAND)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        return subprocess.run(
+            [sys.executable, *(launcher if count > 1 else []), script, *map(str, words)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        )
 
 
 TRAINING = {

@@ -34,6 +34,7 @@ from ..models.pair import Pair
 from ..models.tokens import context_of
 from ..utils.files import JsonlLog, check_or_write_settings
 from ..utils.names import absolute_if_folder
+from ..utils.processes import this_process
 from .answers import AnswerRecord, Job, accepted_share, decode_answer
 from .methods import Method
 
@@ -82,7 +83,8 @@ def decode(
 ) -> list[AnswerRecord]:
     """
     Answer every prompt with every method, with a progress bar. Prompts that are too long are left out; [`fitting`]
-    says which.
+    says which. Under `accelerate launch` the processes share the prompts, if there is a `folder`; all of them return
+    all answers.
 
     Args:
         judges (`Mapping[str, Judge]`): The judges by the folder or id that `methods` name.
@@ -95,13 +97,20 @@ def decode(
 
     Raises:
         ValueError: If `folder` holds answers of other models, limits, prompts or judges; if a prompt cannot be
-            encoded; or if, in mode timing, a coin imitates a judge that mode quality has not measured in this folder.
+            encoded; or if, in mode timing, there are several processes, or a coin imitates a judge that mode quality
+            has not measured in this folder.
         TooLong: If no prompt fits.
     """
     for method in methods:
         config.check_length(f"`rule` {method.name!r}:", method.length)
-    if folder is not None:
-        _claim(folder, pair, config)
+    process = this_process()
+    if config.mode == "timing" and process.num_processes > 1:
+        raise ValueError(f"`mode` timing: {process.num_processes} processes would slow each other down. Start one.")
+    log = None
+    with process.main_process_first():
+        if folder is not None:
+            _claim(folder, pair, config)
+            log = JsonlLog(folder / f"{config.mode}.jsonl")
     prompts, tokens, _ = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     texts = [(prompt, ids.to(pair.target.device)) for prompt, ids in zip(prompts, tokens, strict=True)]
 
@@ -113,12 +122,15 @@ def decode(
 
     coins = [method for method in methods if method.like is not None]
     judged = {method: with_rule(method) for method in methods if method.like is None}
-    log = None if folder is None else JsonlLog(folder / f"{config.mode}.jsonl")
     written = {record.key: record for record in _records(log)}
     done: dict[tuple, AnswerRecord] = {}
+    in_order = itertools.product(range(config.repeats), prompts, methods)
+    keys = [(method.name, prompt.id, repeat) for repeat, prompt, method in in_order]
+    own = texts if log is None else texts[process.process_index :: process.num_processes]
 
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        bar = progress.add_task(f"Decode ({config.mode})", total=len(texts) * len(methods) * config.repeats)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, disable=not process.is_main_process) as progress:
+        bar = progress.add_task(f"Decode ({config.mode})", total=len(own) * len(methods) * config.repeats)
 
         def keep(record: AnswerRecord) -> None:
             if log is not None:
@@ -135,7 +147,7 @@ def decode(
             shares = {coin: _coin_share(coin, written.values(), measured) for coin in coins if coin in stage}
             judged |= {coin: with_rule(coin, share) for coin, share in shares.items()}
             jobs = []
-            for repeat, (prompt, ids), method in itertools.product(range(config.repeats), texts, stage):
+            for repeat, (prompt, ids), method in itertools.product(range(config.repeats), own, stage):
                 job = Job(method, prompt, ids, repeat, judged[method], shares.get(method))
                 if job.key not in written:
                     jobs.append(job)
@@ -151,8 +163,11 @@ def decode(
                 _side_by_side(jobs, pair, config, keep)
             else:
                 _in_turns(jobs, pair, config, drafts or {}, keep)
-    keys = itertools.product(range(config.repeats), prompts, methods)
-    return [done[method.name, prompt.id, repeat] for repeat, prompt, method in keys]
+            process.wait_for_everyone()
+            if len(own) < len(texts):
+                answers = {record.key: record for record in _records(JsonlLog(log.path))}
+                done |= {key: answers[key] for key in keys if key in answers}
+    return [done[key] for key in keys]
 
 
 def readable_context(pair: Pair, methods: Sequence[Method]) -> int | None:

@@ -18,6 +18,7 @@ from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
 from ..scoring.checks import check_can_score
 from ..utils.files import check_writable
+from ..utils.processes import this_process
 from .console import console, say, say_left_out
 from .options import OutputOptions, PairOptions, PromptOptions, option, reuse
 
@@ -45,6 +46,7 @@ class BenchOptions(OutputOptions, PromptOptions, PairOptions):
 
 def bench_command(options: BenchOptions, config: BenchConfig) -> None:
     """Measure what each rule gains and costs: speed and quality of many decodings of the same prompts."""
+    process = this_process()
     if options.lookup:
         if config.draft_length not in (BenchConfig.draft_length, options.lookup):
             raise ValueError("`draft-length` is a draft model's; with `--lookup N` it is N. Give one of the two.")
@@ -63,9 +65,12 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
             method.rule(judges)  # refuses unknown operating points before models load
     pair = options.load(None, not options.lookup, options.int8_draft)
     prompts, _, left_out = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
-    say_left_out(left_out)
+    if process.is_main_process:
+        say_left_out(left_out)
 
     records = decode(pair, prompts, methods, judges, config, options.output)
+    if not process.is_main_process:
+        return
     local = options.prompts == "-" or Path(options.prompts).exists()
     if config.mode == "quality":
         asked = pair.target if options.ask else None

@@ -14,12 +14,13 @@ from ..decoding.rules import JudgeRule
 from ..judge.judge import Judge
 from ..mining.compact import compact_labels
 from ..mining.config import MiningConfig
-from ..mining.job import counts_of, mine, this_process
+from ..mining.job import counts_of, mine
 from ..mining.label_files import read_mining
 from ..mining.layers import add_layer_states
 from ..models.load import fingerprint, load_model
 from ..utils.files import check_writable
 from ..utils.names import absolute_if_folder
+from ..utils.processes import this_process
 from .console import say, say_left_out
 from .options import JudgeOptions, OutputOptions, PairOptions, PromptOptions, TargetOptions, option, reuse
 
@@ -40,8 +41,6 @@ def mine_command(options: MineOptions, config: MiningConfig) -> None:
     """Mine labels: let the target finish its answer after each substitution. --judge decodes the answers with a
     judge."""
     process = this_process()
-    if options.prompts == "-" and process.num_processes > 1:
-        raise ValueError("`prompts`: several processes cannot share standard input. Give a file.")
     if options.threshold is not None and options.judge is None:
         raise ValueError("`threshold` is that of a judge. Name the judge with `--judge`.")
     check_writable(options.output)

@@ -19,6 +19,7 @@ from ..data.prompts import Prompts, read_prompts
 from ..mining.config import MiningConfig
 from ..models.pair import Pair, load_pair
 from ..utils.files import check_writable, write_json
+from ..utils.processes import this_process
 
 
 JudgeFolder = Annotated[Path, typer.Argument(metavar="judge", help="Folder of a judge.")]
@@ -121,6 +122,8 @@ class PromptOptions:
 
     def read(self, answer_column: str | None = None, default: Path | None = None) -> Prompts:
         """Read the prompts, or the file `default` if none are given; see [`read_prompts`]."""
+        if self.prompts == "-" and this_process().num_processes > 1:
+            raise ValueError("`prompts`: several processes cannot share standard input. Give a file.")
         shuffle = self.seed if self.shuffle else None
         columns = {"column": self.column, "answer_column": answer_column}
         return read_prompts(

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 import yaml
 
-from ..mining.job import this_process
 from ..training import script
 from ..training.config import JudgeConfig
 from ..utils.files import check_writable, read_text
+from ..utils.processes import this_process
 from .console import say
 
 

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -33,6 +31,7 @@ from ..models.pair import LOOKUP, Pair
 from ..models.tokens import decoding_greedily, eos_tokens, until_eos
 from ..utils.files import check_or_write_settings, read_json
 from ..utils.names import absolute_if_folder
+from ..utils.processes import this_process
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
 from .label_files import FORMAT, load_labels, shards_of, too_large, write_shard
@@ -96,11 +95,6 @@ def mine(
             _mine_shard(pair, prompts[begin:end], config, judged, shard, begin, partial(progress.advance, bar))
     state.wait_for_everyone()
     return load_labels(folder)
-
-
-def this_process() -> PartialState:
-    """Which of several processes this is. Call it before models are loaded: it chooses the process's own GPU."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
 def _check(pair: Pair, prompts: Sequence[Prompt], config: MiningConfig, judged: JudgedModel | None) -> None:

@@ -144,6 +144,9 @@ class JsonlLog:
         return iter(self.rows)
 
     def add(self, row: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Add a line in one write, so that several processes can share a file."""
+        line = f"{json.dumps(row, allow_nan=False)}\n".encode()
+        with self.path.open("ab", buffering=0) as file:
+            if (written := file.write(line)) < len(line):
+                raise OSError(f"only {written} of {len(line)} bytes could be added to {self.path}: the disk is full.")
         self.rows.append(row)

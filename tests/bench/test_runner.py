@@ -16,9 +16,10 @@ from hf_selfjudge.bench.runner import BenchConfig, decode
 from hf_selfjudge.data.prompts import Prompt, TooLong, encode
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.decoding.stats import Stats
+from hf_selfjudge.models.load import load_model
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin
-from tests.builders import VOCAB, adapted_judge, adapter, build, midway_judge, perturbed, random_judge
+from tests.builders import VOCAB, adapted_judge, adapter, build, in_processes, midway_judge, perturbed, random_judge
 
 
 PROMPTS = [Prompt(f"p{i}", text, "some") for i, text in enumerate(["abc", "what is this", "a", "to be or not"])]
@@ -129,6 +130,29 @@ def test_a_coin_like_a_judge_accepts_as_often(pair, tmp_path):
         share = accepted_share(by_method[f"judge:j={threshold}"])
         assert {record.share for record in by_method[f"coin like judge:j={threshold}"]} == {round(share, 4)}
     assert methods[-1].rule(judges, 0.3) == Coin(0.3)
+
+
+@pytest.mark.heavy
+def test_two_processes_share_the_prompts(pair_folders, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in PROMPTS))
+    command = ["bench", "--pair", pair_folders, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", "12"]
+    command += ["--dtype", "float32", "--rule", "lossless", "--rule", "margin=1", "--rule", "coin=0.5:1"]
+    judge = random_judge(load_model(pair_folders.split(",")[0], torch.float32)[0])
+    judge.save_pretrained(tmp_path / "j")
+    command += ["--rule", f"judge:{tmp_path / 'j'}=0.6", "--rule", "coin"]  # a coin needs the judge's answers
+    answers = []
+    for count in (1, 2):
+        done = in_processes(count, [*command, "--output", tmp_path / str(count)])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written to") == 1
+        rows = [json.loads(line) for line in (tmp_path / str(count) / "quality.jsonl").read_text().splitlines()]
+        answers.append(
+            sorted([row[name] for name in ("prompt", "method", "share", "tokens", "lengths")] for row in rows)
+        )
+        assert len(rows) == 5 * len(PROMPTS)
+    assert answers[0] == answers[1]
+    done = in_processes(2, [*command, "--mode", "timing", "--output", tmp_path / "t"])
+    assert "`mode` timing: 2 processes would slow each other down" in " ".join(done.stderr.split())
 
 
 def with_counts(**counts):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from hf_selfjudge import load_labels
-from hf_selfjudge.cli import mine
+from hf_selfjudge.cli import options
 from hf_selfjudge.mining.label_files import mining_of
 from tests.builders import tiny_tokenizer
 from tests.cli.conftest import MINE
@@ -70,7 +70,7 @@ def test_without_rewrites(succeed, fail, pair_folders, prompts_file, tmp_path):
 
 
 def test_standard_input_is_for_one_process(fail, tmp_path, monkeypatch):
-    monkeypatch.setattr(mine, "this_process", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(options, "this_process", lambda: SimpleNamespace(num_processes=2))
     message = fail("mine", "--prompts", "-", "--output", tmp_path / "l")
     assert "several processes cannot share standard input" in message
 

@@ -31,7 +31,7 @@ from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Lossless, Rule
 from hf_selfjudge.utils.names import public_mining
 from tests.architectures import build as build_any
-from tests.builders import MINING, PROMPTS, VOCAB, build, perturbed, shortened, tiny_tokenizer
+from tests.builders import MINING, PROMPTS, VOCAB, build, in_processes, perturbed, shortened, tiny_tokenizer
 
 
 MANY = [Prompt(f"p{i}", "why " * (i % 5 + 1) + f"is {i} so?") for i in range(40)]
@@ -325,28 +325,12 @@ def test_answers_from_elsewhere(llama, tokenizer, tmp_path):
 SMALL = ["--max-new-tokens", "12", "--per-answer", "4", "--rewrites", "2", "--window", "4", "--shard", "10"]
 
 
-# What the command does, and which process did it.
-COMMAND = """
-from accelerate import PartialState
-from hf_selfjudge.cli.app import main
-try:
-    main()
-finally:
-    print("process", PartialState().process_index, "of", PartialState().num_processes)
-"""
-
-
 @pytest.mark.heavy
 def test_two_processes_are_one(pair_folders, prompts_file, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(COMMAND)
-    command = [script, "mine", "--pair", pair_folders, "--prompts", prompts_file, "--shard", "3"]
+    command = ["mine", "--pair", pair_folders, "--prompts", prompts_file, "--shard", "3"]
     command += [*SMALL[:-2], "--dtype", "float32", "--output"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    for launch, name, count in ([sys.executable], "one", 1), (two, "two", 2):
-        run = [*launch, *command, tmp_path / name]
-        done = subprocess.run(run, capture_output=True, text=True, env=environment)
+    for name, count in ("one", 1), ("two", 2):
+        done = in_processes(count, [*command, tmp_path / name])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("substitutions") == 1
         assert all(f"process {index} of {count}" in done.stdout for index in range(count))
