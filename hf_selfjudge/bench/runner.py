@@ -106,11 +106,8 @@ def decode(
     process = this_process()
     if config.mode == "timing" and process.num_processes > 1:
         raise ValueError(f"`mode` timing: {process.num_processes} processes would slow each other down. Start one.")
-    log = None
     with process.main_process_first():
-        if folder is not None:
-            _claim(folder, pair, config)
-            log = JsonlLog(folder / f"{config.mode}.jsonl")
+        log = None if folder is None else _open(folder, pair, config)
     prompts, tokens, _ = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     texts = [(prompt, ids.to(pair.target.device)) for prompt, ids in zip(prompts, tokens, strict=True)]
 
@@ -146,19 +143,15 @@ def decode(
         for stage in stages:
             shares = {coin: _coin_share(coin, written.values(), measured) for coin in coins if coin in stage}
             judged |= {coin: with_rule(coin, share) for coin, share in shares.items()}
-            jobs = []
-            for repeat, (prompt, ids), method in itertools.product(range(config.repeats), own, stage):
-                job = Job(method, prompt, ids, repeat, judged[method], shares.get(method))
-                if job.key not in written:
-                    jobs.append(job)
-                elif written[job.key].made_with == job.made_with:
-                    done[job.key] = written[job.key]
-                else:
-                    raise ValueError(
-                        f"`output`: {log.path} has an answer of {method.name!r} to prompt {prompt.id!r}, but the "
-                        "prompt or the judge has changed since. Choose another folder."
-                    )
-            progress.update(bar, completed=len(done))
+            jobs = [
+                Job(method, prompt, ids, repeat, judged[method], shares.get(method))
+                for repeat, (prompt, ids), method in itertools.product(range(config.repeats), own, stage)
+            ]
+            for job in jobs:
+                if job.key in written:
+                    done[job.key] = _checked(written[job.key], job, log)
+                    progress.advance(bar)
+            jobs = [job for job in jobs if job.key not in written]
             if config.mode == "quality":
                 _side_by_side(jobs, pair, config, keep)
             else:
@@ -243,6 +236,16 @@ def _prompt_keys(model: PreTrainedModel, ids: torch.LongTensor) -> Keys | None:
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
+def _checked(record: AnswerRecord, job: Job, log: JsonlLog) -> AnswerRecord:
+    """The record of a job that was done before; a `ValueError` if it was another one."""
+    if record.made_with != job.made_with:
+        raise ValueError(
+            f"`output`: {log.path} has an answer of {job.method.name!r} to prompt {job.prompt.id!r}, but the prompt "
+            "or the judge has changed since. Choose another folder."
+        )
+    return record
+
+
 def _records(log: JsonlLog | None) -> list[AnswerRecord]:
     try:
         return [AnswerRecord(**row | {"stats": Stats(**row["stats"])}) for row in log or ()]
@@ -250,8 +253,8 @@ def _records(log: JsonlLog | None) -> list[AnswerRecord]:
         raise ValueError(f"`output`: {log.path} was written by another version. Choose another folder.") from error
 
 
-def _claim(folder: Path, pair: Pair, config: BenchConfig) -> None:
-    """Write how the answers in `folder` are decoded, or check that it is the same."""
+def _open(folder: Path, pair: Pair, config: BenchConfig) -> JsonlLog:
+    """The answers in `folder`. Writes how they are decoded, or checks that it is the same."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(config).items() if name not in ("at_once", "repeats")}
     for name, model in (("target", pair.target), ("draft", pair.draft)):
@@ -266,3 +269,4 @@ def _claim(folder: Path, pair: Pair, config: BenchConfig) -> None:
     free = () if config.mode == "timing" else ("versions", "machine")
     path = folder / f"{config.mode}.json"
     check_or_write_settings(path, settings | {"versions": versions, "machine": machine}, {}, free)
+    return JsonlLog(path.with_suffix(".jsonl"))
