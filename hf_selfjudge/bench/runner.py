@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.progress import MofNCompleteColumn, Progress
 from transformers import DynamicCache, PreTrainedModel
 
@@ -83,8 +84,8 @@ def decode(
 ) -> list[AnswerRecord]:
     """
     Answer every prompt with every method, with a progress bar. Prompts that are too long are left out; [`fitting`]
-    says which. Under `accelerate launch` the processes share the prompts, if there is a `folder`; all of them return
-    all answers.
+    says which. Under `accelerate launch` the processes of a machine share the prompts, if there is a `folder`; all of
+    them return all answers.
 
     Args:
         judges (`Mapping[str, Judge]`): The judges by the folder or id that `methods` name.
@@ -108,6 +109,7 @@ def decode(
         raise ValueError(f"`mode` timing: {process.num_processes} processes would slow each other down. Start one.")
     with process.main_process_first():
         log = None if folder is None else _open(folder, pair, config)
+    process.wait_for_everyone()  # none writes while another one reads, and repairs, the file
     prompts, tokens, _ = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     texts = [(prompt, ids.to(pair.target.device)) for prompt, ids in zip(prompts, tokens, strict=True)]
 
@@ -156,10 +158,9 @@ def decode(
                 _side_by_side(jobs, pair, config, keep)
             else:
                 _in_turns(jobs, pair, config, drafts or {}, keep)
-            process.wait_for_everyone()
-            if len(own) < len(texts):
-                answers = {record.key: record for record in _records(JsonlLog(log.path))}
-                done |= {key: answers[key] for key in keys if key in answers}
+            if log is not None and process.num_processes > 1:
+                everyone = _of_everyone(process, log)
+                done |= {key: everyone[key] for key in keys if key in everyone}
     return [done[key] for key in keys]
 
 
@@ -244,6 +245,14 @@ def _checked(record: AnswerRecord, job: Job, log: JsonlLog) -> AnswerRecord:
             "or the judge has changed since. Choose another folder."
         )
     return record
+
+
+def _of_everyone(process: PartialState, log: JsonlLog) -> dict[tuple, AnswerRecord]:
+    """The answers of all processes, when each has done its part. None goes on before all have read them."""
+    process.wait_for_everyone()
+    answers = {record.key: record for record in _records(JsonlLog(log.path))}
+    process.wait_for_everyone()
+    return answers
 
 
 def _records(log: JsonlLog | None) -> list[AnswerRecord]:

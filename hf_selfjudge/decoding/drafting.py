@@ -64,7 +64,7 @@ class FastDraft:
             return AssistedCandidateGenerator._generate_candidates(self.generator, generation_args)
         if self.prepared is None:
             # A limit of 0 would add a processor that looks for end tokens in the vocabulary and changes nothing.
-            generation_args["min_new_tokens"] = None
+            generation_args |= {"min_new_tokens": None, "min_length": 0}
             self.prepared = draft.generate(**generation_args, **kwargs, custom_generate=_prepared)
             kwargs["past_key_values"] = self.prepared[2]["past_key_values"]
         return self._decode(generation_args["input_ids"], generation_args["max_new_tokens"])

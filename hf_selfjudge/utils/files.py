@@ -148,5 +148,7 @@ class JsonlLog:
         line = f"{json.dumps(row, allow_nan=False)}\n".encode()
         with self.path.open("ab", buffering=0) as file:
             if (written := file.write(line)) < len(line):
-                raise OSError(f"only {written} of {len(line)} bytes could be added to {self.path}: the disk is full.")
+                raise OSError(
+                    f"`output`: {written} of {len(line)} bytes could be added to {self.path}. Free some space."
+                )
         self.rows.append(row)

@@ -133,7 +133,7 @@ def test_a_coin_like_a_judge_accepts_as_often(pair, tmp_path):
 
 
 @pytest.mark.heavy
-def test_two_processes_share_the_prompts(pair_folders, tmp_path, monkeypatch):
+def test_two_processes_share_the_prompts(pair_folders, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in PROMPTS))
     command = ["bench", "--pair", pair_folders, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", "12"]
     command += ["--dtype", "float32", "--rule", "lossless", "--rule", "margin=1", "--rule", "coin=0.5:1"]
@@ -145,12 +145,14 @@ def test_two_processes_share_the_prompts(pair_folders, tmp_path, monkeypatch):
         done = in_processes(count, [*command, "--output", tmp_path / str(count)])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written to") == 1
+        assert all(f"process {index} of {count}" in done.stdout for index in range(count))
         rows = [json.loads(line) for line in (tmp_path / str(count) / "quality.jsonl").read_text().splitlines()]
         same = ("prompt", "method", "share", "tokens", "lengths")  # sums of log-probabilities differ by rounding
         answers.append(sorted([row[name] for name in same] for row in rows))
         assert len(rows) == 5 * len(PROMPTS)
     assert answers[0] == answers[1]
     done = in_processes(2, [*command, "--mode", "timing", "--output", tmp_path / "t"])
+    assert done.returncode != 0
     assert "`mode` timing: 2 processes would slow each other down" in " ".join(done.stderr.split())
 
 
