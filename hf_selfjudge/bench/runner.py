@@ -98,15 +98,12 @@ def decode(
 
     Raises:
         ValueError: If `folder` holds answers of other models, limits, prompts or judges; if a prompt cannot be
-            encoded; or if, in mode timing, there are several processes, or a coin imitates a judge that mode quality
-            has not measured in this folder.
+            encoded; or if, in mode timing, a coin imitates a judge that mode quality has not measured in this folder.
         TooLong: If no prompt fits.
     """
     for method in methods:
         config.check_length(f"`rule` {method.name!r}:", method.length)
     process = this_process()
-    if config.mode == "timing" and process.num_processes > 1:
-        raise ValueError(f"`mode` timing: {process.num_processes} processes would slow each other down. Start one.")
     with process.main_process_first():
         log = None if folder is None else _open(folder, pair, config)
     process.wait_for_everyone()  # none writes while another one reads, and repairs, the file

@@ -47,6 +47,8 @@ class BenchOptions(OutputOptions, PromptOptions, PairOptions):
 def bench_command(options: BenchOptions, config: BenchConfig) -> None:
     """Measure what each rule gains and costs: speed and quality of many decodings of the same prompts."""
     process = this_process()
+    if config.mode == "timing" and process.num_processes > 1:
+        raise ValueError(f"`mode` timing: {process.num_processes} processes would slow each other down. Start one.")
     if options.lookup:
         if config.draft_length not in (BenchConfig.draft_length, options.lookup):
             raise ValueError("`draft-length` is a draft model's; with `--lookup N` it is N. Give one of the two.")

@@ -63,7 +63,8 @@ class FastDraft:
                     generation_args[limit] = min(generation_args[limit], blind)
             return AssistedCandidateGenerator._generate_candidates(self.generator, generation_args)
         if self.prepared is None:
-            # A limit of 0 would add a processor that looks for end tokens in the vocabulary and changes nothing.
+            # `min_new_tokens` of 0 would add a processor that looks for end tokens in the vocabulary and changes
+            # nothing; without it a `min_length` of the draft's own would hold.
             generation_args |= {"min_new_tokens": None, "min_length": 0}
             self.prepared = draft.generate(**generation_args, **kwargs, custom_generate=_prepared)
             kwargs["past_key_values"] = self.prepared[2]["past_key_values"]

@@ -61,37 +61,45 @@ def evaluate(
     labels: datasets.Dataset,
     label: np.ndarray,
     odds: np.ndarray,
-    fold: np.ndarray,
+    folds: list[np.ndarray],
+    others: dict[str, np.ndarray],
     left_out: np.ndarray | None,
     resamples: int,
     seed: int,
 ) -> dict:
     """
-    Compare the judge with the training-free scores on held-out rows. Probabilities of a fold are calibrated on the
-    others. Intervals are from `resamples` bootstrap samples of prompts.
+    Compare the judge with other scores on held-out rows. Probabilities of a fold are calibrated on the others.
+    Intervals are from `resamples` bootstrap samples of prompts.
 
     Args:
         label (`np.ndarray` of shape `(rows,)`): In [0, 1].
-        odds, fold (`np.ndarray` of shape `(rows,)`): Held-out log-odds, and the fold that each row was held out in.
+        odds (`np.ndarray` of shape `(rows,)`): Held-out log-odds.
+        folds (`list[np.ndarray]`): The numbers of the rows that were held out together.
+        others (`dict[str, np.ndarray]`): Scores of shape `(rows,)` to compare with; see [`training_free`].
         left_out (`np.ndarray` of shape `(rows,)`, *optional*): Log-odds of judges that were trained on the other
-            categories.
+            categories. They are compared within a category only, since each category has a judge of its own.
 
     Returns:
         `dict` with the number of rows and prompts; the mean label; the log loss (nats), and that of the mean label;
-        the [`reliability`]; for each score the AUC for a changed answer, over all rows and over pairs within a
-        category ([`auc_within`]), the rank correlation with 1 − re-convergence of the other rows, both as `[value,
-        low, high]` with a 95 % bootstrap interval over prompts, and the mean label and the share of changed answers
-        among the 25, 50 and 75 % accepted; and `by_category` the same for those whose answers could be checked.
+        the [`reliability`]; and
+
+    - `scores`: for each the AUC for a changed answer and the rank correlation with 1 − re-convergence of the other
+      rows, both as `[value, low, high]` with a 95 % bootstrap interval over prompts, and the mean label and the share
+      of changed answers among the 25, 50 and 75 % accepted;
+    - `by_category`: for each category with answers that could be checked, how many prompts and such rows it has, and
+      for each score their AUC and share of changed answers;
+    - `within_categories`: for each score the AUC over pairs of the same category ([`auc_within`]).
     """
     prompts, probability = np.array(labels["prompt_id"][:]), np.empty(len(odds))
-    for number in np.unique(fold):
-        here = fold == number
-        slope, intercept = calibrate(odds[~here], label[~here])
+    for here in folds:
+        rest = np.delete(np.arange(len(odds)), here)
+        slope, intercept = calibrate(odds[rest], label[rest])
         probability[here] = expit(slope * odds[here] + intercept)
     flipped = np.array(labels["flipped"][:], dtype=float)
     lost = 1 - np.array(labels["reconvergence"][:], dtype=float)
-    checked, category = ~np.isnan(flipped), np.array(labels["category"][:])
-    scores = {"judge": odds} | ({} if left_out is None else {TRAINED_ON_OTHERS: left_out}) | training_free(labels)
+    checked, (names, category) = ~np.isnan(flipped), np.unique(labels["category"][:], return_inverse=True)
+    scores = {"judge": odds} | others
+    by_category = {"judge": odds} | ({} if left_out is None else {TRAINED_ON_OTHERS: left_out}) | others
 
     def log_loss(probability: np.ndarray) -> float:
         probability = probability.clip(1e-6, 1 - 1e-6)
@@ -111,7 +119,7 @@ def evaluate(
             "changed_among_accepted": by_share(flipped[among], score[among]),
         }
 
-    parts = {str(name): checked & (category == name) for name in np.unique(category[checked])}
+    parts = {str(names[number]): checked & (category == number) for number in np.unique(category[checked])}
     return {
         "rows": len(label),
         "prompts": len(set(prompts)),
@@ -124,7 +132,6 @@ def evaluate(
         "scores": {
             name: of_checked(score, checked)
             | {
-                "auc_within_categories": interval(auc_within, checked, flipped, score, category),
                 "rank_correlation_text": interval(rank_correlation, ~checked & ~np.isnan(lost), lost, score),
                 "mean_label_among_accepted": by_share(label, score),
             }
@@ -135,26 +142,25 @@ def evaluate(
                 "prompts": len(set(prompts[part])),
                 "rows": int(part.sum()),
                 "changed_answers": int(flipped[part].sum()),
-                "scores": {name: of_checked(score, part) for name, score in scores.items()},
+                "scores": {score: of_checked(values, part) for score, values in by_category.items()},
             }
             for name, part in parts.items()
+        },
+        "within_categories": {
+            name: interval(auc_within, checked, flipped, score, category) for name, score in by_category.items()
         },
     }
 
 
 def training_free(labels: datasets.Dataset) -> dict[str, np.ndarray]:
-    """Scores that need no training, by name, each of shape `(rows,)`: the higher, the less should be accepted. How
-    many candidates match after a mismatch is known of labels that were mined in rounds."""
+    """Scores that need no training, by name, each of shape `(rows,)`: the higher, the less should be accepted. Of
+    labels that were mined in rounds, all of them, it is also known how many candidates match after a mismatch."""
     scalars = np.stack(labels.with_format("numpy")["scalars"][:])
     margin, logprob = (scalars[:, SCALARS.index(name)] for name in ("margin", "candidate_logprob"))
     scores = {"margin": margin, "low log-probability": -logprob}
-    drafted = labels["drafted"][:]
-    if None in drafted:
+    if None in labels["drafted"][:]:
         return scores
-    rounds = [*zip(labels["source"][:], labels["answer"][:], strict=True)]
-    position, ends = labels["position"][:], {}
-    matches = np.empty(len(labels))
-    for row in np.argsort(position)[::-1]:  # the last mismatch of each round first
-        end = ends.get(rounds[row], len(labels["answer_ids"][int(row)]))
-        matches[row], ends[rounds[row]] = end - position[row] - 1, position[row]
-    return scores | {"look-ahead": -matches}
+    rows = labels.select_columns(["source", "answer", "position"]).to_pandas()
+    rows["end"] = [len(tokens) for tokens in labels["answer_ids"][:]]
+    following = rows.sort_values("position").groupby(["source", "answer"])["position"].shift(-1)
+    return scores | {"look-ahead": (rows["position"] + 1 - following.fillna(rows["end"])).to_numpy()}

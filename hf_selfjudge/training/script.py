@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from scipy.special import expit
-from sklearn.model_selection import BaseCrossValidator, GroupKFold, LeaveOneGroupOut
+from sklearn.model_selection import GroupKFold
 from transformers import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
@@ -29,7 +29,7 @@ from ..models.load import load_model
 from ..utils.names import public_mining
 from .config import BY_LENGTH, NONE, SCORES, JudgeConfig, check, option, with_options
 from .data import soft_labels
-from .evaluation import calibrate, evaluate
+from .evaluation import calibrate, evaluate, training_free
 from .model import TargetWithJudge
 from .trainer import JudgeTrainer
 
@@ -37,6 +37,7 @@ from .trainer import JudgeTrainer
 logger = logging.get_logger(__name__)
 
 Fit = Callable[[datasets.Dataset, JudgeConfig], JudgeTrainer]  # trains a judge on rows of labels
+Parts = dict[str, np.ndarray]  # the numbers of rows that are held out together, by what they are
 
 MEASURING = ("accept_share", "folds", "resamples", "leave_one_category_out")  # options of how a judge is measured
 # How the names of the options begin that have no influence on the weights: the card does not list them.
@@ -69,7 +70,9 @@ class ScriptArguments:
     )
     resamples: int = option(1000, "Bootstrap samples of prompts for the intervals.")
     leave_one_category_out: bool = option(
-        False, "Also measure each category of prompts with a judge that was trained on the others."
+        False,
+        "Also measure each category of prompts, if their answers can be checked, with a judge that was trained on the "
+        "others. This trains once more for each category.",
     )
     lora_layers: int = option(
         0,
@@ -105,8 +108,8 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
 
     Raises:
         FileNotFoundError: If a folder has no labels.
-        ValueError: If the folders are of different models or layers, have too few prompts or no row with this label;
-            or an option needs labels to evaluate on.
+        ValueError: If the folders are of different models or layers, have too few prompts, one category (with
+            `leave_one_category_out`) or no row with this label; or an option needs labels to evaluate on.
     """
     _check_no_evaluation(training_args)
     labels = load_labels(script_args.labels)
@@ -115,20 +118,13 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         training_args.label_threshold = float(np.nanmedian(np.array(labels[training_args.label][:], dtype=float)))
     label = soft_labels(labels, training_args)
     known = np.flatnonzero(~np.isnan(label))
+    others = {name: score[known] for name, score in training_free(labels).items()}
     labels, label = labels.select(known), label[known]
+    folds = _folds(labels, script_args.folds)
+    categories = _categories(labels) if script_args.leave_one_category_out else {}
     fit = _judge_fitter(script_args, mining_of(labels))
-    prompts, category = (np.array(labels[name][:]) for name in ("prompt_id", "category"))
-    if (count := len(set(prompts))) < 2 * script_args.folds:
-        raise ValueError(
-            f"`labels`: {count} prompts are too few for {script_args.folds} folds. Mine at least "
-            f"{2 * script_args.folds}."
-        )
-    if script_args.leave_one_category_out and len(set(category)) < 2:
-        raise ValueError(f"`leave_one_category_out`: all labels are of one category, '{category[0]}'.")
-    odds, fold = _held_out(labels, fit, training_args, GroupKFold(script_args.folds), prompts)
-    left_out = None
-    if script_args.leave_one_category_out:
-        left_out, _ = _held_out(labels, fit, training_args, LeaveOneGroupOut(), category)
+    odds = _held_out(labels, fit, training_args, folds)
+    left_out = _held_out(labels, fit, training_args, categories) if categories else None
     trainer = fit(labels, training_args)
     judge = trainer.judge
     slope, intercept = calibrate(odds, label)
@@ -141,7 +137,8 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
         slope, intercept = 1.0, 0.0
     mismatches = odds[np.array(labels["kind"][:]) == "mismatch"]
     limit = np.quantile(mismatches if len(mismatches) else odds, script_args.accept_share)
-    measured = evaluate(labels, label, odds, fold, left_out, script_args.resamples, training_args.seed)
+    parts = [*folds.values()]
+    measured = evaluate(labels, label, odds, parts, others, left_out, script_args.resamples, training_args.seed)
     judge.info = replace(
         judge.info,
         threshold=Threshold(float(expit(slope * limit + intercept))),
@@ -173,22 +170,40 @@ def _check_no_evaluation(args: JudgeConfig) -> None:
         )
 
 
-def _held_out(
-    labels: datasets.Dataset, fit: Fit, args: JudgeConfig, splitter: BaseCrossValidator, groups: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-validate: for each row the log-odds of a judge that was trained on the other parts, and the row's part.
-    Rows of one of the `groups`, of shape `(rows,)`, are in one part."""
+def _folds(labels: datasets.Dataset, count: int) -> Parts:
+    """Parts of about the same size. All rows of a prompt are in one of them."""
+    prompts = np.array(labels["prompt_id"][:])
+    if (found := len(set(prompts))) < 2 * count:
+        raise ValueError(f"`labels`: {found} prompts are too few for {count} folds. Mine at least {2 * count}.")
+    splits = GroupKFold(count).split(prompts, groups=prompts)
+    return {f"part {number} of {count}": rows for number, (_, rows) in enumerate(splits, start=1)}
+
+
+def _categories(labels: datasets.Dataset) -> Parts:
+    """The rows of each category with answers that could be checked."""
+    category, flipped = np.array(labels["category"][:]), np.array(labels["flipped"][:], dtype=float)
+    if len(names := np.unique(category)) < 2:
+        raise ValueError(
+            f"`leave_one_category_out`: all labels are of one category, '{names[0]}'. Add labels of others, or leave "
+            "the option out."
+        )
+    checked = np.unique(category[~np.isnan(flipped)])
+    return {f"the category '{name}'": np.flatnonzero(category == name) for name in checked}
+
+
+def _held_out(labels: datasets.Dataset, fit: Fit, args: JudgeConfig, parts: Parts) -> np.ndarray:
+    """Cross-validate: for each row of a part the log-odds of a judge that was trained on all other rows; NaN for rows
+    of none."""
     quiet = {"disable_tqdm": True, "push_to_hub": False, "resume_from_checkpoint": None, "report_to": []}
     quiet |= {"logging_strategy": IntervalStrategy.NO, "save_strategy": SaveStrategy.NO}
-    odds, part = np.empty(len(labels)), np.empty(len(labels), int)
-    parts = [*splitter.split(groups, groups=groups)]
-    for number, (train, test) in enumerate(parts):
+    odds = np.full(len(labels), np.nan)
+    for name, rows in parts.items():
         try:
-            trainer = fit(labels.select(train), with_options(args, **quiet))
+            trainer = fit(labels.select(np.delete(np.arange(len(labels)), rows)), with_options(args, **quiet))
         except ValueError as error:
-            raise ValueError(f"{error} (Held out was part {number + 1} of {len(parts)}.)") from error
-        odds[test], part[test] = trainer.odds(labels.select(test)), number
-    return odds, part
+            raise ValueError(f"{error} (Held out was {name}.)") from error
+        odds[rows] = trainer.odds(labels.select(rows))
+    return odds
 
 
 def _judge_fitter(script_args: ScriptArguments, mining: dict) -> Fit:

@@ -58,10 +58,15 @@ def test_stateful_targets_are_refused_before_the_first_token():
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
 @pytest.mark.parametrize("confidence", [0.0, 0.6])
-def test_drafts_are_those_of_transformers(pair, prompt, do_sample, confidence, monkeypatch):
-    """Same candidates and logits, round for round, also where the draft stops on low confidence."""
+@pytest.mark.parametrize("minimum", [None, 100])
+def test_drafts_are_those_of_transformers(pair, prompt, do_sample, confidence, minimum, monkeypatch):
+    """Same candidates and logits, round for round, also where the draft stops on low confidence, and where its own
+    config has a least length, which is the target's to choose."""
     target, draft = pair[0], perturbed(pair[0])
     draft.generation_config.assistant_confidence_threshold = confidence
+    draft.generation_config.min_length = minimum
+    # Greedy text comes to this end token after some rounds.
+    end = None if do_sample else int(target.generate(prompt, max_new_tokens=NEW)[0, -1])
     seen: list[list] = [[], []]
     get_candidates = AssistedCandidateGenerator.get_candidates
     for run, model in zip(seen, (target, JudgedModel(target, Lossless())), strict=True):
@@ -72,7 +77,9 @@ def test_drafts_are_those_of_transformers(pair, prompt, do_sample, confidence, m
 
         monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", spy)
         torch.manual_seed(0)
-        model.generate(prompt, assistant_model=draft, max_new_tokens=NEW, do_sample=do_sample, top_k=0)
+        model.generate(
+            prompt, assistant_model=draft, max_new_tokens=NEW, do_sample=do_sample, top_k=0, eos_token_id=end
+        )
     assert len(seen[0]) == len(seen[1])
     for (ids, logits), (fast_ids, fast_logits) in zip(*seen, strict=True):
         assert torch.equal(ids, fast_ids)

@@ -190,12 +190,26 @@ def test_each_category_is_measured_also_by_a_judge_of_the_others(fitted, tmp_pat
         scores = measured["by_category"][name]["scores"]
         assert scores[TRAINED_ON_OTHERS]["auc_changed_answer"][0] == pytest.approx(expected)
         assert scores["judge"]["auc_changed_answer"][0] != scores[TRAINED_ON_OTHERS]["auc_changed_answer"][0]
-    of_both = [part["scores"]["judge"]["auc_changed_answer"][0] for part in measured["by_category"].values()]
-    assert min(of_both) <= measured["scores"]["judge"]["auc_within_categories"][0] <= max(of_both)
+    assert TRAINED_ON_OTHERS not in measured["scores"]
+    for score, value in measured["within_categories"].items():
+        parts = [part["scores"][score]["auc_changed_answer"][0] for part in measured["by_category"].values()]
+        assert min(parts) <= value[0] <= max(parts)
     card = (tmp_path / "judge/README.md").read_text()
     assert "| category | prompts | substitutions | changed | judge | judge of the other categories | margin |" in card
     assert "| odd | 10 | 60 |" in card
     assert "--accept_share 0.5 --leave_one_category_out true" in card
+
+
+def test_what_was_held_out_is_named(fitted, tmp_path, monkeypatch):
+    """All labels of one category are 0, so that nothing can be learned from them alone."""
+    labels = load_labels(fitted[0])
+    labels = labels.select(np.flatnonzero(np.array(labels["check"][:]) == "number"))
+    same = np.arange(len(labels)) % 2 == 0
+    labels = with_column(labels, "category", np.where(same, "same", "mixed").tolist())
+    labels = with_column(labels, "changed", np.where(same, 0.0, labels["changed"][:]).tolist())
+    monkeypatch.setattr(training, "load_labels", lambda folders: labels)
+    with pytest.raises(ValueError, match=r"\(Held out was the category 'mixed'\.\)"):
+        main(script("labels", folds=2, leave_one_category_out=True), config(tmp_path, max_steps=2))
 
 
 def test_one_category_cannot_be_left_out(fitted, tmp_path):
