@@ -12,6 +12,7 @@ from datasets import concatenate_datasets
 from peft import LoraConfig
 
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels, mine
+from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.judge.features import STATES
 from hf_selfjudge.mining import job
@@ -35,8 +36,8 @@ def states(model, ids):
     return output.hidden_states[LAYER][0]
 
 
-def mined(target, folder, tokenizer, **options):
-    return mine(Pair(target, perturbed(target, 0.05), tokenizer), PROMPTS, replace(MINING, **options), folder)
+def mined(target, folder, tokenizer, prompts=PROMPTS, **options):
+    return mine(Pair(target, perturbed(target, 0.05), tokenizer), prompts, replace(MINING, **options), folder)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
@@ -204,7 +205,7 @@ def test_what_does_not_fit_is_refused(llama, tokenizer, tmp_path):
 
 def test_judge_and_labels_are_of_one_layer(llama, tokenizer, tmp_path):
     target, folder, midway = llama[0], tmp_path / "labels", tmp_path / "midway"
-    last = mined(target, folder, tokenizer)
+    last = mined(target, folder, tokenizer, [*PROMPTS, Prompt("d", "is it not so?")])  # enough for two folds
     rows = add_layer_states(target, folder, LAYER, midway)
     args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=1, use_cpu=True, disable_tqdm=True)
     for labels, other in ((rows, last), (last, rows)):
