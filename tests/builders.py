@@ -342,7 +342,8 @@ from hf_selfjudge.cli.app import main
 try:
     main()
 finally:
-    print("process", PartialState().process_index, "of", PartialState().num_processes)
+    state = PartialState()
+    print(f"process {state.process_index} of {state.num_processes}\\n", end="")  # one write: others print too
 """
 
 
