@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.progress import track
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..data.prompts import Prompt
 from ..judge.judge import Judge
 from ..models.load import fingerprint
+from ..scoring.asking import Asked
 from ..scoring.checks import CheckedAnswer, check_of
-from ..scoring.meaning import reconvergence, repetition, says_no, similarity
+from ..scoring.meaning import reconvergence, repetition, similarity
 from ..scoring.statistics import Interval, risk_bound
 from ..utils.files import JsonlLog
 from .answers import AnswerRecord, accepted_share
@@ -27,6 +27,7 @@ from .methods import FAMILIES, Method
 from .tradeoff import BASE, Grid, compare_rules, paired_differences, separation
 
 
+T = TypeVar("T")
 # Retention of a category is measured by the first of these that applies. Ordered by what `separation` shows.
 RETENTION = ("task", "same", "agreement")
 # Shares of retention, and of unchanged final answers, at which rules are compared.
@@ -45,17 +46,17 @@ class Scorer:
     Every measure of one answer.
 
     Args:
-        folder (`Path`): Where scores that cost a forward are kept, in `views.jsonl`.
+        asked ([`Asked`]): The target, for prompts with questions and for the measure `same`.
+        folder (`Path`): Where what costs a forward is kept, in `views.jsonl`.
         allow_code (`bool`): Whether code in answers may be run.
-        target ([`~transformers.PreTrainedModel`], *optional*): For the measure `same`: it is asked whether an answer
-            says the same as the lossless one.
+        ask (`bool`): For the measure `same`: whether to ask the target if an answer says the same as the lossless one.
         embeddings (`str`, *optional*): For the measure `similarity`: a sentence-transformers model.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    asked: Asked
     folder: Path
     allow_code: bool = False
-    target: PreTrainedModel | None = None
+    ask: bool = False
     embeddings: str | None = None
 
     def __post_init__(self):
@@ -64,8 +65,9 @@ class Scorer:
 
     def scores(self, prompt: Prompt, record: AnswerRecord, lossless: AnswerRecord) -> dict[str, float | None]:
         """The measures of an answer, given the lossless one; `None` where a measure does not apply."""
-        own, text = (self.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in (lossless, record))
-        answer, check = CheckedAnswer(text, record.finished), check_of(prompt, self.allow_code)
+        decode = self.asked.tokenizer.decode
+        own, text = (decode(each.tokens, skip_special_tokens=True) for each in (lossless, record))
+        answer, check = CheckedAnswer(text, record.finished), check_of(prompt, self.allow_code, self._replies)
         unchanged = check.unchanged(prompt, CheckedAnswer(own, lossless.finished), answer)
         scores = {
             "task": check.score(prompt, answer),
@@ -76,18 +78,24 @@ class Scorer:
             "length": len(record.tokens) / max(1, len(lossless.tokens)),
             "finished": float(record.finished),
         }
-        if self.target is not None:
-            texts = self.target.config.name_or_path, prompt.text, own, text
-            different = self._view(
-                "same", texts, lambda: 0.0 if text == own else says_no(self.target, self.tokenizer, *texts[1:])
-            )
+        if self.ask:
+            texts = prompt.text, own, text
+            different = self._view("same", (self._target, *texts), lambda: self.asked.says_no(*texts))
             scores["same"] = None if different is None else 1 - different
         if self.embeddings is not None:
             compared = self.embeddings, own, text
             scores["similarity"] = self._view("similarity", compared, lambda: similarity(*compared))
         return scores
 
-    def _view(self, measure: str, texts: Sequence[str], compute: Callable[[], float | None]) -> float | None:
+    @property
+    def _target(self) -> str:
+        return self.asked.model.config.name_or_path
+
+    def _replies(self, text: str, questions: Sequence[str]) -> Sequence[str] | None:
+        """Replies of the target ([`Asked`])."""
+        return self._view("replies", (self._target, text, *questions), lambda: self.asked.replies(text, questions))
+
+    def _view(self, measure: str, texts: Sequence[str], compute: Callable[[], T]) -> T:
         key = measure, hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
         if key not in self.known:
             self.known[key] = compute()

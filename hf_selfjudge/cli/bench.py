@@ -16,6 +16,7 @@ from ..judge.judge import Judge
 from ..judge.shipped import SHIPPED, shipped_judge
 from ..mining.config import MiningConfig
 from ..models.pair import DRAFT_MODEL, LOOKUP
+from ..scoring.asking import Asked
 from ..scoring.checks import check_can_score
 from ..utils.files import check_writable
 from ..utils.processes import this_process
@@ -75,8 +76,8 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
         return
     local = options.prompts == "-" or Path(options.prompts).exists()
     if config.mode == "quality":
-        asked = pair.target if options.ask else None
-        scorer = Scorer(pair.tokenizer, options.output, options.allow_code, asked, options.embeddings)
+        asked = Asked(pair.target, pair.tokenizer)
+        scorer = Scorer(asked, options.output, options.allow_code, options.ask, options.embeddings)
         results = summarise_quality(grid_of(records, prompts, methods, scorer), records, methods, judges)
         results["dataset"] = None if local or options.split != "test" else options.prompts.partition(":")[0]
         plot_tradeoff(results, options.output / "curve.png")

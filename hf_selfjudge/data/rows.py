@@ -18,7 +18,11 @@ from .chat import json_list, message_of
 
 
 # How answers can be checked, and the column that a prompt then needs. `scoring/checks.py` has an entry for each.
-CHECK_COLUMNS = {**dict.fromkeys(("number", "choice", "span", "value", "call")), "tests": "tests", "text": None}
+CHECK_COLUMNS = {
+    **dict.fromkeys(("number", "choice", "span", "value", "call")),
+    **{"tests": "tests", "questions": "questions"},
+    "text": None,
+}
 # Columns that may hold the prompt. The first one that has a value is used.
 COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "turns", "text")
 # Categories of MT-Bench, which Spec-Bench counts as one.
@@ -38,12 +42,15 @@ class Prompt:
         category (`str`): The row of result tables in which it is counted.
         check (`str`): How answers are checked, by their final answer: `"number"`; `"choice"` (a letter, or a word such
             as "yes"); `"span"` (a few words); `"value"` (a Python or JSON literal); or `"call"` (of a function, in
-            JSON). Or `"tests"` (code that passes `tests`), or `"text"` (no final answer).
+            JSON). Or `"tests"` (code that passes `tests`), `"questions"` (a text from which the target answers
+            `questions`), or `"text"` (no final answer).
         subcategory (`str`, *optional*): The row's own category, if `category` joins several (MT-Bench).
         messages (`list[dict]`, *optional*): The conversation, if it is more than `text`.
         tests (`str`, *optional*): Python code that is run after the answer's code. It must raise if that is wrong,
             call the tests that it defines, and not end the process (as `unittest.main()` does).
-        references (`list[str]`, *optional*): Right answers, to score answers by. One of them is enough.
+        questions (`list[str]`, *optional*): What the target is asked about an answer.
+        references (`list[str]`, *optional*): Right answers, to score answers by. One of them is enough; with
+            `questions`, there is one for each of them.
         answer (`str`, *optional*): An answer to use instead of the target's own.
         tools (`list[dict]`, *optional*): JSON schemas of tools, for the chat template.
     """
@@ -58,6 +65,7 @@ class Prompt:
     references: list[str] | None = None
     answer: str | None = None
     tools: list[dict] | None = None
+    questions: list[str] | None = None
 
     @property
     def conversation(self) -> list[dict]:
@@ -169,6 +177,7 @@ def _prompt(row: dict, default_id: str, column: str | None, answer_column: str |
     if not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"`tools` must be JSON schemas, found {tools!r:.200}.")
     references, tests = _references(row, column), _tests(row)
+    check = _check(row | {"tests": tests}, references)
     category = _word(row.get("category"), "category") or default_id.rpartition("-")[0]
     merged = column == "turns" and category in MT_BENCH
     ids = *(_word(row.get(name), name) for name in ("id", "question_id")), default_id
@@ -177,12 +186,13 @@ def _prompt(row: dict, default_id: str, column: str | None, answer_column: str |
         text=text,
         category="mt_bench" if merged else category,
         subcategory=category if merged else None,
-        check=_check(row | {"tests": tests}, references),
+        check=check,
         messages=None if messages == [{"role": "user", "content": text}] else messages,
         tests=tests,
         references=references or None,
         answer=answer_column and _word(row[answer_column], answer_column),
         tools=tools or None,
+        questions=_questions(row["questions"], references) if check == "questions" else None,
     )
 
 
@@ -230,6 +240,17 @@ def _tests(row: dict) -> str | None:
     if not isinstance(tests, str | None):
         raise ValueError(f"`tests` must be Python code, as text or a list of texts, found {tests!r:.200}.")
     return tests or None
+
+
+def _questions(value: object, references: list[str]) -> list[str]:
+    questions = json_list(value, "questions")
+    if not all(isinstance(question, str) and question.strip() for question in questions):
+        raise ValueError(f"`questions` must be a list of texts, found {questions!r:.200}.")
+    if references and len(references) != len(questions):
+        raise ValueError(
+            f"`reference` must have an answer to each of the {len(questions)} `questions`, found {len(references)}."
+        )
+    return questions
 
 
 def _only_defines(code: str) -> bool:

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..forward.branches import packs
 from ..judge.features import SCALARS, STATES, candidate_scalars
 from ..judge.layers import LayerStates
 from ..models.pair import Pair
+from ..scoring.asking import Asked
 from ..scoring.checks import CheckedAnswer, check_of
-from ..scoring.meaning import reconvergence, says_no
+from ..scoring.meaning import reconvergence
 from .answers import Answer
 from .config import MiningConfig
 from .rewrites import Continuation, continue_substitutions
@@ -69,12 +69,12 @@ def label_answer(model: PreTrainedModel, pair: Pair, answer: Answer, config: Min
         }
         for reference in continue_substitutions(model, answer, [*choices.values()], *options):
             references[reference.substitution.position] = reference
-    rows = {}
+    rows, asked = {}, Asked(model, pair.tokenizer)
     for continuation in continue_substitutions(model, answer, found, *options):
         reference = references.get(continuation.substitution.position)
         row = feature_row(continuation, reference) | {"mismatches": mismatches}
         if continuation.rewrite is not None:
-            row |= label_row(model, pair.tokenizer, continuation, reference or answer, config)
+            row |= label_row(asked, continuation, reference or answer, config)
         rows[continuation.substitution] = row
     return [rows[substitution] for substitution in found]
 
@@ -103,7 +103,7 @@ def label_rounds(
     every = [substitution for mismatches in found.values() for substitution in mismatches]
     rewritten = continue_substitutions(model, answer, every, config.window, room, packed, layer_states)
     done = {continuation.substitution: continuation for continuation in rewritten}
-    parts = []
+    parts, asked = [], Asked(model, pair.tokenizer)
     for round, mismatches in found.items():
         rows, original = [], answer
         for substitution in mismatches:
@@ -111,22 +111,16 @@ def label_rounds(
             if original.text[: position + 1] != [*substitution.before(answer), substitution.choice]:
                 round.cut(position - round.start)  # in another forward, rounding gave the target another choice
                 break
-            row = feature_row(continuation) | label_row(model, pair.tokenizer, continuation, original, config)
+            row = feature_row(continuation) | label_row(asked, continuation, original, config)
             own = original is answer
-            flipped = row["flipped"] if own else _flipped(pair.tokenizer, answer, continuation, config)
+            flipped = row["flipped"] if own else _flipped(asked, answer, continuation, config)
             rows.append(row | {"mismatches": len(mismatches), "round_flipped": flipped})
             original = continuation
         parts.append((round, rows))
     return parts
 
 
-def label_row(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    continuation: Continuation,
-    original: Answer | Continuation,
-    config: MiningConfig,
-) -> dict:
+def label_row(asked: Asked, continuation: Continuation, original: Answer | Continuation, config: MiningConfig) -> dict:
     """
     Compare a rewritten answer with the original one: the answer itself, or another continuation of it that has the
     target's choice in the place of the substitute.
@@ -143,10 +137,9 @@ def label_row(
     answer = continuation.answer
     suffix = original.text[continuation.substitution.position + 1 :]
     share = reconvergence(suffix, continuation.rewrite)
-    flipped, no = _flipped(tokenizer, original, continuation, config), None
+    flipped, no = _flipped(asked, original, continuation, config), None
     if config.ask:
-        before, after = (tokenizer.decode(each.text, skip_special_tokens=True) for each in (original, continuation))
-        no = 0.0 if before == after else says_no(model, tokenizer, answer.prompt.text, before, after)
+        no = asked.says_no(answer.prompt.text, *_texts(asked, original, continuation))
     return {
         "original_suffix": None if original is answer else suffix,
         "rewritten_suffix": continuation.rewrite,
@@ -159,19 +152,17 @@ def label_row(
 
 
 def _flipped(
-    tokenizer: PreTrainedTokenizerBase,
-    original: Answer | Continuation,
-    continuation: Continuation,
-    config: MiningConfig,
+    asked: Asked, original: Answer | Continuation, continuation: Continuation, config: MiningConfig
 ) -> bool | None:
     """See [`label_row`]."""
-    prompt = continuation.answer.prompt
-    answers = (
-        CheckedAnswer(tokenizer.decode(each.text, skip_special_tokens=True), each.finished)
-        for each in (original, continuation)
-    )
-    same = check_of(prompt, config.allow_code).same(prompt, *answers)
+    prompt, finished = continuation.answer.prompt, (original.finished, continuation.finished)
+    answers = map(CheckedAnswer, _texts(asked, original, continuation), finished)
+    same = check_of(prompt, config.allow_code, asked.replies).same(prompt, *answers)
     return None if same is None else not same
+
+
+def _texts(asked: Asked, *answers: Answer | Continuation) -> list[str]:
+    return [asked.tokenizer.decode(each.text, skip_special_tokens=True) for each in answers]
 
 
 def feature_row(continuation: Continuation, reference: Continuation | None = None) -> dict:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ..forward.branches import Alone, Branches
 from ..judge.layers import LayerStates
-from ..models.tokens import context_of, eos_tokens
+from ..models.tokens import common_prefix, context_of, eos_tokens
 from .answers import Answer
-from .substitutions import Substitution, common_prefix
+from .substitutions import Substitution
 
 
 SHORTEST_DRAFT, LONGEST_DRAFT = 2, 16  # tokens

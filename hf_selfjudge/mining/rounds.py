@@ -14,9 +14,9 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from ..forward.branches import Alone, Branches
 from ..judge.features import entropy
-from ..models.tokens import context_of, eos_tokens
+from ..models.tokens import common_prefix, context_of, eos_tokens
 from .answers import Answer
-from .substitutions import Substitution, common_prefix
+from .substitutions import Substitution
 
 
 @dataclass(eq=False)

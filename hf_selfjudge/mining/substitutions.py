@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from ..models.tokens import context_of
+from ..models.tokens import common_prefix, context_of
 from .answers import Answer
 
 
@@ -107,11 +107,6 @@ def find_looked_up(answer: Answer, special_tokens: list[int], length: int) -> li
                 kind = "mismatch" if met else "alternative"
                 found[position, token] = Substitution(position, choice, token, kind, 0)
     return sorted(found.values(), key=lambda substitution: substitution.position)
-
-
-def common_prefix(draft: list[int], choices: list[int]) -> int:
-    """How many tokens of a draft come before the first that differs from the target's choice."""
-    return next((i for i, (a, b) in enumerate(zip(draft, choices, strict=False)) if a != b), len(draft))
 
 
 def sample_mismatches_first(found: list[Substitution], limit: int, *seed: int | str) -> list[Substitution]:

@@ -46,6 +46,11 @@ def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTenso
     return (tokens[: int(ends[0]) + 1], True) if len(ends) else (tokens, False)
 
 
+def common_prefix(tokens: list[int], others: list[int]) -> int:
+    """How many tokens come before the first that differs from that of `others` in its place."""
+    return next((i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """All special tokens of a tokenizer. Those that were added without a role (such as `<|im_start|>`), which
     `tokenizer.all_special_ids` lacks, are among them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import NamedTuple
 
 from ..data.prompts import Prompt
@@ -26,6 +27,10 @@ from .final_answers import (
 from .meaning import computes_the_same, passes_tests
 
 
+# A text and questions about it -> the replies, or `None` if there are none.
+Reply = Callable[[str, Sequence[str]], Sequence[str] | None]
+
+
 class CheckedAnswer(NamedTuple):
     """The text of an answer, and whether it ended by itself, not at the limit of tokens."""
 
@@ -34,7 +39,8 @@ class CheckedAnswer(NamedTuple):
 
 
 class Check:
-    """The base class, for which every result is unknown. It replaces `"tests"` where code must not be run."""
+    """The base class, for which every result is unknown. It is used where code must not be run, or nobody can be
+    asked."""
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
         """Whether two answers have the same result; `None` if that is unknown."""
@@ -80,8 +86,9 @@ class ResultCheck(Check):
         return self.read(answer.text, prompt) if answer.finished else None
 
     def same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
-        results = [self.result(prompt, answer) for answer in (first, second)]
-        return None if None in results else results[0] == results[1]
+        if (result := self.result(prompt, first)) is None:
+            return None
+        return None if (other := self.result(prompt, second)) is None else result == other
 
     def unchanged(self, prompt: Prompt, own: CheckedAnswer, answer: CheckedAnswer) -> bool | None:
         result = self.result(prompt, own)
@@ -123,6 +130,20 @@ class CodeCheck(Check):
         return passes_tests(answer.text, prompt.tests, prompt.conversation)
 
 
+@dataclass(frozen=True)
+class QuestionsCheck(ResultCheck):
+    """Texts, from each of which the target answers the prompt's questions. What it answers to them is the result."""
+
+    def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
+        """Share of the questions that are answered as in the references, of which there is one for each."""
+        if not prompt.references:
+            return None
+        if (result := self.result(prompt, answer)) is None:
+            return 0.0
+        right = [final_span(f"Answer: {reference}") for reference in prompt.references]
+        return sum(map(eq, result, right)) / len(right)
+
+
 def _marked(read: Callable[[str, Prompt], Hashable | None]) -> ResultCheck:
     """Final answers that stand behind "Answer:" in a text, and alone in a reference."""
 
@@ -141,13 +162,23 @@ CHECKS = {
         lambda text, prompt: final_call(text), lambda text, reference, prompt: has_allowed_call(text, reference)
     ),
     "tests": CodeCheck(),
+    "questions": Check(),  # unless there is one to ask
     "text": TextCheck(),
 }
 
 
-def check_of(prompt: Prompt, allow_code: bool) -> Check:
-    """The check of a prompt. Without `allow_code` the tests of prompts are not run, and nothing is known."""
+def check_of(prompt: Prompt, allow_code: bool, reply: Reply | None = None) -> Check:
+    """The check of a prompt. Without `allow_code` the tests of prompts are not run, and without `reply` questions are
+    not answered: then nothing is known."""
+    if prompt.check == "questions" and reply is not None:
+        return QuestionsCheck(lambda text, prompt: _spans(reply(text, prompt.questions)))
     return Check() if prompt.check == "tests" and not allow_code else CHECKS[prompt.check]
+
+
+def _spans(replies: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The final answers of replies; `None` if one has none."""
+    spans = tuple(map(final_span, replies or [""]))
+    return None if None in spans else spans
 
 
 def contains(text: str, references: Sequence[str]) -> float:

@@ -1,5 +1,5 @@
-"""In: answers, as text or tokens. Out: whether the code of one passes tests, how far two answers share their wording
-or their meaning, or what the target says about them."""
+"""In: answers, as text or tokens. Out: whether the code of one passes tests, or how far two share their wording or
+their meaning."""
 
 from __future__ import annotations
 
@@ -8,33 +8,15 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-from ..data.prompts import TooLong, encode
 from ..models.load import resolve_model
-from ..models.tokens import context_of
 from . import sandbox
 from .codeblocks import code_of, imports_of
 
 
 GRAM = 4  # tokens
-CONTEXT = 12  # words shown around a difference
-QUESTION = """Two answers to the same request differ in one passage.
-
-Request: {request}
-
-First answer: {first}
-
-Second answer: {second}
-
-Do both answers say the same? Answer with yes or no."""
-
 
 # The tests of [`computes_the_same`], for the cells of two answers and expressions.
 COMPARISON = """
@@ -126,40 +108,6 @@ def _passes(cells: tuple[str, ...], tests: str, seconds: float) -> bool | None:
         mark = work / secrets.token_hex(16)
         status = sandbox.run(parts, work, mark, seconds)
         return True if mark.is_dir() else None if status == sandbox.TIMED_OUT else False
-
-
-def differing(first: str, second: str) -> tuple[str, str]:
-    """The passages in which two texts differ, with some words before and after them."""
-    a, b = first.split(), second.split()
-    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()  # an empty one at the end is the last
-    start = blocks[0].size if blocks[0].a == blocks[0].b == 0 else 0
-    last = blocks[-2:][0]
-    tail = last.size if last.a + last.size == len(a) and last.b + last.size == len(b) else 0
-    tail = min(tail, len(a) - start, len(b) - start)
-    start, tail = max(0, start - CONTEXT), max(0, tail - CONTEXT)
-    return " ".join(a[start : len(a) - tail]), " ".join(b[start : len(b) - tail])
-
-
-@torch.no_grad()
-def says_no(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str, first: str, second: str
-) -> float | None:
-    """The target's own probability that two answers do not say the same, in [0, 1]: that of "no" against "yes" as its
-    answer to [`QUESTION`]. `None` if the question is longer than its context."""
-    first, second = differing(first, second)
-    question = QUESTION.format(request=request, first=first, second=second)
-    try:
-        ids = encode(tokenizer, question, context_of(model), 0).to(model.device)
-    except TooLong:
-        return None
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[0, -1].float()
-    yes, no = (logits[_first_tokens(tokenizer, word)].logsumexp(0) for word in ("yes", "no"))
-    return float(torch.sigmoid(no - yes))
-
-
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
-    spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    return [*{tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}]
 
 
 def repetition(tokens: Sequence[int]) -> float:

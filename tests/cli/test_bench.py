@@ -10,6 +10,8 @@ from hf_selfjudge import Judge
 from hf_selfjudge.cli import options
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.models.load import fingerprint
+from hf_selfjudge.scoring.asking import Asked
+from hf_selfjudge.scoring.checks import CheckedAnswer
 
 
 RULES = ("greedy", "stock", "draft", "margin=0.5,2", "coin=0.5:1", "coin", "judge:{judge}=0.3,0.6,0.2/token")
@@ -83,6 +85,26 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     succeed(*command, *rules, "--ask")  # again: nothing is decoded and nobody is asked
     assert (tmp_path / "b" / "views.jsonl").read_text() == views
     assert json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"] == quality
+
+
+def test_bench_with_questions_about_the_answers(succeed, pair_folders, tmp_path, monkeypatch):
+    """What the target replies is the result of an answer. It is not asked again about the same text."""
+    rows = [{"prompt": f"what is {i}?", "check": "questions", "questions": ["Why?"]} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Asked, "_reply", lambda self, ids: (f"Answer: {int(ids[0].sum()) % 7}",))
+    monkeypatch.setattr("hf_selfjudge.scoring.asking.context_of", lambda model: None)
+    monkeypatch.setattr(CheckedAnswer, "__new__", lambda cls, text, finished: tuple.__new__(cls, (text, True)))
+    command = ("bench", "--pair", pair_folders, "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "b")
+    command += ("--dtype", "float32", "--max-new-tokens", 12, "--rule", "margin=99")
+    succeed(*command)
+    rows = [json.loads(line) for line in (tmp_path / "b" / "views.jsonl").read_text().splitlines()]
+    assert {row["measure"] for row in rows} == {"replies"}
+    quality = json.loads((tmp_path / "b" / "quality-results.json").read_text())["quality"]
+    finals = {row["setting"]: row["final_answers"] for row in quality["settings"]}
+    assert finals["lossless"]["unchanged"] == [1, 1, 1]
+    assert finals["margin=99"]["unchanged"][0] < 1
+    monkeypatch.setattr(Asked, "_reply", None)
+    succeed(*command)
 
 
 @pytest.mark.heavy

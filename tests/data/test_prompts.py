@@ -42,6 +42,9 @@ def write(path, *rows):
         ({"prompt": "code", "tests": "def check(f): assert f()\ncheck(g)"}, "code", "tests"),
         ({"prompt": "code", "tests": "def check(f): return f()\nout = check(g)"}, "code", "tests"),
         ({"prompt": "code", "tests": "def check(f): ...", "check": "text"}, "code", "text"),
+        ({"prompt": "p", "questions": ["Why?"], "reference": ["so"], "check": "questions"}, "p", "questions"),
+        ({"prompt": "p", "questions": '["Why?"]', "check": "questions"}, "p", "questions"),
+        ({"prompt": "p", "questions": 3}, "p", "text"),
         ({"prompt": "p", "functions": [], "id": None, "category": None}, "p", "text"),
         ({"messages": CHAT}, "Why?", "text"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "So."}]}, "Why?", "text"),
@@ -53,6 +56,7 @@ def test_shapes(tmp_path, row, text, check):
     (prompt,) = read_prompts(write(tmp_path / "p.jsonl", row))
     assert (prompt.text, prompt.check, prompt.category) == (text, check, "p")
     assert prompt.conversation[-1] == {"role": "user", "content": text}
+    assert prompt.questions == (["Why?"] if check == "questions" else None)
     assert len(prompt.conversation) == (4 if "Be brief." in json.dumps(row) else 1)
 
 
@@ -150,6 +154,13 @@ def test_fingerprints(tmp_path):
         (
             json.dumps({"prompt": "a", "check": "call", "reference": '[{"f": {"a": 1}}]'}),
             r"p.jsonl:1: a `reference` of a call must be JSON.*found '\[\{\"f\"",
+        ),
+        ('{"prompt": "a", "check": "questions"}', "p.jsonl:1: `check` 'questions' needs `questions`"),
+        ('{"prompt": "a", "check": "questions", "questions": "Why?"}', "p.jsonl:1: `questions` must be a list"),
+        ('{"prompt": "a", "check": "questions", "questions": [""]}', "p.jsonl:1: `questions` must be a list of texts"),
+        (
+            '{"prompt": "a", "check": "questions", "questions": ["Why?", "Who?"], "reference": "so"}',
+            "p.jsonl:1: `reference` must have an answer to each of the 2 `questions`, found 1",
         ),
         ('{"prompt": "a", "check": ["number"]}', "p.jsonl:1: `check` must be one of"),
         ('{"prompt": "a", "check": 0}', "p.jsonl:1: `check` must be one of"),

@@ -10,11 +10,12 @@ from hf_selfjudge.judge.features import SCALARS, candidate_scalars
 from hf_selfjudge.mining import labels as labels_module
 from hf_selfjudge.mining.answers import Answer, read_answers, target_answers
 from hf_selfjudge.mining.label_files import both_answers
-from hf_selfjudge.mining.labels import label_answer, label_row
+from hf_selfjudge.mining.labels import label_answer, label_rounds, label_row
 from hf_selfjudge.mining.rewrites import Continuation
 from hf_selfjudge.mining.substitutions import Substitution
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.models.tokens import eos_tokens
+from hf_selfjudge.scoring.asking import Asked
 from hf_selfjudge.scoring.final_answers import final_number
 from tests.builders import VOCAB, greedy
 
@@ -115,6 +116,38 @@ def test_labels(llama, tokenizer, monkeypatch):
     assert {*ends} == {True, False}
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_labels_by_what_the_target_replies(llama, tokenizer, monkeypatch, rounds):
+    """It is asked once about each text: the answer is compared with all of its rewrites."""
+    target, draft = llama
+    monkeypatch.setattr(target.generation_config, "eos_token_id", list(range(40, 64)))
+    monkeypatch.setattr(target.config, "max_position_embeddings", 4096)
+    seen = []
+
+    def reply(self, ids):
+        seen.append(ids[0][0].tolist())
+        return tuple(f"Answer: {row.shape[1] % 3}" for row in ids)
+
+    monkeypatch.setattr(Asked, "_reply", reply)
+    prompt = Prompt("a", "a", check="questions", questions=["Why?", "Who is it?"])
+    config = MiningConfig(max_new_tokens=40, top=3, floor=0.0, per_answer=40, rewrites=40, rounds=rounds)
+    labels, ended = set(), set()
+    for answer in target_answers(target, [prompt] * 3, ids_of(), 40):
+        if rounds:
+            with torch.no_grad():
+                found = label_rounds(target, Pair(target, draft, tokenizer), answer, config)
+            rows = [row for _, rows in found for row in rows]
+        else:
+            rows = rows_of(target, draft, tokenizer, answer, config)
+            finished = [answer.finished and row["rewrite_finished"] for row in rows]
+            assert [row["flipped"] is not None for row in rows] == finished
+        labels |= {row["flipped"] for row in rows}
+        ended.add(answer.finished)
+        assert len(seen) == len({*map(tuple, seen)})
+        seen.clear()
+    assert (labels, ended) == ({None, True, False}, {True, False})
+
+
 class Speller:
     """A tokenizer whose tokens are the words of a list."""
 
@@ -145,12 +178,12 @@ def test_what_a_change_is(check, words, flipped):
     config = MiningConfig(allow_code=True)
     for end, expected in zip((2, 3), flipped, strict=True):
         new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [end], True)
-        row = label_row(None, Speller(*words), new, answer, config)
+        row = label_row(Asked(None, Speller(*words)), new, answer, config)
         assert row["flipped"] is expected
         assert row["changed"] == (float(expected) if expected is not None else float(end == 3))
         assert (row["original_suffix"], row["rewritten_suffix"]) == (None, [end])
     answer.finished = False
-    assert label_row(None, Speller(*words), new, answer, config)["flipped"] is None
+    assert label_row(Asked(None, Speller(*words)), new, answer, config)["flipped"] is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +198,7 @@ def test_code_that_is_whole_is_tested_though_the_answer_did_not_end(words, flipp
     prompt = Prompt("p", "?", check="tests", tests="assert f() == 4")
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, False, True, [], None, None, None, None)
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], False)
-    row = label_row(None, Speller(*words), new, answer, MiningConfig(allow_code=True))
+    row = label_row(Asked(None, Speller(*words)), new, answer, MiningConfig(allow_code=True))
     assert row["flipped"] is flipped
 
 
@@ -174,7 +207,7 @@ def test_code_is_labelled_after_the_prompts_imports():
     answer = Answer(prompt, torch.tensor([9, 0, 1, 2]), 1, True, True, [], None, None, None, None)
     words = Speller("def f(): ", "return ", "floor(4.5)", "floor(5)")
     new = Continuation(answer, Substitution(1, 1, 1, "mismatch", 0, None), None, None, None, None, [3], True)
-    assert label_row(None, words, new, answer, MiningConfig(allow_code=True))["flipped"] is True
+    assert label_row(Asked(None, words), new, answer, MiningConfig(allow_code=True))["flipped"] is True
 
 
 @torch.no_grad()

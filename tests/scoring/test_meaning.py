@@ -1,10 +1,9 @@
 """Do two answers say the same?"""
 
 import pytest
-import torch
 
 from hf_selfjudge.scoring.codeblocks import has_code
-from hf_selfjudge.scoring.meaning import computes_the_same, differing, passes_tests, reconvergence, says_no
+from hf_selfjudge.scoring.meaning import computes_the_same, passes_tests, reconvergence
 
 
 def test_reconvergence():
@@ -226,32 +225,3 @@ def test_code_sees_neither_the_folder_nor_the_environment(monkeypatch, tmp_path)
 
 def test_no_argument_is_the_mark():
     assert passes_tests("x = 1", "import sys\nassert len(sys.argv) == len(sys.orig_argv) == 1")
-
-
-def test_differing_passages():
-    words = " ".join(f"w{i}" for i in range(60))
-    assert differing(words, words) == (" ".join(words.split()[-12:]),) * 2
-    first, second = differing(f"{words} is red {words}", f"{words} looks red {words}")
-    assert first.split() == [*words.split()[-12:], "is", "red", *words.split()[:11]]
-    assert second.split()[12] == "looks"
-    assert differing("a b", "c d") == ("a b", "c d")
-    assert differing("", "c d") == ("", "c d")
-
-
-def test_the_target_is_asked(llama, tokenizer):
-    """Its probability of "no" against "yes", whichever way they are spelt; none if the question is too long."""
-    target, _ = llama
-    target.config.max_position_embeddings = 2048
-    no = says_no(target, tokenizer, "why?", "it is so", "it is not so")
-    target.config.max_position_embeddings = 256
-    assert 0 < no < 1
-    head = target.get_output_embeddings()
-    bias = torch.zeros(64)
-    bias[tokenizer.encode("n")[0]] = 100.0  # one token a character: the first tells
-    head.bias = torch.nn.Parameter(bias)
-    target.config.max_position_embeddings = 2048
-    sure = says_no(target, tokenizer, "why?", "it is so", "it is not so")
-    target.config.max_position_embeddings = 256
-    head.bias = None
-    assert sure > 0.999
-    assert says_no(target, tokenizer, "why?" * 100, "it is so", "it is not so") is None
