@@ -188,7 +188,8 @@ def mining_of(dataset: datasets.Dataset) -> dict:
 
 
 def both_answers(row: dict) -> tuple[list[int], list[int]]:
-    """The tokens of the original answer and of the rewritten one, which has the substitute; for a row with both."""
+    """The tokens of the original answer and of the rewritten one, which has the substitute; for a row with both. A row
+    without an `original_suffix` has the original as its answer."""
     answer, position, suffix = row["answer_ids"], row["position"], row["original_suffix"]
     if suffix is None:
         suffix = answer[position + 1 :]

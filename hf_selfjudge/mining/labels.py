@@ -114,7 +114,9 @@ def label_rounds(
             row = feature_row(continuation) | label_row(asked, continuation, original, config)
             own = original is answer
             flipped = row["flipped"] if own else _flipped(asked, answer, continuation, config)
-            rows.append(row | {"mismatches": len(mismatches), "round_flipped": flipped})
+            # The row's answer is the round, so that the suffix of the answer itself is written down, too.
+            suffix = {"original_suffix": original.text[position + 1 :]}
+            rows.append(row | suffix | {"mismatches": len(mismatches), "round_flipped": flipped})
             original = continuation
         parts.append((round, rows))
     return parts

@@ -77,7 +77,9 @@ def test_each_round_is_what_decoding_meets(case):
             for count, label in enumerate(rows, start=1):
                 rule = Keep(*mismatches[:count])
                 judged, _ = decode(pair, ids, rule, config)
-                rewritten = both_answers(label | row)[1]
+                original, rewritten = both_answers(label | row)
+                if count == 1:
+                    assert original == answer.text
                 length = min(len(judged), len(rewritten))
                 assert judged[:length] == rewritten[:length]
                 assert {*mismatches[: count + 1]} <= {*rule.asked}
