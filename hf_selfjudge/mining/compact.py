@@ -94,6 +94,19 @@ def with_prompts(
     return answers
 
 
+def prompt_tokens(
+    folder: str | os.PathLike, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[int]]:
+    """The tokens of the prompts of labels, by the ids of the prompts; see [`with_prompts`]."""
+    found = {}
+    for shard in shards_of(folder):
+        answers = with_prompts(shard, prompts, tokenizer)
+        found |= zip(answers["prompt_id"].to_pylist(), answers[PROMPT].to_pylist(), strict=True)
+    if missing := found.keys() - {prompt.id for prompt in prompts}:
+        raise ValueError(f"`prompts`: {len(missing)} of those that the labels were mined on are not given.")
+    return found
+
+
 def _digest(answers: pyarrow.Table) -> str:
     """Of the tokens of all prompts."""
     return hashlib.sha256(json.dumps(answers[PROMPT].to_pylist()).encode()).hexdigest()

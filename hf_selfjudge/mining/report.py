@@ -29,6 +29,9 @@ TITLES = {
     "checked": "answers checked",
     "lost": "4-grams lost",
     "auc": "AUC, changed answer",
+    "auc_of_a_label": "AUC of one label for the other",
+    "changed_again": "changed again",
+    "same_label": "same label",
     "correlation": "rank correlation, lost",
     "changed_among_accepted": "changed among 75 %",
     "lost_among_accepted": "lost among 75 %",
@@ -79,8 +82,8 @@ def change_rates(columns: pandas.DataFrame, by: str, resamples: int = RESAMPLES,
     for value, rows in columns.groupby(by):
         rewritten, checked = rows[rows["changed"].notna()], rows[rows["flipped"].notna()]
         counts = {"substitutions": len(rows), "rewritten": len(rewritten), "checked": len(checked)}
-        changed = _interval(np.mean, checked, ["flipped"], resamples, seed)
-        lost = _interval(np.mean, rewritten, ["lost"], resamples, seed)
+        changed = interval(np.mean, checked, ["flipped"], resamples, seed)
+        lost = interval(np.mean, rewritten, ["lost"], resamples, seed)
         result.append({by: value, **counts, "changed": changed, "lost": lost})
     return result
 
@@ -101,8 +104,8 @@ def score_predictions(columns: pandas.DataFrame, resamples: int = RESAMPLES, see
         result.append(
             {
                 "score": score,
-                "auc": _interval(auc, checked, ["flipped", score], resamples, seed),
-                "correlation": _interval(rank_correlation, scored, ["lost", score], resamples, seed),
+                "auc": interval(auc, checked, ["flipped", score], resamples, seed),
+                "correlation": interval(rank_correlation, scored, ["lost", score], resamples, seed),
                 "changed_among_accepted": among_accepted(checked["flipped"], checked[score], ACCEPTED),
                 "lost_among_accepted": among_accepted(scored["lost"], scored[score], ACCEPTED),
             }
@@ -110,15 +113,16 @@ def score_predictions(columns: pandas.DataFrame, resamples: int = RESAMPLES, see
     return result
 
 
-def _interval(
+def interval(
     measure: Callable[..., float], rows: pandas.DataFrame, names: list[str], resamples: int, seed: int
 ) -> Interval | None:
+    """A measure of some columns, with its interval over the prompts in `prompt_id`; `None` where there are no rows."""
     prompts, *values = (rows[name].to_numpy() for name in ("prompt_id", *names))
     return bootstrap(measure, tuple(values), prompts, resamples, seed)
 
 
 def as_table(rows: list[dict], title: str) -> Table:
-    """Rows of [`change_rates`] or [`score_predictions`], at least one, for the terminal."""
+    """Rows of [`change_rates`], [`score_predictions`] or [`agreement`](ceiling.py), at least one, for the terminal."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(rows[0]):
         table.add_column(TITLES.get(name, name), justify="right" if number else "left")

@@ -5,10 +5,11 @@ import json
 import string
 from types import SimpleNamespace
 
+import pandas
 import pytest
 
 from hf_selfjudge import load_labels
-from hf_selfjudge.cli import options
+from hf_selfjudge.cli import labels, options
 from hf_selfjudge.mining.label_files import mining_of
 from tests.builders import tiny_tokenizer
 from tests.cli.conftest import MINE
@@ -23,6 +24,18 @@ def test_labels_in_tables_and_in_context(succeed, mined, tmp_path):
     assert sum(row["substitutions"] for row in tables["rates"]["kind"]) == 48
     assert {row["score"] for row in tables["predictors"]} >= {"margin", "likelihood", "confidence"}
     assert not list(tmp_path.glob("*.incomplete*"))
+
+
+def test_ceiling(succeed, fail, mined, prompts_file, tmp_path, monkeypatch):
+    command = ("ceiling", mined / "labels", "--prompts", mined / "prompts.jsonl")
+    assert "no label in" in fail(*command)  # random models write no numbers
+    rows = [{"category": "c", "prompt_id": str(i), "first": i % 2, "again": i > 4} for i in range(9)]
+    asked = []
+    monkeypatch.setattr(labels, "label_again", lambda *how: asked.append(how) or pandas.DataFrame(rows))
+    out = succeed(*command, "--substitutions", 9, "--dtype", "float32", "--json", tmp_path / "c.json")
+    assert "labels of the same substitutions, made twice" in out
+    assert [row["category"] for row in json.loads((tmp_path / "c.json").read_text())["agreement"]] == ["c", "all"]
+    assert asked[0][4:] == (9, False, 32, 0)
 
 
 def test_add_layer(succeed, fail, mined, tmp_path):
