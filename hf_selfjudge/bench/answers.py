@@ -164,7 +164,7 @@ def decode_answer(
         if lookup:
             options.prompt_lookup_num_tokens = 5 if draft_length == "auto" else draft_length
         else:
-            drafts = {"assistant_model": models[0]}
+            drafts, options.prompt_lookup_num_tokens = {"assistant_model": models[0]}, job.method.lookup
             models[0].generation_config = with_lengths(models[0].generation_config, draft_length)
     if family == "ensemble":
         (options.assistant_ensemble_weight,) = job.method.arguments

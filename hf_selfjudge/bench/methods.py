@@ -54,6 +54,7 @@ class Method:
         draft (`str`, *optional*): Name of the draft, if it is not the pair's own.
         length (`int` or `str`, *optional*): Tokens to draft in a round, if they are not those of the bench: a number,
             `"auto"` for a rule, or `"default"` for what transformers chooses.
+        lookup (`int`, *optional*): Tokens to look up in a round, beside a draft model.
     """
 
     family: str
@@ -63,6 +64,7 @@ class Method:
     like: Method | None = None
     draft: str | None = None
     length: int | str | None = None
+    lookup: int | None = None
 
     @property
     def curve(self) -> str:
@@ -81,7 +83,8 @@ class Method:
 
     def _with(self, values: str) -> str:
         judge = f":{Path(self.judge).name}" if self.named else ""
-        return self.family + judge + values + (f"@{self.length}" if self.length is not None else "")
+        length = "" if self.length is None else f"@{self.length}"
+        return self.family + judge + values + length + (f"+{self.lookup}" if self.lookup else "")
 
     @property
     def judge_curve(self) -> str | None:
@@ -105,6 +108,7 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
     its own. `coin` without a value is a coin for each method of a judge, which accepts the same share of mismatches.
 
     `@16` at the end drafts 16 tokens a round, `@auto` as many as pay, `stock@default` as many as transformers chooses.
+    `@16+10` looks 10 tokens up instead, in rounds where that is expected to keep as many.
 
     Args:
         texts (`Sequence[str]`, *optional*): By default all families that can be used, with their default arguments.
@@ -135,7 +139,7 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
             raise ValueError(f"`rule`: two thresholds are both {method.name}. Leave one out.")
     if "coin" in texts:
         judged = [method for method in methods.values() if method.judge is not None]
-        coins = [Method("coin", like=method, length=method.length) for method in judged]
+        coins = [Method("coin", like=method, length=method.length, lookup=method.lookup) for method in judged]
         if not coins:
             raise ValueError(
                 "`rule` 'coin' accepts as often as a judge, but no judge is compared. Give it a share: coin=0.5."
@@ -146,7 +150,7 @@ def parse_methods(texts: Sequence[str] | None, shipped: str | None = None, looku
 
 def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     """The methods of one text."""
-    stem, length = re.fullmatch(r"(.*?)(?:@(\d+|auto|default))?", text, re.DOTALL).groups()
+    stem, length, beside = re.fullmatch(r"(.*?)(?:@(\d+|auto|default)(?:\+(\d+))?)?", text, re.DOTALL).groups()
     name, has_values, values = stem.rpartition("=") if "=" in stem else (stem, "", "")
     name, named, folder = name.partition(":")
     family, judged = FAMILIES.get(name), name == "judge"
@@ -167,6 +171,12 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
     if lookup and family.needs_draft:
         raise ValueError(f"`rule` {text!r} needs a draft model; with prompt lookup there is none. Leave it out.")
     length = int(length) if length is not None and length.isdecimal() else length
+    beside = None if beside is None else int(beside)
+    if beside is not None and (lookup or family.rule is None or family.needs_draft or not beside):
+        raise ValueError(
+            f"`rule` {text!r}: tokens are looked up beside a draft model, by a rule such as lossless, 1 or more in a "
+            f"round. Leave out +{beside}."
+        )
     if name in ("greedy", "draft") and length is not None:
         raise ValueError(f"`rule` {text!r}: {name} decodes without drafts. Leave out @{length}.")
     if length == 0 or length == ("auto" if family.rule is None else "default"):
@@ -179,13 +189,13 @@ def _parse(text: str, shipped: str | None, lookup: bool) -> Iterator[Method]:
             if judged:
                 # The name of an operating point is checked later, when the judge has been read.
                 arguments = (part if part.isidentifier() else Threshold.parse(part),) if part or values else ()
-                yield Method(name, arguments, folder or shipped, bool(folder), length=length)
+                yield Method(name, arguments, folder or shipped, bool(folder), length=length, lookup=beside)
                 continue
             numbers = part.split(":") if values else ()
             arguments = tuple(int(number) if number.strip().isdecimal() else float(number) for number in numbers)
             if name == "ensemble" and (len(arguments) != 1 or not 0 < arguments[0] < 1):
                 raise ValueError(f"the target's weight must lie between 0 and 1, got {part}.")
-            method = Method(name, arguments, length=length)
+            method = Method(name, arguments, length=length, lookup=beside)
             method.rule({})  # refuses arguments that it cannot have
             yield method
         except (TypeError, ValueError) as error:

@@ -32,6 +32,7 @@ from ..models.offload import shallow_copy
 from ..models.tokens import context_of
 from .auto_length import AutoLength
 from .drafting import FastDraft, set_draft_length, stay_within_context
+from .lookup import LookupBeside
 from .rules import Rule
 from .stats import Stats
 from .stopping import HeldStreamer, KeptTokens, without_last
@@ -145,12 +146,16 @@ class _Parts:
         # The draft gets the target's processors, but not those of the call.
         arguments["logits_processor"] = LogitsProcessorList(p for p in processors if p not in own)
         self.call.prepare(arguments["generation_config"])
-        inner, draft_length = self.stock_generator(**arguments), self.draft_length
+        lookup, draft_length = None, self.draft_length
+        if _looks_up_beside(arguments):
+            lookup = LookupBeside(self.stock_generator(**arguments))
+            config = arguments["generation_config"] = copy.copy(arguments["generation_config"])
+            config.prompt_lookup_num_tokens = None
+        inner = self.stock_generator(**arguments)
         if draft_length is None and _leaves_length_open(inner, arguments["generation_config"]):
             draft_length = "auto"
-        self.generator = _wrap(
-            self.target, inner, self.call, self.measured if draft_length == "auto" else draft_length
-        )
+        length = self.measured if draft_length == "auto" else draft_length
+        self.generator = _wrap(self.target, inner, self.call, length, lookup)
         self.generator.waits = _reads_prompt_first(self.target, self.generator, arguments)
         if cache.get_seq_length():
             _continue_cache(self.target, self.generator, arguments)
@@ -179,15 +184,32 @@ def _leaves_length_open(inner: CandidateGenerator, config: GenerationConfig) -> 
     return all(value is None for value in lengths)
 
 
+def _looks_up_beside(arguments: dict) -> bool:
+    """Whether both a draft model and prompt lookup are asked for. (Stock `generate` ignores the model then.)"""
+    config = arguments["generation_config"]
+    both = arguments.get("assistant_model") is not None and config.prompt_lookup_num_tokens is not None
+    return both and config.assistant_early_exit is None
+
+
 def _wrap(
-    target: PreTrainedModel, inner: CandidateGenerator, call: Call, draft_length: int | AutoLength | None
+    target: PreTrainedModel,
+    inner: CandidateGenerator,
+    call: Call,
+    draft_length: int | AutoLength | None,
+    lookup: LookupBeside | None,
 ) -> JudgeCandidateGenerator:
-    """Wrap what transformers built; raise if the rule or the draft length cannot work with it."""
-    if call.rule.needs_draft_logits and isinstance(inner, WITHOUT_LOGITS) and not isinstance(inner, WITH_LOGITS):
+    """Wrap what transformers built; raise if the rule, the draft length or prompt lookup cannot work with it."""
+    if lookup is not None and type(inner) is not AssistedCandidateGenerator:
         raise ValueError(
-            f"`rule` {type(call.rule).__name__} compares target and draft, but drafts of {type(inner).__name__} "
-            "come without probabilities. Use a draft model with the target's tokenizer, or another rule."
+            f"`prompt_lookup_num_tokens` beside drafts of {type(inner).__name__} is not possible. Use one of the two, "
+            "or a draft model with the target's tokenizer."
         )
+    for source in filter(None, (inner, lookup and lookup.generator)):
+        if call.rule.needs_draft_logits and isinstance(source, WITHOUT_LOGITS) and not isinstance(source, WITH_LOGITS):
+            raise ValueError(
+                f"`rule` {type(call.rule).__name__} compares target and draft, but drafts of {type(source).__name__} "
+                "come without probabilities. Use a draft model with the target's tokenizer alone, or another rule."
+            )
     if isinstance(inner, AssistedCandidateGenerator):
         # The target's criteria end the text. transformers would ask the draft for a tokenizer that it cannot give.
         inner.generation_config.stop_strings = None
@@ -204,7 +226,7 @@ def _wrap(
         set_draft_length(inner, length.FIRST)  # refuse now what cannot be set
     if isinstance(draft_length, int):
         set_draft_length(inner, draft_length)
-    return JudgeCandidateGenerator(inner, call, length, context_of(target))
+    return JudgeCandidateGenerator(inner, call, length, context_of(target), lookup)
 
 
 def _with_own_config(model: PreTrainedModel) -> PreTrainedModel:

@@ -186,7 +186,8 @@ class JudgedModel:
         `prompt_lookup_num_tokens`, …) the rule takes part; elsewhere the result is exactly the target's.
 
         Unlike stock, it asks stopping criteria about each kept token, and shows processors that keep a state each
-        token of the text once.
+        token of the text once. With both `assistant_model` and `prompt_lookup_num_tokens` each round uses one of the
+        two ([`LookupBeside`]); stock would ignore the model.
 
         It also takes several prompts with a draft: `input_ids` and `attention_mask` padded on the left, and as
         `streamer` a list, one for each row. Each row gets the answer that it would get alone. (With

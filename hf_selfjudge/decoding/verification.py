@@ -22,6 +22,7 @@ from ..judge.layers import LayerStates
 from ..judge.lora import ReplaySession
 from .auto_length import AutoLength
 from .drafting import ContextFullError, set_draft_length
+from .lookup import LookupBeside
 from .rules import Mismatches, Rule
 from .stats import Stats
 from .trial import Trial
@@ -286,6 +287,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
     Args:
         length ([`AutoLength`], *optional*): Learns from the rounds.
         context (`int`, *optional*): Tokens that the target can attend to; candidates beyond are left out.
+        lookup ([`LookupBeside`], *optional*): Takes the place of `inner` in some rounds.
 
     Attributes:
         waits (`bool`): Whether the first round has no candidates, so that the target reads the prompt first.
@@ -293,8 +295,15 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     waits = False
 
-    def __init__(self, inner: CandidateGenerator, call: Call, length: AutoLength | None, context: int | None):
-        self.inner, self.call, self.length, self.context = inner, call, length, context
+    def __init__(
+        self,
+        inner: CandidateGenerator,
+        call: Call,
+        length: AutoLength | None,
+        context: int | None,
+        lookup: LookupBeside | None = None,
+    ):
+        self.inner, self.call, self.length, self.context, self.lookup = inner, call, length, context, lookup
         self.requires_model_outputs = inner.requires_model_outputs
         self.read = 0  # tokens of the text that the draft has read
 
@@ -307,10 +316,12 @@ class JudgeCandidateGenerator(CandidateGenerator):
         start = input_ids.shape[1]
         self.unread = start - self.read
         drafts = self.length is None or self.length.drafts(self.unread)
+        since = time.perf_counter()
+        self.found = None if self.lookup is None else self.lookup.candidates(input_ids)
+        drafts = drafts and self.found is None
         if drafts and self.length is not None and not self.length.ends_drafts:
             set_draft_length(self.inner, self.length.blind())
-        since = time.perf_counter()
-        ids, logits = input_ids, None  # without candidates the target goes on alone
+        ids, logits = input_ids if self.found is None else self.found, None  # or the target goes on alone
         if drafts:
             self.read = start
             with contextlib.suppress(ContextFullError):
@@ -329,7 +340,11 @@ class JudgeCandidateGenerator(CandidateGenerator):
         return ids, logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        if self.found is not None:
+            return  # it tells nothing about the draft
+        round = self.call.round
+        if self.lookup is not None and len(round.candidates):
+            self.lookup.observe(num_matches)
         if self.length is not None:
-            round = self.call.round
             self.length.observe(len(round.candidates), num_matches, self.draft_seconds, round.seconds, self.unread)
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)

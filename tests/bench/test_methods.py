@@ -63,6 +63,14 @@ def test_draft_lengths():
     assert [method.curve for method in parse_methods(["margin=1", "margin=1@4"])] == ["lossless", "margin", "margin@4"]
 
 
+def test_lookup_beside_a_draft_model():
+    _, margin, judge, coin = parse_methods(["margin=1@16+10", "judge:j=0.1@auto+4", "coin"])
+    assert (margin.name, margin.curve) == ("margin=1@16+10", "margin@16+10")
+    assert [(method.length, method.lookup) for method in (margin, judge, coin)] == [(16, 10), ("auto", 4), ("auto", 4)]
+    with pytest.raises(ValueError, match="tokens are looked up beside a draft model"):
+        parse_methods(["lossless@3+4"], lookup=True)
+
+
 def test_prompt_lookup_has_no_default_length():
     assert names("stock@3", lookup=True)[1] == "stock@3"
     with pytest.raises(ValueError, match="`rule` 'stock@default': prompt lookup has no default length"):
@@ -99,6 +107,9 @@ def test_coins_like_judges():
         ("lossless@default", "lossless drafts a number of tokens, 1 or more, or 'auto', got @default"),
         ("margin=1@0", "margin drafts a number of tokens, 1 or more, or 'auto', got @0"),
         ("margin=1@x", "`rule` 'margin=1@x': @ is followed by the length of drafts"),
+        ("stock@3+4", "`rule` 'stock@3[+]4': tokens are looked up beside a draft model, by a rule .* Leave out [+]4"),
+        ("kl=0.1@3+4", "Leave out [+]4"),
+        ("lossless@3+0", "Leave out [+]0"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, message):

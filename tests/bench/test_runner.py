@@ -258,6 +258,16 @@ def test_rules_have_draft_lengths_of_their_own(pair, tmp_path, mode):
     assert pair.draft.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize("mode", ["quality", "timing"])
+def test_lookup_beside_the_draft(pair, tmp_path, mode):
+    config = replace(CONFIG, mode=mode, draft_length=3, max_new_tokens=60)
+    _, _, records = bench(pair, tmp_path, ["lossless@3+4"], config)
+    draft, both = ([record for record in records if record.method == name] for name in ("lossless", "lossless@3+4"))
+    assert [record.tokens for record in draft] == [record.tokens for record in both]
+    forwards = [sum(record.draft_forwards for record in answers) for answers in (draft, both)]
+    assert 0 < forwards[1] < forwards[0]
+
+
 def test_a_length_by_the_clock_needs_the_clock(pair, tmp_path):
     with pytest.raises(ValueError, match="`rule` 'lossless@auto': 'auto' goes by the clock"):
         bench(pair, tmp_path, ["lossless@auto"])
