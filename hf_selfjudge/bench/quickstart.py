@@ -55,10 +55,9 @@ class Prices:
     draft: float
 
     @classmethod
-    @torch.no_grad()
     def measure(cls, target: PreTrainedModel, draft: PreTrainedModel) -> Prices:
         """Time forwards after a short text."""
-        return cls(_seconds(target, 1), _seconds(target, 1 + VERIFIED), _seconds(draft, 1))
+        return cls(forward_seconds(target, 1), forward_seconds(target, 1 + VERIFIED), forward_seconds(draft, 1))
 
     def speed(self, length: int) -> float:
         """How many times as fast as greedy decoding drafts of this length would be."""
@@ -77,7 +76,8 @@ class Prices:
         )
 
 
-def _seconds(model: PreTrainedModel, tokens: int) -> float:
+@torch.no_grad()
+def forward_seconds(model: PreTrainedModel, tokens: int) -> float:
     """Of a forward with this number of tokens after 64 others; the median of five."""
     ids = torch.arange(64 + tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     cache, seconds = DynamicCache(), []
