@@ -159,6 +159,16 @@ def test_training_through_the_model(tmp_path):
         torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-2)
 
 
+def test_each_verification_is_waited_for(llama, prompt, monkeypatch):
+    """Once: `"auto"` and the statistics need its time."""
+    target, draft = there(*llama)
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
+    judged = JudgedModel(target, Lossless(), 3)
+    judged.generate(prompt.to(DEVICE), assistant_model=draft, max_new_tokens=NEW)
+    assert len(waits) == (judged.stats.rounds if DEVICE == "cuda" else 0)
+
+
 def test_memory_is_flat(llama, prompt):
     target, draft = there(*llama)
     judged, ids = JudgedModel(target, JudgeRule(midway_judge(target), 0.5), 4), prompt.to(DEVICE)

@@ -10,8 +10,8 @@ class Stats:
     """
     What one call of `generate` did, or many. `matched + judged + target` is the number of tokens produced.
 
-    On a device that computes asynchronously, the three times are those of the host: whoever needs a result first also
-    waits for it.
+    On a GPU, which computes asynchronously, the target's forward is waited for in each round. Steps of the draft are
+    waited for where they end it (an end token, confidence); else some of their time counts as the target's.
     """
 
     calls: int = 0

@@ -192,6 +192,8 @@ class Call:
         round = self.round
         if round is None or round.logits is not None:
             return
+        if logits.device.type != "cpu":
+            torch.accelerator.synchronize(logits.device)  # else only the time of starting it would be known
         round.seconds = time.perf_counter() - round.began
         self.stats.verify_seconds += round.seconds
         rows = len(round.candidates) + 1
