@@ -144,8 +144,8 @@ class _Parts:
         own = [self.call.keep_constrained, self.call.choose]
         self.call.trial = Trial(processors, own)
         # The draft gets the target's processors, but not those of the call.
-        arguments["logits_processor"] = LogitsProcessorList(p for p in processors if p not in own)
-        self.call.prepare(arguments["generation_config"])
+        others = arguments["logits_processor"] = LogitsProcessorList(p for p in processors if p not in own)
+        self.call.prepare(arguments["generation_config"], bool(others))
         lookup, draft_length = None, self.draft_length
         if _looks_up_beside(arguments):
             lookup = LookupBeside(self.stock_generator(**arguments))

@@ -94,7 +94,8 @@ class Verification:
     scores: torch.FloatTensor | None = None  # (vocab_size,), of the row that is being processed; see `Verified`
     plan: dict[int, bool] = field(default_factory=dict)  # by row, whether the rule keeps the mismatch there
     asked: list[int] = field(default_factory=list)  # mismatches that the rule was asked about
-    judged: dict[int, float] = field(default_factory=dict)  # those accepted, and the log-probability given up, nats
+    # Those accepted, and the log-probability given up, nats.
+    judged: dict[int, torch.Tensor] = field(default_factory=dict)
     rejected: bool = False  # a candidate was rejected, and nothing after it can be kept
     seconds: float = 0.0  # of the target's forward
     began: float = field(default_factory=time.perf_counter)
@@ -106,8 +107,9 @@ class Verification:
 
     @functools.cached_property
     def choices(self) -> list[int]:
-        """The target's likeliest tokens in the places of the candidates, by its raw logits."""
-        return self.logits[:-1].argmax(-1).tolist()
+        """The target's likeliest tokens in the places of the candidates, by its raw logits; in fp32, as stock compares
+        them: ties are frequent in bf16."""
+        return self.logits[:-1].float().argmax(-1).tolist()
 
     def mismatches_after(self, row: int, special_tokens: set[int]) -> list[int]:
         """Rows after `row` with mismatches, by the raw logits, up to the first with a special token."""
@@ -164,9 +166,11 @@ class Call:
         self.trial = Trial([])
         self.round: Verification | None = None
 
-    def prepare(self, config: GenerationConfig) -> None:
-        """Read what the call decodes with from its final `config`."""
+    def prepare(self, config: GenerationConfig, processed: bool) -> None:
+        """Read what the call decodes with from its final `config`, and whether logits are `processed` at all."""
         self.do_sample = config.do_sample
+        # Then the raw logits decide, and are read once a round: a GPU is waited for at each look at a number.
+        self.by_logits = not (processed or config.do_sample)
         self.keeps_scores = config.output_scores and config.return_dict_in_generate
         # Whether a candidate may be kept that neither the target nor the rule chose.
         self.others_keep = config.do_sample or config.assistant_ensemble_weight is not None
@@ -210,7 +214,8 @@ class Call:
         round = self.round
         token = round.tokens[row]
         # Under sampling the likeliest token counts as the choice.
-        choice = int((round.scores if self.do_sample else final_scores).argmax())
+        scores = round.scores if self.do_sample else final_scores
+        choice = round.choices[row] if self.by_logits else int(scores.argmax())
         mismatch = choice != token
         if round.rejected or not (mismatch or self.do_sample):
             return False
@@ -224,7 +229,7 @@ class Call:
             return False
         round.rejected = False
         if mismatch:
-            round.judged[row] = (round.scores.max() - round.scores[token]).item()
+            round.judged[row] = round.scores.max() - round.scores[token]
         return True
 
     def _keeps(self, row: int, final_scores: torch.FloatTensor) -> bool:
@@ -233,7 +238,8 @@ class Call:
         round = self.round
         if self.do_sample:
             return bool(self.rule.keep(round.verified([row], final_scores)))
-        if row not in round.plan or not torch.equal(round.scores, round.logits[row].to(round.scores)):
+        known = row in round.plan
+        if not known or not (self.by_logits or torch.equal(round.scores, round.logits[row].to(round.scores))):
             rows = [row, *round.mismatches_after(row, self.special_tokens)]
             round.plan = dict(zip(rows, self.rule.keep(round.verified(rows, final_scores)).tolist(), strict=True))
         return round.plan[row]
@@ -242,7 +248,7 @@ class Call:
         """Count what the round kept: these tokens were added to the text."""
         round = self.round
         sources = round.sources(kept)
-        given_up = sum(round.judged[row] for row, source in enumerate(sources) if source == "judged")
+        given_up = float(sum(round.judged[row] for row, source in enumerate(sources) if source == "judged"))
         # Questions after the end of the text do not count.
         asked = sum(row < len(kept) for row in round.asked)
         self.stats.count(len(round.candidates), asked, sources, given_up)
