@@ -15,6 +15,7 @@ from ..mining.config import MiningConfig
 from ..mining.label_files import load_labels, mining_of, read_mining
 from ..mining.report import TITLES, as_table, change_rates, examples, in_context, score_predictions, short_columns
 from ..models.load import load_model, resolve_model
+from ..utils.processes import require_one_process
 from .console import console, say
 from .options import JsonOptions, PromptOptions, TargetOptions, option, reuse
 
@@ -67,6 +68,7 @@ def ceiling_command(
     labels: Annotated[Path, typer.Argument(help="Folder written by `hf-selfjudge mine`.")], options: CeilingOptions
 ) -> None:
     """Make some labels once more, to see how much of a label is rounding. No judge can know that."""
+    require_one_process("`ceiling`")
     record = read_mining(labels)
     prompts = read_prompts(options.prompts, **record["prompts_options"])
     target, tokenizer = load_model(

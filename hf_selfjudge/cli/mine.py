@@ -20,7 +20,7 @@ from ..mining.layers import add_layer_states
 from ..models.load import fingerprint, load_model
 from ..utils.files import check_writable
 from ..utils.names import absolute_if_folder
-from ..utils.processes import this_process
+from ..utils.processes import require_one_process, this_process
 from .console import say, say_left_out
 from .options import JudgeOptions, OutputOptions, PairOptions, PromptOptions, TargetOptions, option, reuse
 
@@ -69,6 +69,7 @@ def add_layer_command(
 ) -> None:
     """Write mined labels again with the hidden states of another layer, for a judge that reads that layer. Labels made
     by `compact` also need the --prompts that they were mined on."""
+    require_one_process("`add-layer`")
     record = read_mining(labels)
     prompts = None if options.prompts is None else read_prompts(options.prompts, **record["prompts_options"])
     dtype = options.torch_dtype(record["dtype"])

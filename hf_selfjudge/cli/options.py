@@ -95,6 +95,8 @@ class TargetOptions:
         """The `device_map` of [`load_model`]."""
         if self.offload and self.device_map is not None:
             raise ValueError("`--offload` and `--device-map` both say where the target is. Use one of the two.")
+        if self.device_map is not None and (count := this_process().num_processes) > 1:
+            raise ValueError(f"`--device-map` would put {count} targets on the same devices. Start one process.")
         return "disk" if self.offload else self.device_map
 
 

@@ -214,7 +214,7 @@ class JudgedModel:
         several = rules is not None or seeds is not None or bool(kinds and ids is not None and len(ids) > 1)
         if several and ids is None:
             raise ValueError("`rules` and `seeds` need `input_ids`, one row for each of them.")
-        for rule in rules or ():
+        for rule in dict.fromkeys(rules or ()):
             _check_rule("rules", rule, self.target)
         # How long drafts should be is another matter for each draft and each number of rows.
         base, key = (kwargs.get("assistant_model") or self.target).base_model, (*kinds, len(ids) if several else 1)

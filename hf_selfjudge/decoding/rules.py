@@ -250,7 +250,10 @@ class JudgeRule(Rule):
 
     def check_target(self, target: PreTrainedModel) -> None:
         self.judge.check_target(target, self.allow_other_weights)
-        self.judge.eval().to(target.get_output_embeddings().weight.device)
+        head = target.get_output_embeddings().weight
+        # Weights that accelerate moves in and out of memory are nowhere ("meta") between forwards.
+        places = (weight.device for weight in (head, *target.parameters()) if weight.device.type != "meta")
+        self.judge.eval().to(next(places))
         self.replay_on(target)
 
     def replay_on(self, target: PreTrainedModel) -> LayerStates | Replay | None:

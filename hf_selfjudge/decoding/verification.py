@@ -212,12 +212,14 @@ class Call:
         asked about mismatches only; under sampling about every candidate, since the target's own token is not drawn
         yet."""
         round = self.round
+        if round.rejected:
+            return False
         token = round.tokens[row]
         # Under sampling the likeliest token counts as the choice.
         scores = round.scores if self.do_sample else final_scores
         choice = round.choices[row] if self.by_logits else int(scores.argmax())
         mismatch = choice != token
-        if round.rejected or not (mismatch or self.do_sample):
+        if not (mismatch or self.do_sample):
             return False
         round.rejected = not self.others_keep
         # A masked token is never accepted, however it was masked (`remove_invalid_values` turns -inf into a number).

@@ -100,8 +100,10 @@ class Branches:
         branch.length = length
         alive = self.owner != DEAD
         if alive.sum() < 0.8 * len(alive):  # copying once costs less than attending to what nobody sees
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, alive], layer.values[:, :, alive]
+            kept = alive.nonzero()[:, 0]
+            for layer in self.cache.layers:  # they may be on several devices
+                index = kept.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
             self.owner, self.position = self.owner[alive], self.position[alive]
 
 
@@ -196,7 +198,8 @@ def packs(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _try_to_pack(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
-    if not attention_windows(config):
+    # FlashAttention takes no such mask, and would read behind the end of its input instead of saying so.
+    if not attention_windows(config) or "flash" in str(config._attn_implementation):
         return False
     ids = torch.randint(config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).to(model.device)
     starts, tails = (16, 8), ids[16:].split(4)
@@ -208,7 +211,9 @@ def _try_to_pack(model: PreTrainedModel) -> bool:
         packed = [hidden for _, hidden in branches.feed([branches.branch(start) for start in starts], tails)]
     except (TypeError, ValueError, RuntimeError, LookupError):  # raised for what a forward does not support
         return False
-    difference = torch.stack([(a - b).norm() / b.norm() for a, b in zip(packed, plain, strict=True)]).max()
+    difference = torch.stack(
+        [(a - b).float().norm() / b.float().norm() for a, b in zip(packed, plain, strict=True)]
+    ).max()
     return bool(difference < torch.finfo(plain[0].dtype).eps ** 0.5)
 
 

@@ -135,7 +135,8 @@ class Replay:
             with ForwardTap(target, lambda hidden, _, entered: forwards.append((hidden, entered)), self.entering):
                 target(input_ids=ids, use_cache=False)
             ((hidden, entered),) = forwards
-            if (self.start()(entered, 0) - hidden).norm() > torch.finfo(hidden.dtype).eps ** 0.5 * hidden.norm():
+            difference, limit = self.start()(entered, 0) - hidden, torch.finfo(hidden.dtype).eps ** 0.5
+            if difference.float().norm() > limit * hidden.float().norm():
                 raise ValueError("they compute something else than in the target")
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             raise ValueError(
@@ -189,7 +190,8 @@ def _add_product(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scal
     """Make a linear layer add `scale * B A x` to its output."""
 
     def add(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return output + (inputs[0].to(a.dtype) @ a.T @ b.T * scale).to(output.dtype)
+        here = output.device  # the target may have been moved
+        return output + (inputs[0].to(a.dtype) @ a.to(here).T @ b.to(here).T * scale).to(output.dtype)
 
     a, b = a.float(), b.float()
     module.register_forward_hook(add)

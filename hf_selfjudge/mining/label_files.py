@@ -80,9 +80,10 @@ def write_shard(shard: Path, hidden_size: int, answers: list[dict], labels: list
             datasets.Dataset.from_dict(columns, features=features).to_parquet(incomplete)
 
 
-def too_large(layer: int) -> ValueError:
+def too_large(layer: int | None) -> ValueError:
     """The error for hidden states that the files cannot hold."""
-    return ValueError(f"`layer`: what enters layer {layer} is too large for fp16. Use another layer.")
+    states = "the last hidden states are" if layer is None else f"what enters layer {layer} is"
+    return ValueError(f"`layer`: {states} too large for fp16. Use another layer.")
 
 
 def read_mining(folder: str | os.PathLike) -> dict:

@@ -83,6 +83,7 @@ class StateReader(torch.nn.Module):
             with ForwardTap(self.target, lambda *forward: inputs.append(forward[2]), self.layer_states.entering):
                 self.target(**text, logits_to_keep=1)
             hidden = self.layer_states(inputs[0], 0)
+        places = places.to(hidden.device)  # of several
         before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         return torch.stack([before, hidden[:, -places.shape[1] :]], 2)
 

@@ -64,7 +64,8 @@ def load_model(
             "`device_map` cannot be used with `int8`: int8 weights are packed and stay in memory. Give one of the two."
         )
     source = resolve_model(reference)
-    device = "cuda" if torch.cuda.is_available() and not int8 else "cpu"
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a launcher gives each of its processes another one
+    device = gpu if torch.cuda.is_available() and not int8 else "cpu"
     loaded_dtype = torch.float32 if int8 else dtype or torch.bfloat16
     if device_map == "disk":
         device_map = layers_on_disk(source, device)

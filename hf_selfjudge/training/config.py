@@ -109,6 +109,8 @@ class JudgeConfig(TrainingArguments):
         # Rows are small, and without a GPU there is nothing to pin them for.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
+        # Without a launcher transformers would copy the model to every GPU in each step, and multiply the batch.
+        self._n_gpu = min(1, self.n_gpu)
 
 
 def with_options(args: JudgeConfig, **options: object) -> JudgeConfig:

@@ -77,13 +77,18 @@ class TargetWithJudge(torch.nn.Module):
 
     Raises:
         ValueError: If the target's attention cannot take the mask of substitutes ([`packs`]), its weights are packed
-            so that no gradient passes them, the judge is for another target, or a judge of an earlier layer meets an
-            adapter.
+            so that no gradient passes them, it is on several devices, the judge is for another target, or a judge of
+            an earlier layer meets an adapter.
     """
 
     def __init__(self, target: PreTrainedModel | PeftModel, judge: Judge):
         super().__init__()
         self.target, self.judge = target, judge
+        if len(places := {str(weight.device) for weight in target.parameters()}) > 1:
+            raise ValueError(
+                f"`model`: the target is on several devices ({', '.join(sorted(places))}), where it cannot be "
+                "trained. Load it without `device_map`."
+            )
         base = target.get_base_model() if self.has_adapter else target
         if any(isinstance(module, HalfLinear) for module in base.modules()):
             raise ValueError(
