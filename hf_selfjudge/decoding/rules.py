@@ -253,7 +253,7 @@ class JudgeRule(Rule):
         head = target.get_output_embeddings().weight
         # Weights that accelerate moves in and out of memory are nowhere ("meta") between forwards.
         places = (weight.device for weight in (head, *target.parameters()) if weight.device.type != "meta")
-        self.judge.eval().to(next(places))
+        self.judge.eval().to(next(places, torch.device("cpu")))
         self.replay_on(target)
 
     def replay_on(self, target: PreTrainedModel) -> LayerStates | Replay | None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import attach_align_device_hook
 
 from hf_selfjudge import JudgedModel, load_model, mine
 from hf_selfjudge.models.load import fingerprint
@@ -22,11 +23,15 @@ def layers_on_disk(folder, target):
 
 
 def layers_behind_hooks(folder, target):
-    """As accelerate has layers in the memory of the CPU that do not fit on a GPU."""
+    """As accelerate has layers, and a head of its own, in the memory of the CPU that do not fit on a GPU."""
     target = copy.deepcopy(target)
     for module in target.modules():
         if type(module).__name__ in target._no_split_modules:
             cpu_offload(module, execution_device="cpu")
+    head = target.get_output_embeddings()
+    if head.weight is not target.get_input_embeddings().weight:
+        weights = {"weight": head.weight.detach().clone()}
+        attach_align_device_hook(head, torch.device("cpu"), offload=True, weights_map=weights)
     return target
 
 
