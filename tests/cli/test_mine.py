@@ -11,6 +11,7 @@ import pytest
 from hf_selfjudge import load_labels
 from hf_selfjudge.cli import labels, options
 from hf_selfjudge.mining.label_files import mining_of
+from hf_selfjudge.utils import processes
 from tests.builders import tiny_tokenizer
 from tests.cli.conftest import MINE
 
@@ -45,6 +46,24 @@ def test_add_layer(succeed, fail, mined, tmp_path):
     assert mining_of(load_labels(tmp_path / "midway"))["layer"] == 1
     message = fail("add-layer", mined / "labels", "--layer", 9, "--output", tmp_path / "other")
     assert "`layer` must be above 0 and below 2" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("add-layer", "--layer", 1, "--output", "o"), "`add-layer` does not share its work, and 2 processes were"),
+        (("ceiling", "--prompts", "p"), "`ceiling` does not share its work, and 2 processes were started"),
+    ],
+)
+def test_work_that_is_not_shared_needs_one_process(fail, mined, monkeypatch, command, message):
+    monkeypatch.setattr(processes, "this_process", lambda: SimpleNamespace(num_processes=2))
+    assert message in fail(*command, mined / "labels")
+
+
+def test_several_processes_each_have_a_whole_target(fail, pair_folders, prompts_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "this_process", lambda: SimpleNamespace(num_processes=2))
+    command = ("mine", "--pair", pair_folders, "--prompts", prompts_file, "--output", tmp_path / "o", *MINE)
+    assert "`--device-map` would put 2 targets on the same devices" in fail(*command, "--device-map", "auto")
 
 
 def test_compact(succeed, fail, mined, prompts_file, tmp_path):

@@ -804,6 +804,9 @@ def test_errors(fitted, target, answers, tmp_path):
     target.lm_head = HalfLinear(HIDDEN, 64)
     with pytest.raises(ValueError, match="no gradient passes through packed half-precision weights"):
         through(target, answers, tmp_path)
+    target.lm_head = torch.nn.Linear(HIDDEN, 64, device="meta")
+    with pytest.raises(ValueError, match=r"`model`: the target is on several devices \(cpu, meta\)"):
+        TargetWithJudge(target, judge)
     target.lm_head = torch.nn.Linear(HIDDEN, 64)
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` of labels, got `NoneType`"):
         JudgeTrainer(judge, config(tmp_path))
