@@ -183,19 +183,20 @@ def _coin_share(coin: Method, written: Iterable[AnswerRecord], measured: Iterabl
 
 
 def _side_by_side(jobs: list[Job], pair: Pair, config: BenchConfig, keep: Keep) -> None:
-    """Decode many answers at a time. The cache of a prompt is kept from its first answer to its last."""
+    """Decode many answers at a time. The cache of a prompt is kept from its first answer to its last. Those of the
+    draft alone do not count: they come first for all prompts, whose caches would fill the memory."""
     # Forwards of the draft go first. Where it answers alone, it needs one for each token: others must not wait for it.
     jobs = sorted(jobs, key=lambda job: job.method.family != "draft")
-    left = Counter(job.prompt.id for job in jobs)
+    left = Counter(job.prompt.id for job in jobs if job.method.family != "draft")
     read: dict[str, list[Keys | None]] = {}
 
     def call(job: Job, *models: PreTrainedModel) -> None:
-        if job.prompt.id not in read:
-            read[job.prompt.id] = [_prompt_keys(model, job.ids[:, :-1]) for model in pair.models]
-        keys = read[job.prompt.id]
-        left[job.prompt.id] -= 1
-        if not left[job.prompt.id]:
-            del read[job.prompt.id]
+        keys = read.get(job.prompt.id) or [_prompt_keys(model, job.ids[:, :-1]) for model in pair.models]
+        if job.method.family != "draft":
+            read[job.prompt.id] = keys
+            left[job.prompt.id] -= 1
+            if not left[job.prompt.id]:
+                del read[job.prompt.id]
         if job.judged is not None and isinstance(job.judged.rule.replay_on(pair.target), Replay):
             keys = [*keys[:-1], None]  # an adapter has to see the prompt too
         length = job.method.length or config.draft_length
