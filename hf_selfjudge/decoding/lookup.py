@@ -30,6 +30,7 @@ class LookupBeside:
         generator ([`~transformers.generation.candidate_generator.PromptLookupCandidateGenerator`]): What looks up.
     """
 
+    # Starting values are plausible, not measured.
     EDGES = (2, 3, 5, 9, 17)  # of the ranges of repeated tokens
     FOUND = (0.5, 1.0, 2.0, 3.5, 5.0, 7.0)  # expected to be kept in each, believed as much as `BELIEF` rounds
     DRAFTED = 3.0  # the same of drafted candidates, in any range

@@ -72,8 +72,8 @@ def label_again(
         original, rewritten = both_answers(row)
         begin = rewritten[: row["position"] + 1]
         ids = torch.tensor([[*tokens[row["prompt_id"]], *begin]], device=target.device)
-        limit = (len(original) - len(begin)) * 5 // 4 + 16  # as in mining
-        limit = min(limit, (context_of(target) or limit + ids.shape[1]) - ids.shape[1])
+        longer, context = (len(original) - len(begin)) * 5 // 4 + 16, context_of(target)  # as in mining
+        limit = longer if context is None else min(longer, context - ids.shape[1])
         output = decoding_greedily(model, limit).generate(ids, attention_mask=torch.ones_like(ids))
         rewrite, finished = until_eos(output[0, ids.shape[1] :], eos_tokens(target))
         texts = tokenizer.batch_decode([original, [*begin, *rewrite.tolist()]], skip_special_tokens=True)
