@@ -85,7 +85,8 @@ class FastDraft:
         if "position_ids" in prepared and kwargs["position_ids"] is None:
             kwargs["position_ids"] = draft._prepare_position_ids_for_generation(ids, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key in prepared}
-        cache, ends, scores = kwargs["past_key_values"], config._eos_token_tensor, []
+        cache, scores = kwargs["past_key_values"], []
+        ends = set() if config._eos_token_tensor is None else {*config._eos_token_tensor.tolist()}
         if self.length is not None:
             self.length.begin()
         for _ in range(count):
@@ -101,13 +102,14 @@ class FastDraft:
                 token = row.argmax(dim=-1, keepdim=True)
             ids = torch.cat([ids, token], dim=-1)
             scores.append(row)
+            read = [token.float()]  # exact below 2 ** 24; one copy from the device for all that is read
             if threshold or self.length is not None:
-                confidence = row.softmax(dim=-1)[0, token[0, 0]].item()
-                if threshold:
-                    generator.probs.append(confidence)  # it adapts the threshold to these
-                if confidence < threshold or (self.length is not None and not self.length.goes_on(confidence)):
-                    break
-            if ends is not None and torch.isin(token, ends).any():
+                read.append(row.softmax(dim=-1).gather(-1, token))
+            chosen, *confidence = torch.cat(read, -1)[0].tolist()
+            if threshold:
+                generator.probs += confidence  # it adapts the threshold to these
+            unsure = confidence and confidence[0] < threshold
+            if unsure or (self.length is not None and not self.length.goes_on(*confidence)) or chosen in ends:
                 break
         return ids, torch.stack(scores, dim=1)
 
