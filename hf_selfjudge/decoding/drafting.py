@@ -75,7 +75,7 @@ class FastDraft:
         """Up to `count` tokens after `ids` of shape `(1, length)`, all but the last of which are in the draft's
         cache."""
         generator, (processors, config, prepared) = self.generator, self.prepared
-        draft, threshold = generator.assistant_model, generator.generation_config.assistant_confidence_threshold
+        draft, threshold = generator.assistant_model, generator.generation_config.assistant_confidence_threshold or 0.0
         # Masks and positions grow with the text. Those that the generator keeps up to date are taken from it, the
         # others are made from the text, as `generate` would in each round.
         own = {key: value for key, value in generator.assistant_kwargs.items() if value is not None}
@@ -96,20 +96,20 @@ class FastDraft:
             outputs = draft(**inputs, return_dict=True)
             kwargs = draft._update_model_kwargs_for_generation(outputs, kwargs)
             row = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device))
+            probabilities = row.softmax(dim=-1)
             if config.do_sample:
-                token = torch.multinomial(row.softmax(dim=-1), num_samples=1)
+                token = torch.multinomial(probabilities, num_samples=1)
             else:
                 token = row.argmax(dim=-1, keepdim=True)
             ids = torch.cat([ids, token], dim=-1)
             scores.append(row)
-            read = [token.float()]  # exact below 2 ** 24; one copy from the device for all that is read
-            if threshold or self.length is not None:
-                read.append(row.softmax(dim=-1).gather(-1, token))
-            chosen, *confidence = torch.cat(read, -1)[0].tolist()
+            # One copy from the device for both; a float holds every id below 2 ** 24.
+            chosen, confidence = torch.cat([token, probabilities.gather(-1, token)], dim=-1)[0].tolist()
             if threshold:
-                generator.probs += confidence  # it adapts the threshold to these
-            unsure = confidence and confidence[0] < threshold
-            if unsure or (self.length is not None and not self.length.goes_on(*confidence)) or chosen in ends:
+                generator.probs.append(confidence)  # it adapts the threshold to these
+            if confidence < threshold or (self.length is not None and not self.length.goes_on(confidence)):
+                break
+            if chosen in ends:
                 break
         return ids, torch.stack(scores, dim=1)
 
