@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from rich.progress import MofNCompleteColumn, Progress
 from transformers import DynamicCache, PreTrainedModel
 
 from ..data.prompts import Prompt, fitting
@@ -36,6 +35,7 @@ from ..models.tokens import context_of
 from ..utils.files import JsonlLog, check_or_write_settings
 from ..utils.names import absolute_if_folder
 from ..utils.processes import this_process
+from ..utils.progress import progress_bar
 from .answers import AnswerRecord, Job, accepted_share, decode_answer
 from .methods import Method
 
@@ -124,15 +124,14 @@ def decode(
     keys = [(method.name, prompt.id, repeat) for repeat, prompt, method in in_order]
     own = texts if log is None else texts[process.process_index :: process.num_processes]
 
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, disable=not process.is_main_process) as progress:
-        bar = progress.add_task(f"Decode ({config.mode})", total=len(own) * len(methods) * config.repeats)
+    steps = len(own) * len(methods) * config.repeats
+    with progress_bar(steps, f"Decode ({config.mode})", shown=process.is_main_process) as bar:
 
         def keep(record: AnswerRecord) -> None:
             if log is not None:
                 log.add(asdict(record))
             done[record.key] = record
-            progress.advance(bar)
+            bar.update()
 
         if config.mode == "timing":
             measured = () if folder is None else _records(JsonlLog(folder / "quality.jsonl"))
@@ -149,7 +148,7 @@ def decode(
             for job in jobs:
                 if job.key in written:
                     done[job.key] = _checked(written[job.key], job, log)
-                    progress.advance(bar)
+                    bar.update()
             jobs = [job for job in jobs if job.key not in written]
             if config.mode == "quality":
                 _side_by_side(jobs, pair, config, keep)

