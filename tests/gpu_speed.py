@@ -8,7 +8,9 @@ a table in Markdown for each pair. Figures of decoding are the median of three a
 """
 
 import argparse
+import itertools
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_selfjudge import JudgedModel
 from hf_selfjudge.bench.quickstart import forward_seconds
 from hf_selfjudge.cli.options import DTYPES
+from hf_selfjudge.models.compiled import compile_step
 from hf_selfjudge.models.pair import with_lengths
 from hf_selfjudge.rules import Coin, Lossless
 
@@ -41,6 +44,7 @@ SHAPES = {
     "tinier": QWEN | sizes(32, 64, 2, 4) | {"vocab_size": 512},
 }
 KEPT = 0.8  # share of the draft's tokens that the coin accepts
+RULES = {"lossless": Lossless(), f"coin, {KEPT:.0%} accepted": Coin(KEPT)}
 VERIFIED = (5, 17)  # tokens of a forward
 
 
@@ -63,32 +67,34 @@ def seconds(call, tokens: int) -> float:
     return float(np.median(times[1:]))
 
 
-def measure(target: torch.nn.Module, draft: torch.nn.Module, tokens: int) -> list[tuple[str, str]]:
+def measure(target: torch.nn.Module, draft: torch.nn.Module, tokens: int) -> Iterator[tuple[str, str]]:
     """Rows of the table: what was measured, and the result."""
     step = forward_seconds(target, 1)
-    rows = [("target, 1 token", f"{1000 * step:.1f} ms")]
-    rows += [(f"target, {n} tokens", f"{forward_seconds(target, n) / step:.2f} × that") for n in VERIFIED]
-    rows.append(("draft, 1 token", f"{forward_seconds(draft, 1) / step:.2f} × that"))
+    yield "target, 1 token", f"{1000 * step:.1f} ms"
+    for n in VERIFIED:
+        yield f"target, {n} tokens", f"{forward_seconds(target, n) / step:.2f} × that"
+    yield "draft, 1 token", f"{forward_seconds(draft, 1) / step:.2f} × that"
     ids = torch.randint(0, 512, (1, 64), device=target.device)
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     greedy = seconds(lambda: target.generate(ids, **how), tokens)
-    rows.append(("greedy", f"{1 / greedy:.1f} tokens/s"))
+    yield "greedy", f"{1 / greedy:.1f} tokens/s"
     compiled = seconds(lambda: target.generate(ids, **how, cache_implementation="static"), tokens)
-    rows.append(("greedy, static cache (compiled on a GPU)", f"{greedy / compiled:.2f} × greedy"))
-    for length in (5, 16, "auto"):
-        for name, rule in (("lossless", Lossless()), (f"coin, {KEPT:.0%} accepted", Coin(KEPT))):
+    yield "greedy, static cache (compiled on a GPU)", f"{greedy / compiled:.2f} × greedy"
+    for length in (5, 16):
+        draft.generation_config = with_lengths(draft.generation_config, length)
+        stock = seconds(lambda: target.generate(ids, assistant_model=draft, **how), tokens)
+        yield f"stock, draft length {length}", f"{greedy / stock:.2f} × greedy (nothing is accepted)"
+    for compiles in (False, True):
+        if compiles:
+            compile_step(draft)
+        for length, (name, rule) in itertools.product((5, 16, "auto"), RULES.items()):
             judged = JudgedModel(target, rule, length)
             took = seconds(lambda judged=judged: judged.generate(ids, assistant_model=draft, **how), tokens)
-            share = judged.total.rule_seconds / (4 * tokens * took)
-            shown = (
-                f"{greedy / took:.2f} × greedy, {judged.total.tokens_per_round:.1f} tokens a round, rule {share:.1%}"
-            )
-            rows.append((f"{name}, draft length {length}", shown))
-        if length != "auto":
-            draft.generation_config = with_lengths(draft.generation_config, length)
-            stock = seconds(lambda: target.generate(ids, assistant_model=draft, **how), tokens)
-            rows.append((f"stock, draft length {length}", f"{greedy / stock:.2f} × greedy (nothing is accepted)"))
-    return rows
+            share, total = judged.total.rule_seconds / (4 * tokens * took), judged.total
+            drafted = f"{1000 * total.draft_seconds / max(1, total.drafted):.1f} ms a drafted token"
+            shown = f"{greedy / took:.2f} × greedy, {total.tokens_per_round:.1f} tokens a round, {drafted}"
+            name += f", draft length {length}{', compiled draft' if compiles else ''}"
+            yield name, f"{shown}, rule {share:.1%}"
 
 
 def main() -> None:

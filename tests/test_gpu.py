@@ -15,6 +15,7 @@ from accelerate import dispatch_model
 
 from hf_selfjudge import JudgedModel, load_labels, mine
 from hf_selfjudge.mining import labels as labels_module
+from hf_selfjudge.models.compiled import compile_step, compiled
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, TopK
 from tests.builders import (
@@ -65,6 +66,25 @@ def test_lossless_is_stock_is_greedy(architecture, drafter, length, prompt):
     assert torch.equal(output, target.generate(ids, **how))
     assert torch.equal(output, target.generate(ids, **drafts(draft, drafter), **how))
     assert torch.equal(output.cpu(), here.generate(prompt, **how))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_a_compiled_draft(architecture, do_sample, prompt):
+    here = build(architecture)
+    target, draft, plain = there(here, perturbed(here), perturbed(here))
+    compile_step(draft)
+    assert compiled(draft) is not None
+    judged = JudgedModel(target, Lossless(), 5)
+    for ids in (prompt.to(DEVICE), prompt.repeat(1, 12).to(DEVICE)):
+        outputs = []
+        for model in (draft, plain):
+            torch.manual_seed(0)
+            outputs.append(judged.generate(ids, assistant_model=model, max_new_tokens=NEW, do_sample=do_sample))
+            outputs.append(torch.tensor([judged.stats.rounds, judged.stats.matched]))
+        assert torch.equal(outputs[0], outputs[2])
+        assert torch.equal(outputs[1], outputs[3])
 
 
 def rules(target):

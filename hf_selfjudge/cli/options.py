@@ -104,9 +104,16 @@ class TargetOptions:
 class PairOptions(TargetOptions):
     pair: str = option("A known pair or 'TARGET,DRAFT', each a Hub id or a folder.", "qwen2.5-coder")
 
-    def load(self, draft_length: int | str | None = 5, with_draft: bool = True, int8_draft: bool = False) -> Pair:
+    def load(
+        self,
+        draft_length: int | str | None = 5,
+        with_draft: bool = True,
+        int8_draft: bool = False,
+        compile_draft: bool = False,
+    ) -> Pair:
         """See [`load_pair`]."""
-        return load_pair(self.pair, draft_length, self.torch_dtype(), with_draft, self.placement, int8_draft)
+        how = int8_draft, compile_draft
+        return load_pair(self.pair, draft_length, self.torch_dtype(), with_draft, self.placement, *how)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 
 import torch
+from transformers import Cache
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
@@ -16,6 +17,8 @@ from transformers.generation.candidate_generator import (
     _prepare_token_type_ids,
 )
 
+from ..forward.lockstep import runs_alone
+from ..models.compiled import StaticText, compiled
 from ..models.tokens import context_of
 from .auto_length import AutoLength
 
@@ -67,8 +70,15 @@ class FastDraft:
             # nothing; without it a `min_length` of the draft's own would hold.
             generation_args |= {"min_new_tokens": None, "min_length": 0}
             self.prepared = draft.generate(**generation_args, **kwargs, custom_generate=_prepared)
-            kwargs["past_key_values"] = self.prepared[2]["past_key_values"]
+            kwargs["past_key_values"] = self.prepared[2]["past_key_values"] = self._cache()
         return self._decode(generation_args["input_ids"], generation_args["max_new_tokens"])
+
+    def _cache(self) -> Cache:
+        """An empty cache for the draft: the one that its compiled step works in, if there is one and it is free."""
+        draft, longest = self.generator.assistant_model, self.generator.main_model_max_length
+        shared = compiled(draft) if runs_alone() else None  # rows side by side share forwards of other shapes
+        cache = None if shared is None else shared.take(self, min(longest, context_of(draft) or longest))
+        return self.prepared[2]["past_key_values"] if cache is None else cache
 
     @torch.no_grad()
     def _decode(self, ids: torch.LongTensor, count: int) -> tuple[torch.LongTensor, torch.Tensor]:
@@ -94,6 +104,8 @@ class FastDraft:
                 ids, next_sequence_length=ids.shape[1] - cache.get_seq_length(), is_first_iteration=False, **kwargs
             )
             outputs = draft(**inputs, return_dict=True)
+            if isinstance(cache, StaticText):
+                cache.hold(ids.shape[1])
             kwargs = draft._update_model_kwargs_for_generation(outputs, kwargs)
             row = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device))
             probabilities = row.softmax(dim=-1)

@@ -132,8 +132,12 @@ class Meeting:
 
 def exchange(value: T, topic: str) -> list[T]:
     """The values on a topic of all calls side by side; of a call that runs alone `[value]`."""
-    current = getcurrent()
-    return current.parent.switch(Meeting(topic, value)) if isinstance(current, _Call) else [value]
+    return [value] if runs_alone() else getcurrent().parent.switch(Meeting(topic, value))
+
+
+def runs_alone() -> bool:
+    """Whether the caller runs by itself, not side by side with other calls."""
+    return not isinstance(getcurrent(), _Call)
 
 
 class _Call(greenlet):

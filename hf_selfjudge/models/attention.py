@@ -52,7 +52,8 @@ def grouped_sdpa(
     Returns:
         `torch.Tensor` of shape `(batch, new, heads, head_dim)`, and no weights.
     """
-    if (sequences := _sequences.get()) is None:
+    # Compiled code holds one sequence, and the compiler cannot read context variables.
+    if torch.compiler.is_compiling() or (sequences := _sequences.get()) is None:
         return _attend(module, query, key, value, attention_mask, **kwargs), None
     news, lengths = sequences
     queries, masks = query.split(news, 2), attention_mask.split(news, 2)

@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..utils.names import absolute_if_folder
 from .attention import share_keys
+from .compiled import compile_step
 from .cpu import pack_half, quantise_int8, takes_packed
 from .offload import layers_on_disk
 from .wheels import PINNED, SourceError, from_wheels
@@ -33,6 +34,7 @@ def load_model(
     int8: bool = False,
     device_map: str | dict[str, str | int] | None = None,
     offload_folder: str | os.PathLike | None = None,
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a causal language model from safetensors (never from a pickle), and its tokenizer.
@@ -50,6 +52,8 @@ def load_model(
             in bf16.
         offload_folder (`str` or `os.PathLike`, *optional*): Where weights on disk are written that cannot be read from
             the model's own files, since they are converted while loading (those of most mixtures of experts).
+        compile (`bool`, defaults to `False`): For drafts on a GPU: forwards of one token are compiled; see
+            [`compile_step`]. Weights are then not packed: by default they are in bf16.
 
     Returns:
         The model in eval mode, with `config.name_or_path` set to `reference` (for a folder, to its absolute path), and
@@ -57,8 +61,13 @@ def load_model(
 
     Raises:
         SourceError: If no source has the model.
-        ValueError: If `int8` and `device_map` are both given, or the layers of the model are not known.
+        ValueError: If two of `int8`, `device_map` and `compile` are given, or the layers of the model are not known.
     """
+    if compile and (int8 or device_map is not None):
+        other = "int8" if int8 else "device_map"
+        raise ValueError(
+            f"`compile` cannot be used with `{other}`: PyTorch compiles plain weights on one device. Give one of them."
+        )
     if int8 and device_map is not None:
         raise ValueError(
             "`device_map` cannot be used with `int8`: int8 weights are packed and stay in memory. Give one of the two."
@@ -82,6 +91,8 @@ def load_model(
         share_keys(model)
     if int8:
         quantise_int8(model)
+    elif compile:
+        compile_step(model)
     elif dtype is None and device == "cpu" and not placement and takes_packed():
         pack_half(model)
     return model, tokenizer

@@ -91,6 +91,7 @@ def load_pair(
     with_draft: bool = True,
     device_map: str | dict[str, str | int] | None = None,
     int8_draft: bool = False,
+    compile_draft: bool = False,
 ) -> Pair:
     """
     Load a target, its draft and their tokenizer.
@@ -101,7 +102,7 @@ def load_pair(
         dtype (`torch.dtype`, *optional*): See [`load_model`].
         with_draft (`bool`): Whether to load the draft model; if not, drafts come from prompt lookup.
         device_map (`str` or `dict`, *optional*): Where the target is; see [`load_model`]. The draft is in memory.
-        int8_draft (`bool`): Whether the draft has int8 weights; see [`load_model`].
+        int8_draft, compile_draft (`bool`): Whether the draft has int8 weights, or is compiled; see [`load_model`].
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -109,7 +110,11 @@ def load_pair(
     """
     target_name, draft_name = parse_pair(pair, with_draft)
     target, tokenizer = load_model(target_name, dtype, device_map=device_map)
-    draft = load_draft(draft_name, target, tokenizer, draft_length, dtype, int8_draft) if with_draft else None
+    draft = (
+        load_draft(draft_name, target, tokenizer, draft_length, dtype, int8_draft, compile_draft)
+        if with_draft
+        else None
+    )
     return Pair(target, draft, tokenizer)
 
 
@@ -120,9 +125,10 @@ def load_draft(
     draft_length: int | str | None = 5,
     dtype: torch.dtype | None = None,
     int8: bool = False,
+    compile: bool = False,
 ) -> PreTrainedModel:
     """
-    Load a draft. See [`load_model`] for `reference`, `dtype` and `int8`.
+    Load a draft. See [`load_model`] for `reference`, `dtype`, `int8` and `compile`.
 
     Args:
         target, tokenizer: What it drafts for. The draft gets as many embeddings as the target ([`fit_vocabulary`]).
@@ -133,7 +139,7 @@ def load_draft(
     Raises:
         ValueError: If the draft has another tokenizer.
     """
-    draft, own = load_model(reference, dtype, int8)
+    draft, own = load_model(reference, dtype, int8, compile=compile)
     if not same_tokens(tokenizer, own):
         raise ValueError(
             f"`pair`: {reference} has another tokenizer than {target.config.name_or_path}, and tokens are compared "
