@@ -68,7 +68,6 @@ def test_lossless_is_stock_is_greedy(architecture, drafter, length, prompt):
     assert torch.equal(output.cpu(), here.generate(prompt, **how))
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "gpt2"])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
 def test_a_compiled_draft(architecture, do_sample, prompt):
