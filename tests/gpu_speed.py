@@ -100,7 +100,7 @@ def measure(target: torch.nn.Module, draft: torch.nn.Module, tokens: int) -> Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1.5b/0.5b", "7b/0.5b", "8b/1b"], metavar="TARGET/DRAFT")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     options = parser.parse_args()

@@ -23,7 +23,8 @@ from ..utils.processes import this_process
 
 
 JudgeFolder = Annotated[Path, typer.Argument(metavar="judge", help="Folder of a judge.")]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# `load_model` takes a type, or chooses the fastest itself.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fastest": None}
 
 
 def option(text: str, default: Any = MISSING, **details: Any) -> Any:
@@ -73,9 +74,9 @@ def _number_or_text(value: int | str) -> int | str:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    dtype: Literal["bfloat16", "float16", "float32"] | None = option(
-        "By default the type that labels were mined with; without labels bfloat16 on a GPU or if the target is "
-        "offloaded, on a CPU the fastest.",
+    dtype: Literal["bfloat16", "float16", "float32", "fastest"] | None = option(
+        "By default the type that labels were mined with, without labels the fastest: bfloat16 on a GPU or if the "
+        "target is offloaded, on a CPU packed float16 with float32 arithmetic.",
         None,
     )
     offload: bool = option(
