@@ -88,7 +88,7 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
     """
     Compile the forward of one token (`torch.compile`), in place, and warm it up. This takes up to some minutes; the
     compiler keeps its results on disk, and is faster the next time. Where it fails there is a warning, and the model
-    stays as it is.
+    stays as it is. A model that is compiled already is left alone.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A decoder whose layers all have keys and values. Its weights must be
@@ -96,10 +96,12 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
         config ([`~transformers.CompileConfig`], *optional*): By default the whole step is one graph, on a GPU a CUDA
             graph.
     """
+    if compiled(model) is not None:
+        return
     if config is None:
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
         config = CompileConfig(fullgraph=True, mode=mode)
-    eager = model.forward
+    eager, overridden = model.forward, "forward" in vars(model)
     step = torch.compile(eager, **config.to_dict())
 
     @functools.wraps(eager)  # `generate` looks at the signature
@@ -116,6 +118,8 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
             _warm_up(model, StaticText(layers, size))
     except Exception as error:  # whatever compiler, driver or model raise: decoding works without
         del model.forward
+        if overridden:
+            model.forward = eager
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.warning(f"{model.config.name_or_path} could not be compiled and is used as it is. {reason}")
         return

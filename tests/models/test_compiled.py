@@ -66,7 +66,7 @@ def answer(target, draft, prompt, rule=None, draft_length=None, **kwargs):
     return output.tolist(), judged.stats.rounds, judged.stats.drafted, judged.stats.matched, judged.stats.judged
 
 
-@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"prompt_lookup_num_tokens": 4}])
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"prompt_lookup_num_tokens": 4}, {"min_new_tokens": 12}])
 def test_same_candidates(pair, how):
     target, draft = pair
     own, backend = compiled_copy(target)
@@ -131,11 +131,21 @@ def test_what_cannot_be_compiled(llama, caplog):
 
     target, draft = llama
     own = perturbed(target)
-    compile_step(own, CompileConfig(backend=fails, mode=None))
-    assert compiled(own) is None
+    for model in (own, fit_vocabulary(own, VOCAB + 8)):
+        forward = vars(model).get("forward")
+        compile_step(model, CompileConfig(backend=fails, mode=None))
+        assert compiled(model) is None
+        assert vars(model).get("forward") is forward
     assert "no compiler here" in caplog.text
-    assert "forward" not in vars(own)
     assert answer(target, own, prompt_of(9)) == answer(target, draft, prompt_of(9))
+
+
+def test_compiled_only_once(llama):
+    draft, backend = compiled_copy(llama[0])
+    forward, graphs = draft.forward, backend.graphs
+    compile_step(draft)
+    assert draft.forward is forward
+    assert backend.graphs == graphs
 
 
 def test_nothing_outlives_the_model(llama):
