@@ -105,7 +105,7 @@ class FastDraft:
             )
             outputs = draft(**inputs, return_dict=True)
             if isinstance(cache, StaticText):
-                cache.hold(ids.shape[1])
+                cache.held = ids.shape[1]
             kwargs = draft._update_model_kwargs_for_generation(outputs, kwargs)
             row = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device))
             probabilities = row.softmax(dim=-1)

@@ -31,6 +31,9 @@ class StaticText(Cache):
     Args:
         layers (`int`): Number of the model's layers.
         size (`int`): Tokens that it can hold.
+
+    Attributes:
+        held (`int`): Tokens that it holds. Whoever calls the model counts them here: compiled code cannot.
     """
 
     def __init__(self, layers: int, size: int):
@@ -46,7 +49,7 @@ class StaticText(Cache):
         self.hold(self.held + tokens_to_remove)
 
     def hold(self, length: int) -> None:
-        """Say that the text has `length` tokens now: after each forward, since compiled code cannot count them."""
+        """Keep only the first `length` tokens."""
         self.held = length
         if self.layers[0].is_initialized:
             torch._foreach_zero_(lengths := [layer.cumulative_length for layer in self.layers])
@@ -138,7 +141,7 @@ def _warm_up(model: PreTrainedModel, cache: StaticText) -> None:
                 input_ids, next_sequence_length=new, is_first_iteration=False, **kwargs
             )
             outputs = model(**inputs, return_dict=True)
-            cache.hold(input_ids.shape[1])
+            cache.held = input_ids.shape[1]
             kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
             input_ids = torch.cat([input_ids, outputs.logits[:, -1].argmax(-1, keepdim=True)], dim=-1)
 
