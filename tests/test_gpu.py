@@ -15,7 +15,7 @@ from accelerate import dispatch_model
 
 from hf_selfjudge import JudgedModel, load_labels, mine
 from hf_selfjudge.mining import labels as labels_module
-from hf_selfjudge.models.compiled import compile_step, compiled
+from hf_selfjudge.models.compiled import compile_step, shared_cache
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import Coin, JudgeRule, KLGate, LookAhead, Lossless, Margin, TopK
 from tests.builders import (
@@ -74,7 +74,7 @@ def test_a_compiled_draft(architecture, do_sample, prompt):
     here = build(architecture)
     target, draft, plain = there(here, perturbed(here), perturbed(here))
     compile_step(draft)
-    assert compiled(draft) is not None
+    assert shared_cache(draft) is not None
     judged = JudgedModel(target, Lossless(), 5)
     for ids in (prompt.to(DEVICE), prompt.repeat(1, 12).to(DEVICE)):
         outputs = []

@@ -35,7 +35,7 @@ class BenchOptions(OutputOptions, PromptOptions, PairOptions):
     per_category: int | None = option("Use only the first prompts of each category.", None, min=1)
     lookup: int = reuse(MiningConfig, "lookup", 0)
     int8_draft: bool = option("Give the draft int8 weights, which makes it faster on a CPU.", False)
-    compile_draft: bool = option("Compile the draft's step, on a GPU as a CUDA graph.", False)
+    compile_draft: bool = option("With timing: compile the draft's step, on a GPU as a CUDA graph.", False)
     ask: bool = reuse(MiningConfig, "ask", False)
     embeddings: str | None = option(
         "For similarity: a sentence-transformers model (folder or Hub id), such as "
@@ -60,6 +60,11 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
     methods = parse_methods(options.rule, shipped, bool(options.lookup))
     if options.spec_bench and config.mode != "timing":
         raise ValueError("`spec-bench` files have the seconds of each answer. Ask for them with `mode` timing.")
+    if options.compile_draft and (config.mode != "timing" or options.lookup):
+        raise ValueError(
+            "`compile-draft` compiles a draft model that answers one prompt at a time. Use it with `mode` timing, "
+            "without `lookup`."
+        )
     check_writable(options.output)
     prompts = balanced(options.read(), options.per_category)
     check_can_score(prompts, options.embeddings)

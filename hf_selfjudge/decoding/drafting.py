@@ -18,7 +18,7 @@ from transformers.generation.candidate_generator import (
 )
 
 from ..forward.lockstep import runs_alone
-from ..models.compiled import StaticText, compiled
+from ..models.compiled import CroppableStaticCache, shared_cache
 from ..models.tokens import context_of
 from .auto_length import AutoLength
 
@@ -76,7 +76,7 @@ class FastDraft:
     def _cache(self) -> Cache:
         """An empty cache for the draft: the one that its compiled step works in, if there is one and it is free."""
         draft, longest = self.generator.assistant_model, self.generator.main_model_max_length
-        shared = compiled(draft) if runs_alone() else None  # rows side by side share forwards of other shapes
+        shared = shared_cache(draft) if runs_alone() else None  # rows side by side share forwards of other shapes
         cache = None if shared is None else shared.take(self, min(longest, context_of(draft) or longest))
         return self.prepared[2]["past_key_values"] if cache is None else cache
 
@@ -104,7 +104,7 @@ class FastDraft:
                 ids, next_sequence_length=ids.shape[1] - cache.get_seq_length(), is_first_iteration=False, **kwargs
             )
             outputs = draft(**inputs, return_dict=True)
-            if isinstance(cache, StaticText):
+            if isinstance(cache, CroppableStaticCache):
                 cache.held = ids.shape[1]
             kwargs = draft._update_model_kwargs_for_generation(outputs, kwargs)
             row = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device))

@@ -1,6 +1,6 @@
 """A draft without the overhead of Python: its forward of one token is compiled, over a cache of fixed size.
 
-In: a loaded model. Out: the same model, whose forwards of one token are compiled where they get a [`StaticText`].
+In: a loaded model. Out: the same model; its forwards of one token over a [`CroppableStaticCache`] are compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHORTEST = 512  # tokens of the smallest cache; the next ones are twice as long 
 WARMED_UP = (SHORTEST, 2 * SHORTEST)
 
 
-class StaticText(Cache):
+class CroppableStaticCache(Cache):
     """
     The keys and values of one text, in tensors of fixed size. Unlike transformers' static cache it can be cropped: the
     length is a number, and what lies behind it is masked. All layers hold the whole text, also those of sliding
@@ -56,35 +56,35 @@ class StaticText(Cache):
             torch._foreach_add_(lengths, length)
 
 
-class Compiled:
-    """What calls share of a compiled model: its cache. One call has it at a time; others decode as if nothing were
-    compiled. Knows nothing of the model, whose life it must not prolong."""
+class SharedCache:
+    """The cache of a compiled model. One call has it at a time; others decode as if nothing were compiled. It must not
+    refer to the model, which could then never be freed."""
 
     def __init__(self, layers: int):
         self.layers, self.lock = layers, threading.Lock()
-        self.cache: StaticText | None = None
+        self.cache: CroppableStaticCache | None = None
         self.user = lambda: None
 
-    def take(self, user: object, length: int) -> StaticText | None:
+    def take(self, user: object, length: int) -> CroppableStaticCache | None:
         """An empty cache for a text of at most `length` tokens, for as long as `user` lives; `None` if another one has
         it."""
         with self.lock:
             if self.user() is not None:
                 return None
             if self.cache is None or self.cache.size < length:
-                self.cache = StaticText(self.layers, max(SHORTEST, 1 << (length - 1).bit_length()))
+                self.cache = CroppableStaticCache(self.layers, max(SHORTEST, 1 << (length - 1).bit_length()))
             self.user = weakref.ref(user)
         self.cache.hold(0)
         return self.cache
 
 
 # By the base model, which copies of a model share.
-_compiled: weakref.WeakKeyDictionary[torch.nn.Module, Compiled] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakKeyDictionary[torch.nn.Module, SharedCache] = weakref.WeakKeyDictionary()
 
 
-def compiled(model: PreTrainedModel) -> Compiled | None:
-    """What calls share of `model`, if [`compile_step`] has compiled it."""
-    return _compiled.get(model.base_model)
+def shared_cache(model: PreTrainedModel) -> SharedCache | None:
+    """The cache that calls of `model` share, if [`compile_step`] has compiled it."""
+    return _shared.get(model.base_model)
 
 
 def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) -> None:
@@ -99,7 +99,7 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
         config ([`~transformers.CompileConfig`], *optional*): By default the whole step is one graph, on a GPU a CUDA
             graph.
     """
-    if compiled(model) is not None:
+    if shared_cache(model) is not None:
         return
     if config is None:
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
@@ -110,15 +110,17 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
     @functools.wraps(eager)  # `generate` looks at the signature
     def forward(input_ids: torch.LongTensor | None = None, *args, **kwargs):
         one = input_ids is not None and input_ids.shape == (1, 1) and not args
-        call = step if one and isinstance(kwargs.get("past_key_values"), StaticText) else eager
+        call = step if one and isinstance(kwargs.get("past_key_values"), CroppableStaticCache) else eager
         return call(input_ids, *args, **kwargs)
 
     layers = model.config.get_text_config().num_hidden_layers
     logger.warning(f"Compiling a step of {model.config.name_or_path}; this can take minutes the first time.")
     model.forward = forward
     try:
-        for size in WARMED_UP:
-            _warm_up(model, StaticText(layers, size))
+        # The compiler counts what all models of a process compile, and would refuse the fifth.
+        with torch._dynamo.config.patch(recompile_limit=1000):
+            for size in WARMED_UP:
+                _warm_up(model, CroppableStaticCache(layers, size))
     except Exception as error:  # whatever compiler, driver or model raise: decoding works without
         del model.forward
         if overridden:
@@ -126,11 +128,11 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.warning(f"{model.config.name_or_path} could not be compiled and is used as it is. {reason}")
         return
-    _compiled[model.base_model] = Compiled(layers)
+    _shared[model.base_model] = SharedCache(layers)
 
 
 @torch.no_grad()
-def _warm_up(model: PreTrainedModel, cache: StaticText) -> None:
+def _warm_up(model: PreTrainedModel, cache: CroppableStaticCache) -> None:
     """Decode some tokens: the first forwards compile and record, the later ones use what they made."""
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs) -> None:

@@ -167,6 +167,8 @@ def test_a_bench_takes_the_judge_that_is_shipped_for_what_drafts(
         (("--rule", "kl=1", "--lookup", 3), "with prompt lookup there is none"),
         (("--mode", "fast"), "`mode` must be one of"),
         (("--spec-bench",), "`mode` timing"),
+        (("--compile-draft",), "`mode` timing"),
+        (("--compile-draft", "--mode", "timing", "--lookup", "4"), "without `lookup`"),
         (("--draft-length", "auto"), "goes by the clock"),
         (("--draft-length", "8", "--lookup", "4"), "with `--lookup N` it is N"),
         (("--prompts", "nowhere.jsonl"), "could not be read"),

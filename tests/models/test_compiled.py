@@ -9,7 +9,7 @@ from transformers import CompileConfig
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.models import compiled as module
-from hf_selfjudge.models.compiled import compile_step, compiled
+from hf_selfjudge.models.compiled import compile_step, shared_cache
 from hf_selfjudge.models.pair import fit_vocabulary
 from hf_selfjudge.rules import Coin, Lossless
 from tests.builders import VOCAB, build, perturbed
@@ -50,7 +50,7 @@ class Backend:
 def compiled_copy(model, **copy):
     backend, draft = Backend(), perturbed(model, **copy)
     compile_step(draft, CompileConfig(fullgraph=True, backend=backend, mode=None))
-    assert compiled(draft) is not None
+    assert shared_cache(draft) is not None
     return draft, backend
 
 
@@ -93,7 +93,7 @@ def test_one_call_at_a_time_has_the_cache(llama):
     target, draft = llama
     own, backend = compiled_copy(target)
     other = Backend()
-    assert compiled(own).take(other, 20) is not None
+    assert shared_cache(own).take(other, 20) is not None
     runs = backend.runs
     assert answer(target, own, prompt_of(9)) == answer(target, draft, prompt_of(9))
     assert backend.runs == runs
@@ -134,7 +134,7 @@ def test_what_cannot_be_compiled(llama, caplog):
     for model in (own, fit_vocabulary(own, VOCAB + 8)):
         forward = vars(model).get("forward")
         compile_step(model, CompileConfig(backend=fails, mode=None))
-        assert compiled(model) is None
+        assert shared_cache(model) is None
         assert vars(model).get("forward") is forward
     assert "no compiler here" in caplog.text
     assert answer(target, own, prompt_of(9)) == answer(target, draft, prompt_of(9))
@@ -148,10 +148,15 @@ def test_compiled_only_once(llama):
     assert backend.graphs == graphs
 
 
+def test_many_models_in_one_process(llama):
+    backends = [compiled_copy(llama[0])[1] for _ in range(6)]
+    assert all(backend.graphs for backend in backends)
+
+
 def test_nothing_outlives_the_model(llama):
     draft, _ = compiled_copy(llama[0])
     answer(llama[0], draft, prompt_of(9))
-    cache = weakref.ref(compiled(draft).cache)
+    cache = weakref.ref(shared_cache(draft).cache)
     del draft
     torch._dynamo.reset()
     gc.collect()
@@ -172,7 +177,7 @@ def test_a_loaded_draft(llama, tokenizer, tmp_path):
     draft.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     own, _ = load_model(str(tmp_path), torch.float32, compile=True)
-    assert compiled(own) is not None
+    assert shared_cache(own) is not None
     for sampling in (False, True):
         expected = answer(target, draft, prompt_of(9), draft_length=5, do_sample=sampling)
         assert answer(target, own, prompt_of(9), draft_length=5, do_sample=sampling) == expected

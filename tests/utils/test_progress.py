@@ -1,0 +1,19 @@
+"""Progress bars."""
+
+from hf_selfjudge.utils.progress import progress_bar
+
+
+def test_in_a_file(capsys):
+    with progress_bar(3, "Read") as bar:
+        for _ in range(6):
+            bar.update(0.5)
+    written = capsys.readouterr().err
+    assert "Read: 100%" in written
+    assert "3/3" in written
+    assert written.count("Read") == 2  # the beginning and the end
+
+
+def test_not_shown(capsys):
+    with progress_bar(3, "Read", shown=False) as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""
