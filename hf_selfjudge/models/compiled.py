@@ -5,11 +5,13 @@ In: a loaded model. Out: the same model; its forwards of one token over a [`Crop
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import Cache, CompileConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.utils import logging
@@ -110,8 +112,10 @@ def compile_step(model: PreTrainedModel, config: CompileConfig | None = None) ->
     @functools.wraps(eager)  # `generate` looks at the signature
     def forward(input_ids: torch.LongTensor | None = None, *args, **kwargs):
         one = input_ids is not None and input_ids.shape == (1, 1) and not args
-        call = step if one and isinstance(kwargs.get("past_key_values"), CroppableStaticCache) else eager
-        return call(input_ids, *args, **kwargs)
+        if one and isinstance(kwargs.get("past_key_values"), CroppableStaticCache):
+            with contextlib.suppress(FailOnRecompileLimitHit):  # a call of another sort, after too many others
+                return step(input_ids, **kwargs)
+        return eager(input_ids, *args, **kwargs)
 
     layers = model.config.get_text_config().num_hidden_layers
     logger.warning(f"Compiling a step of {model.config.name_or_path}; this can take minutes the first time.")

@@ -153,6 +153,15 @@ def test_many_models_in_one_process(llama):
     assert all(backend.graphs for backend in backends)
 
 
+def test_a_call_that_may_not_be_compiled_any_more(llama):
+    target, draft = llama
+    own, backend = compiled_copy(target)
+    runs = backend.runs
+    with torch._dynamo.config.patch(recompile_limit=1), torch.inference_mode():  # compiled code is of one mode only
+        assert answer(target, own, prompt_of(9)) == answer(target, draft, prompt_of(9))
+    assert backend.runs == runs
+
+
 def test_nothing_outlives_the_model(llama):
     draft, _ = compiled_copy(llama[0])
     answer(llama[0], draft, prompt_of(9))
