@@ -34,7 +34,7 @@ class BenchOptions(OutputOptions, PromptOptions, PairOptions):
     )
     per_category: int | None = option("Use only the first prompts of each category.", None, min=1)
     lookup: int = reuse(MiningConfig, "lookup", 0)
-    int8_draft: bool = option("Give the draft int8 weights, which makes it faster on a CPU.", False)
+    low_bit_draft: bool = option("Give the draft int4 and int8 weights, which makes it faster on a CPU.", False)
     compile_draft: bool = option("With timing: compile the draft's step, on a GPU as a CUDA graph.", False)
     ask: bool = reuse(MiningConfig, "ask", False)
     embeddings: str | None = option(
@@ -72,7 +72,7 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
     for method in methods:
         if method.judge is not None:
             method.rule(judges)  # refuses unknown operating points before models load
-    pair = options.load(None, not options.lookup, options.int8_draft, options.compile_draft)
+    pair = options.load(None, not options.lookup, options.low_bit_draft, options.compile_draft)
     prompts, _, left_out = fitting(pair.tokenizer, prompts, readable_context(pair, methods), config.max_new_tokens)
     if process.is_main_process:
         say_left_out(left_out)

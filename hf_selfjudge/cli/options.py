@@ -109,11 +109,11 @@ class PairOptions(TargetOptions):
         self,
         draft_length: int | str | None = 5,
         with_draft: bool = True,
-        int8_draft: bool = False,
+        low_bit_draft: bool = False,
         compile_draft: bool = False,
     ) -> Pair:
         """See [`load_pair`]."""
-        how = int8_draft, compile_draft
+        how = low_bit_draft, compile_draft
         return load_pair(self.pair, draft_length, self.torch_dtype(), with_draft, self.placement, *how)
 
 

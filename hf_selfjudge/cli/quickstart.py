@@ -82,7 +82,7 @@ def quickstart_command(options: QuickstartOptions) -> None:
     console.print(quickstart_table(results, f"{' + '.join(names)}, {len(prompts)} prompts"))
     for line in conclusions(results):
         say(line)
-    draft = "the draft" if fast is pair else "an int8 draft"
+    draft = "the draft" if fast is pair else "a low-bit draft"
     say(f"Stock decodes with its defaults, lossless and judged with {draft}; the judge's threshold is {threshold}.")
     record = {
         "pair": options.pair if options.pair in PAIRS else ",".join(map(absolute_if_folder, names)),
@@ -93,7 +93,7 @@ def quickstart_command(options: QuickstartOptions) -> None:
         "threshold": threshold.json(),
         "dtype": precision(pair.target),
         "offloaded": is_offloaded(pair.target),
-        "int8_draft": fast is not pair,
+        "low_bit_draft": fast is not pair,
         "device": str(pair.target.device),
     }
     options.write(record | results)

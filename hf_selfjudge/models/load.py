@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..utils.names import absolute_if_folder
 from .attention import share_keys
 from .compiled import compile_step
-from .cpu import pack_half, quantise_int8, takes_packed
+from .cpu import pack_half, pack_low_bit, takes_packed
 from .offload import layers_on_disk
 from .wheels import PINNED, SourceError, from_wheels
 
@@ -31,7 +31,7 @@ from .wheels import PINNED, SourceError, from_wheels
 def load_model(
     reference: str,
     dtype: torch.dtype | None = None,
-    int8: bool = False,
+    low_bit: bool = False,
     device_map: str | dict[str, str | int] | None = None,
     offload_folder: str | os.PathLike | None = None,
     compile: bool = False,
@@ -44,8 +44,9 @@ def load_model(
         dtype (`torch.dtype`, *optional*): Precision of the weights. By default bf16 on a GPU, and on a CPU
             half-precision weights with fp32 arithmetic (see [`HalfLinear`]). Give one to change weights afterwards (to
             merge an adapter, to train): packed ones must stay as they are ([`check_packed`]).
-        int8 (`bool`, defaults to `False`): On a CPU, linear layers with int8 weights (see [`quantise_int8`]) and all
-            else in fp32, whatever `dtype` is. For drafts, whose candidates the target verifies anyway.
+        low_bit (`bool`, defaults to `False`): On a CPU, linear layers with int4 and int8 weights (see
+            [`pack_low_bit`]) and all else in fp32, whatever `dtype` is. For drafts, whose candidates the target
+            verifies anyway.
         device_map (`str` or `dict`, *optional*): For a model that does not fit into the memory of one device: where
             its modules are, as in `from_pretrained` of transformers (`"auto"`, …), or `"disk"`: its layers stay on
             disk and are read in each forward, all else is in memory. Weights are then not packed: by default they are
@@ -61,21 +62,23 @@ def load_model(
 
     Raises:
         SourceError: If no source has the model.
-        ValueError: If two of `int8`, `device_map` and `compile` are given, or the layers of the model are not known.
+        ValueError: If two of `low_bit`, `device_map` and `compile` are given, or the layers of the model are not
+            known.
     """
-    if compile and (int8 or device_map is not None):
-        other = "int8" if int8 else "device_map"
+    if compile and (low_bit or device_map is not None):
+        other = "low_bit" if low_bit else "device_map"
         raise ValueError(
             f"`compile` cannot be used with `{other}`: PyTorch compiles plain weights on one device. Give one of them."
         )
-    if int8 and device_map is not None:
+    if low_bit and device_map is not None:
         raise ValueError(
-            "`device_map` cannot be used with `int8`: int8 weights are packed and stay in memory. Give one of the two."
+            "`device_map` cannot be used with `low_bit`: low-bit weights are packed and stay in memory. Give one of "
+            "the two."
         )
     source = resolve_model(reference)
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a launcher gives each of its processes another one
-    device = gpu if torch.cuda.is_available() and not int8 else "cpu"
-    loaded_dtype = torch.float32 if int8 else dtype or torch.bfloat16
+    device = gpu if torch.cuda.is_available() and not low_bit else "cpu"
+    loaded_dtype = torch.float32 if low_bit else dtype or torch.bfloat16
     if device_map == "disk":
         device_map = layers_on_disk(source, device)
     placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
@@ -89,8 +92,8 @@ def load_model(
     model.config.name_or_path = absolute_if_folder(reference)
     if device == "cpu":
         share_keys(model)
-    if int8:
-        quantise_int8(model)
+    if low_bit:
+        pack_low_bit(model)
     elif compile:
         compile_step(model)
     elif dtype is None and device == "cpu" and not placement and takes_packed():

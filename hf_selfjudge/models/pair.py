@@ -90,7 +90,7 @@ def load_pair(
     dtype: torch.dtype | None = None,
     with_draft: bool = True,
     device_map: str | dict[str, str | int] | None = None,
-    int8_draft: bool = False,
+    low_bit_draft: bool = False,
     compile_draft: bool = False,
 ) -> Pair:
     """
@@ -102,7 +102,8 @@ def load_pair(
         dtype (`torch.dtype`, *optional*): See [`load_model`].
         with_draft (`bool`): Whether to load the draft model; if not, drafts come from prompt lookup.
         device_map (`str` or `dict`, *optional*): Where the target is; see [`load_model`]. The draft is in memory.
-        int8_draft, compile_draft (`bool`): Whether the draft has int8 weights, or is compiled; see [`load_model`].
+        low_bit_draft, compile_draft (`bool`): Whether the draft has low-bit weights, or is compiled; see
+            [`load_model`].
 
     Raises:
         ValueError: If the draft has another tokenizer.
@@ -111,7 +112,7 @@ def load_pair(
     target_name, draft_name = parse_pair(pair, with_draft)
     target, tokenizer = load_model(target_name, dtype, device_map=device_map)
     draft = (
-        load_draft(draft_name, target, tokenizer, draft_length, dtype, int8_draft, compile_draft)
+        load_draft(draft_name, target, tokenizer, draft_length, dtype, low_bit_draft, compile_draft)
         if with_draft
         else None
     )
@@ -124,11 +125,11 @@ def load_draft(
     tokenizer: PreTrainedTokenizerBase,
     draft_length: int | str | None = 5,
     dtype: torch.dtype | None = None,
-    int8: bool = False,
+    low_bit: bool = False,
     compile: bool = False,
 ) -> PreTrainedModel:
     """
-    Load a draft. See [`load_model`] for `reference`, `dtype`, `int8` and `compile`.
+    Load a draft. See [`load_model`] for `reference`, `dtype`, `low_bit` and `compile`.
 
     Args:
         target, tokenizer: What it drafts for. The draft gets as many embeddings as the target ([`fit_vocabulary`]).
@@ -139,7 +140,7 @@ def load_draft(
     Raises:
         ValueError: If the draft has another tokenizer.
     """
-    draft, own = load_model(reference, dtype, int8, compile=compile)
+    draft, own = load_model(reference, dtype, low_bit, compile=compile)
     if not same_tokens(tokenizer, own):
         raise ValueError(
             f"`pair`: {reference} has another tokenizer than {target.config.name_or_path}, and tokens are compared "
@@ -163,10 +164,10 @@ def with_lengths(config: GenerationConfig, draft_length: int | str) -> Generatio
 
 def with_fast_draft(pair: Pair, reference: str) -> Pair:
     """The pair with the fastest draft that this machine has: on a CPU with the kernels for it (x86), the draft
-    `reference` with int8 weights. Its lengths are left to transformers."""
+    `reference` with low-bit weights. Its lengths are left to transformers."""
     if pair.draft.device.type != "cpu" or not takes_packed():
         return pair
-    return replace(pair, draft=load_draft(reference, pair.target, pair.tokenizer, None, int8=True))
+    return replace(pair, draft=load_draft(reference, pair.target, pair.tokenizer, None, low_bit=True))
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

@@ -46,7 +46,7 @@ def test_decodings_side_by_side(llama, tokenizer):
 
 
 def test_a_faster_draft_is_for_lossless_and_judged_decoding(llama, tokenizer):
-    """The quickstart uses one with int8 weights; this one proposes other tokens."""
+    """The quickstart uses one with low-bit weights; this one proposes other tokens."""
     target, draft = llama
     pair, judge = Pair(target, draft, tokenizer), random_judge(target)
     other = perturbed(target, 0.5)

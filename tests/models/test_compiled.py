@@ -172,7 +172,7 @@ def test_nothing_outlives_the_model(llama):
     assert cache() is None
 
 
-@pytest.mark.parametrize(("name", "value"), [("int8", True), ("device_map", "cpu")])
+@pytest.mark.parametrize(("name", "value"), [("low_bit", True), ("device_map", "cpu")])
 def test_options_that_exclude_each_other(name, value):
     with pytest.raises(ValueError, match=f"`compile` cannot be used with `{name}`"):
         load_model("unused", compile=True, **{name: value})

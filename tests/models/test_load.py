@@ -9,11 +9,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaPreTrainedModel
 
 from hf_selfjudge import JudgedModel, load_model
 from hf_selfjudge.models import load, wheels
-from hf_selfjudge.models.cpu import HalfLinear, pack_half, precision, quantise_int8
+from hf_selfjudge.models.cpu import HalfLinear, LowBitLinear, pack_half, pack_low_bit, precision
 from hf_selfjudge.models.load import fingerprint, resolve_model
 from hf_selfjudge.models.offload import is_offloaded
 from hf_selfjudge.models.pair import parse_pair
@@ -196,26 +196,60 @@ def test_weights_that_were_changed_after_packing_are_refused(tokenizer, prompt, 
     torch.testing.assert_close(judged(prompt).logits, expected, atol=1e-2, rtol=1e-2)
 
 
-def test_int8_model_computes_nearly_the_same(prompt):
-    model = build("llama")
+def test_low_bit_model_computes_nearly_the_same(prompt):
+    """Reading a prompt, and token by token."""
+    model = build("llama", intermediate_size=64)
     with torch.no_grad():
         expected = model(prompt).logits.log_softmax(-1)
-        quantise_int8(model)
-        found = model(prompt).logits.log_softmax(-1)
-    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.05  # nats
-    assert precision(model) == "int8 and fp16 weights"
+        pack_low_bit(model)
+        cache = DynamicCache(config=model.config)
+        steps = [model(token, past_key_values=cache).logits for token in prompt.split(1, dim=1)]
+        for logits in (model(prompt).logits, torch.cat(steps, 1)):
+            found = logits.log_softmax(-1)
+            assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.05  # nats
+    assert precision(model) == "int4 and int8 weights"
     layer = model.model.layers[0]
-    assert type(layer.mlp.down_proj) is type(layer.self_attn.k_proj) is HalfLinear
-    assert type(layer.mlp.up_proj) is type(model.lm_head) is torch.ao.nn.quantized.dynamic.Linear
+    assert type(layer.mlp.down_proj) is type(layer.self_attn.k_proj) is type(layer.mlp.up_proj) is LowBitLinear
+    assert type(layer.mlp.down_proj.wide) is type(layer.self_attn.k_proj.wide) is HalfLinear
+    assert type(layer.mlp.up_proj.wide) is type(model.lm_head) is torch.ao.nn.quantized.dynamic.Linear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_low_bit_layer(bias):
+    """Each weight moves by half a step of its group of 32 at most. More than four rows go to the other layer."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 48, bias=bias).requires_grad_(False)
+    few = LowBitLinear(layer.weight, layer.bias, torch.nn.Identity())
+    weight = torch.cat([few(rows) for rows in torch.eye(96).split(4)]).T
+    if bias:
+        weight = weight - layer.bias[:, None]
+    low, high = layer.weight.unflatten(1, (3, 32)).aminmax(dim=-1, keepdim=True)
+    moved = (weight - layer.weight).unflatten(1, (3, 32)).abs()
+    assert (moved <= (high - low) / 30 + 1e-3).all()  # and what bf16 rounds
+    assert moved.max() > 2e-3
+    rows = torch.randn(2, 2, 96)
+    torch.testing.assert_close(few(rows), torch.nn.functional.linear(rows, weight, layer.bias), atol=2e-2, rtol=2e-2)
+    rows = torch.randn(5, 1, 96)
+    assert few(rows) is rows
+
+
+def test_low_bit_layers_of_odd_sizes():
+    """What the kernel for int4 does not take keeps its other weights."""
+    model = build("llama", intermediate_size=40)
+    pack_low_bit(model)
+    layer = model.model.layers[0]
+    assert type(layer.mlp.down_proj) is HalfLinear
+    assert type(layer.mlp.up_proj) is torch.ao.nn.quantized.dynamic.Linear
+    assert type(layer.self_attn.q_proj) is LowBitLinear
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_int8_draft_of_a_folder(tokenizer, prompt, tmp_path, dtype):
-    """Lossless whatever the draft's precision; int8 layers with a bias, as Qwen's have, do not compute in bf16."""
+def test_low_bit_draft_of_a_folder(tokenizer, prompt, tmp_path, dtype):
+    """Lossless whatever the draft's precision; layers with a bias, as Qwen's have, do not compute in bf16."""
     target = build("qwen2")
     perturbed(target).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    judged, (draft, _) = JudgedModel(target, Lossless()), load_model(str(tmp_path), dtype, int8=True)
+    judged, (draft, _) = JudgedModel(target, Lossless()), load_model(str(tmp_path), dtype, low_bit=True)
     output = judged.generate(prompt, assistant_model=draft, max_new_tokens=30)
     assert torch.equal(output, target.generate(prompt, max_new_tokens=30))
     assert judged.stats.matched > 0
@@ -250,8 +284,8 @@ def test_layers_on_disk(tokenizer, tmp_path, architecture):
 def test_what_a_device_map_cannot_do(tokenizer, tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`device_map` cannot be used with `int8`"):
-        load_model(str(tmp_path), int8=True, device_map="auto")
+    with pytest.raises(ValueError, match="`device_map` cannot be used with `low_bit`"):
+        load_model(str(tmp_path), low_bit=True, device_map="auto")
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", [])
     with pytest.raises(ValueError, match="`device_map`: the layers of LlamaForCausalLM are not known"):
         load_model(str(tmp_path), device_map="disk")
