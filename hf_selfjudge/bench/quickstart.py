@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from rich.console import Group
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 from transformers import DynamicCache, PreTrainedModel
@@ -25,6 +24,7 @@ from ..models.pair import Pair
 from ..scoring.checks import CheckedAnswer, check_of
 from ..scoring.meaning import reconvergence
 from ..scoring.statistics import Interval, draws, shown
+from ..utils.progress import tracked
 from ..utils.text import in_terminal, pieces
 from .answers import AnswerRecord
 from .methods import Method
@@ -138,7 +138,7 @@ def run_quickstart(
     def logprob(prompt_id: str, tokens: tuple[int, ...]) -> float:
         return answer_logprob(pair, by_id[prompt_id], tokens)
 
-    for record in track(records, "Score"):
+    for record in tracked(records, "Score"):
         record.method, record.logprob = names[record.method], logprob(record.prompt, tuple(record.tokens))
     return records
 

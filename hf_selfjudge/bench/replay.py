@@ -13,11 +13,11 @@ import datasets
 import numpy as np
 import pyarrow
 import torch
-from rich.progress import track
 
 from ..decoding.rules import Mismatches, Rule
 from ..judge.features import SCALARS, STATES
 from ..mining.label_files import mining_of
+from ..utils.progress import tracked
 from .tradeoff import Grid
 
 
@@ -150,7 +150,7 @@ def replay(
     prompts = {each.prompt_id: each.category for each in rounds}
     columns = {prompt: column for column, prompt in enumerate(prompts)}
     tokens, counts, unchanged = np.zeros((3, len(rules) + 1, len(prompts)))
-    for each in track(rounds, "Replay"):
+    for each in tracked(rounds, "Replay"):
         column = columns[each.prompt_id]
         harmless = [kept for kept, same in enumerate(each.unchanged) if same]
         for row, kept in enumerate([*map(each.kept, rules), harmless[-1]]):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from rich.progress import track
 
 from ..data.prompts import Prompt
 from ..judge.judge import Judge
@@ -22,6 +21,7 @@ from ..scoring.checks import CheckedAnswer, check_of
 from ..scoring.meaning import reconvergence, repetition, similarity
 from ..scoring.statistics import Interval, risk_bound
 from ..utils.files import JsonlLog
+from ..utils.progress import tracked
 from .answers import AnswerRecord, accepted_share
 from .methods import FAMILIES, Method
 from .tradeoff import BASE, Grid, compare_rules, paired_differences, separation
@@ -111,7 +111,7 @@ def grid_of(
     shape = (len(methods), len(prompts))
     scores: dict[str, np.ndarray] = {}
     tokens, rounds = np.zeros(shape), np.full(shape, np.nan)
-    for column, prompt in enumerate(track(prompts, "Measure")):
+    for column, prompt in enumerate(tracked(prompts, "Measure")):
         for row, method in enumerate(methods):
             record = by_key[method.name, prompt.id]
             tokens[row, column], rounds[row, column] = len(record.tokens), len(record.lengths) or np.nan

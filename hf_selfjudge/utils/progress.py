@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
 
+T = TypeVar("T")
 SECONDS_IN_A_LOG = 30.0  # between two states of a bar
 
 
@@ -21,3 +24,11 @@ def progress_bar(total: int, description: str, shown: bool = True) -> tqdm:
     return tqdm(
         total=total, desc=description, disable=not shown, mininterval=pause, maxinterval=pause, bar_format=layout
     )
+
+
+def tracked(items: Sequence[T], description: str) -> Iterator[T]:
+    """The items one after another, with a bar that moves when the next one is asked for."""
+    with progress_bar(len(items), description) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -1,6 +1,6 @@
 """Progress bars."""
 
-from hf_selfjudge.utils.progress import progress_bar
+from hf_selfjudge.utils.progress import progress_bar, tracked
 
 
 def test_in_a_file(capsys):
@@ -17,3 +17,8 @@ def test_not_shown(capsys):
     with progress_bar(3, "Read", shown=False) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
+
+
+def test_tracked_items(capsys):
+    assert list(tracked("abc", "Measure")) == ["a", "b", "c"]
+    assert "Measure: 100%" in capsys.readouterr().err
