@@ -52,7 +52,7 @@ class BenchConfig:
     max_new_tokens: int = field(default=128, metadata={"help": "Limit of an answer, tokens.", "min": 1})
     draft_length: int | str = field(
         default=5,
-        metadata={"help": "Tokens to draft in a round; 'auto', with timing, lets rules choose."},
+        metadata={"help": "Tokens to draft in a round, or 'auto' (in the bench with timing; not in `serve`)."},
     )
     repeats: int = field(default=1, metadata={"help": "With timing: how often each answer is decoded.", "min": 1})
     at_once: int = field(default=48, metadata={"help": "With quality: answers under way at a time.", "min": 1})

@@ -148,7 +148,8 @@ class JudgeOptions:
     )
     threshold: str | None = option(
         "0 (lossless) to 1, 0.03/token (for each token gained) or the name of an operating point. By default the "
-        "judge's own.",
+        "judge's own; `quickstart` and the page of `demo` begin with the one at which it accepts about half of "
+        "held-out mismatches.",
         None,
     )
 
