@@ -10,7 +10,7 @@ import torch
 import typer
 
 import hf_selfjudge
-from hf_selfjudge import Judge, rules, training
+from hf_selfjudge import Judge, training
 from hf_selfjudge.cli.app import app
 from tests.builders import build, perturbed, random_judge, tiny_tokenizer
 
@@ -45,9 +45,7 @@ def test_python_blocks_run(page, monkeypatch):
     monkeypatch.setattr(Judge, "from_pretrained", lambda *args, **kwargs: random_judge(target))
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    judge, texts, seeds = "my-judge", ["one", "and two"], [1, 2]
-    namespace = {"judge": judge, "texts": texts, "seeds": seeds, "rules": [rules.Margin(1.0)] * 2}
-    namespace |= {"vllm": Mock(), "openai": Mock()}  # servers and their clients
+    namespace = {"vllm": Mock(), "openai": Mock()}  # servers and their clients
     torch.manual_seed(0)
     for language, code in BLOCK.findall(page.read_text()):
         if language == "python":
