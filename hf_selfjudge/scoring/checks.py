@@ -24,7 +24,7 @@ from .final_answers import (
     has_allowed_call,
     normalised,
 )
-from .meaning import computes_the_same, passes_tests
+from .meaning import can_compare, computes_the_same, passes_tests
 
 
 # A text and questions about it -> the replies, or `None` if there are none.
@@ -97,11 +97,11 @@ class ResultCheck(Check):
     def score(self, prompt: Prompt, answer: CheckedAnswer) -> float | None:
         if not prompt.references:
             return None
-        if (result := self.result(prompt, answer)) is None:
-            return 0.0
-        if self.is_right is None:
-            return float(result in {self.read(reference, prompt) for reference in prompt.references})
-        return float(any(self.is_right(answer.text, reference, prompt) for reference in prompt.references))
+        if self.is_right is not None:
+            rights = (self.is_right(answer.text, reference, prompt) for reference in prompt.references)
+            return float(answer.finished and any(rights))
+        result = self.result(prompt, answer)
+        return float(result is not None and result in {self.read(each, prompt) for each in prompt.references})
 
 
 class CodeCheck(Check):
@@ -119,6 +119,8 @@ class CodeCheck(Check):
 
     def _same(self, prompt: Prompt, first: CheckedAnswer, second: CheckedAnswer) -> bool | None:
         passed = [self._passes(prompt, answer) for answer in (first, second)]
+        if passed == [False, True] and not can_compare(prompt.tests):
+            return None  # of such tests only changes would be known
         if any(passed):
             return all(passed)
         return computes_the_same(first.text, second.text, prompt.tests, prompt.conversation)
@@ -148,7 +150,8 @@ def _marked(read: Callable[[str, Prompt], Hashable | None]) -> ResultCheck:
     """Final answers that stand behind "Answer:" in a text, and alone in a reference."""
 
     def is_right(text: str, reference: str, prompt: Prompt) -> bool:
-        return read(text, prompt) == read(f"Answer: {reference}", prompt)
+        result = read(text, prompt)
+        return result is not None and result == read(f"Answer: {reference}", prompt)
 
     return ResultCheck(read, is_right)
 

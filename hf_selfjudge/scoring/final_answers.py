@@ -30,7 +30,8 @@ LINE = re.compile(
 COLON = re.compile(r"\banswer[\s*_`]*:[\s*_]*", re.IGNORECASE)
 SUBJECT = r"(?:answer|option|choice|letter|argument|expression|statement)"
 VERB = re.compile(rf"\b{SUBJECT}[\s*_`]*\bis\b[\s*_:]*", re.IGNORECASE)
-NAMED = re.compile(r"(?:(?:the|correct|right|best|option|choice|letter|is)\b[\s:*_]*)+", re.IGNORECASE)  # Option B
+NAMING = r"(?:\b(?:the|correct|right|best|option|choice|letter|is)\b[\s:*_]*)+"
+NAMED = re.compile(rf"^{NAMING}|{NAMING}$", re.IGNORECASE)  # Option B; A is the right option
 COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\[()]|\\[\[\]](?=\s|$)")
 ESCAPED = re.compile(r"\\([\[\]{}_])")
 FORMULA = re.compile(r"\\\(|\\\[\s|\\(?:boxed|text)")  # but `\[1, 2\]` is a list with escaped brackets
@@ -42,6 +43,10 @@ OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.):])[ \t]*(.+)$|^[ \t]*- (.
 # A letter that is no word: alone, in brackets, or in front of a stop. Only A and I are words, too.
 LETTER = re.compile(r"[(\[]([A-Za-z])[)\]][.:,]?\s*|([A-Z])(?:[.:,)]\s*|$|(?<![AI])\s+)|([a-z])$")
 SEVERAL = re.compile(r"(?:and|or|&|/)\s*[(\[]?[A-Z]\b|[(\[]?[A-Z][)\]]?$")
+# Punctuation of a span that is more than that.
+MEANT = re.compile(r"((?<=\d)[.,:/-](?=\d)|(?<![\w)])-(?=\.?\d)|(?<=[A-Za-z])[+#]+|[<>])")
+GROUPING = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # 1,000
+DASHES = str.maketrans("−‐‑‒–", "-----")
 WORDS = ("yes", "no", "true", "false", "valid", "invalid")  # answers to questions without options
 LONGEST = 10_000  # characters that are read
 LEFT_OUT = re.compile(r"[ ,./\-_*^()]")  # in strings of calls, as in the Berkeley function-calling leaderboard
@@ -95,15 +100,18 @@ def _options(question: str) -> tuple[dict[str, str], list[str]]:
         if word:
             words.append(normalised(word))
         elif letter == "A":
-            options = {"A": _same_case(option)}  # the last list counts
+            options, words = {"A": _same_case(option)}, []  # the last list counts
         elif options and letter == chr(ord("A") + len(options)):
             options[letter] = _same_case(option)
     return options, words
 
 
 def final_span(text: str) -> str | None:
-    """The line behind "Answer:", [`normalised`]."""
-    return normalised(_line(text) or "") or None
+    """The line behind "Answer:", [`normalised`], but with the punctuation that a number or a name consists of: `-5`,
+    `1.5`, `1/2`, `19-20`, `C++`."""
+    line = GROUPING.sub("", _line(text) or "").translate(DASHES)
+    parts = [part if i % 2 else normalised(part) for i, part in enumerate(MEANT.split(line))]
+    return "".join(parts) or None
 
 
 def final_value(text: str) -> Hashable | None:
@@ -196,6 +204,8 @@ def comparable(value: object, of_text=str) -> Hashable:
             return set, frozenset(comparable(item, of_text) for item in value)
         case list() | tuple():
             return type(value), tuple(comparable(item, of_text) for item in value)
+        case float() if value != value:
+            return ("NaN",)  # which equals nothing, not even itself
     return value
 
 

@@ -18,15 +18,17 @@ from .codeblocks import code_of, imports_of
 
 GRAM = 4  # tokens
 
-# The tests of [`computes_the_same`], for the cells of two answers and expressions.
+# The tests of [`computes_the_same`], for the cells of two answers and the steps of their tests.
 COMPARISON = """
-import contextlib
+import contextlib, re
 
-spaces = {{"__name__": "first"}}, {{"__name__": "second"}}
-for space, cells in zip(spaces, ({!r}, {!r})):
-    for cell in cells:
+spaces = {{"__name__": "answer"}}, {{"__name__": "answer"}}
+
+
+def run(code):
+    for space in spaces:
         with contextlib.suppress(Exception, SystemExit):
-            exec(cell, space)
+            exec(code, space)
 
 
 def value(expression, space):
@@ -36,9 +38,21 @@ def value(expression, space):
         return type(error)
 
 
-for expression in {!r}:
+def compare(expression, parts):
     one, other = (value(expression, space) for space in spaces)
-    assert repr(one) == repr(other) or one == other
+    texts = [re.sub(r" at 0x[0-9a-f]+", "", repr(each)) for each in (one, other)]
+    assert texts[0] == texts[1] or one == other
+    if isinstance(one, bool):  # says little: what is it about?
+        for part in parts:
+            compare(*part)
+
+
+for space, cells in zip(spaces, ({!r}, {!r})):
+    for cell in cells:
+        with contextlib.suppress(Exception, SystemExit):
+            exec(cell, space)
+for step in {!r}:
+    run(step) if isinstance(step, str) else compare(*step)
 """
 
 
@@ -69,24 +83,72 @@ def computes_the_same(
 ) -> bool | None:
     """
     Whether the code of two answers, which need not be right, computes the same values where `tests` assert something:
-    of `assert f(2) == 4` this is `f(2)`. An exception is a value, too: its type. It **runs the code** like
-    [`passes_tests`].
+    of `assert f(2) == 4` this is `f(2)`, of `assert isclose(f(2), 4)` it is the call and, since that is only true or
+    false, `f(2)`. An exception is a value, too: its type. It **runs the code** like [`passes_tests`].
 
     Returns:
         `bool` or `None`: `None` if the tests assert nothing outside of functions, or the code did not end in time.
     """
-    try:
-        asserted = [statement.test for statement in ast.parse(tests).body if isinstance(statement, ast.Assert)]
-    except SyntaxError:
+    if not can_compare(tests):
         return None
-    sides = [
-        test.left if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) else test for test in asserted
-    ]
     cells = [_cells(text, conversation) for text in (first, second)]
-    expressions = [ast.unparse(side) for side in sides]
-    if not expressions or cells[0] == cells[1]:
-        return True if expressions else None
-    return _passes((), COMPARISON.format(*cells, expressions), seconds)
+    return True if cells[0] == cells[1] else _passes((), COMPARISON.format(*cells, _steps(tests)), seconds)
+
+
+def can_compare(tests: str) -> bool:
+    """Whether [`computes_the_same`] finds anything in `tests` to compare."""
+    return any(isinstance(step, tuple) for step in _steps(tests))
+
+
+# An expression, and the parts to look at as well if its value is true or false.
+Compared = tuple[str, list["Compared"]]
+
+
+def _steps(tests: str) -> list[str | Compared]:
+    """Tests, statement by statement: what an assertion compares, and the code of all others."""
+    try:
+        statements = ast.parse(tests).body
+    except SyntaxError:
+        return []
+    steps = []
+    for statement in statements:
+        if isinstance(statement, ast.Assert):
+            steps += map(_compared, _operands(statement.test))
+        else:
+            steps.append(ast.unparse(statement))
+    return steps
+
+
+def _compared(node: ast.expr) -> Compared:
+    parts = []
+    if isinstance(node, ast.Call):
+        of_object = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+        parts = [*of_object, *node.args, *(keyword.value for keyword in node.keywords)]
+    return ast.unparse(node), [_compared(operand) for part in parts for operand in _operands(part)]
+
+
+def _operands(node: ast.expr) -> list[ast.expr]:
+    """What a condition is about: expressions that are no constants."""
+    match node:
+        case ast.BoolOp(values=parts):
+            pass
+        case ast.UnaryOp(op=ast.Not(), operand=part):
+            parts = [part]
+        case ast.Compare(left=left, comparators=others):
+            parts = [left, *others]
+        case ast.GeneratorExp(elt=each, generators=loops):  # of `all` and `any`
+            return [ast.ListComp(ast.Tuple(_operands(each), ast.Load()), loops)]
+        case _:
+            return [] if _is_literal(node) else [node]
+    return [operand for part in parts for operand in _operands(part)]
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
 
 
 def _cells(text: str, conversation: Sequence[dict]) -> tuple[str, ...]:

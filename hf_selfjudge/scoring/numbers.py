@@ -13,8 +13,9 @@ that of a part. What is read:
 
 Currencies, per cent, degrees, units (`5kg`, `50 m²`) and emphasis are ignored. The following cannot be read: ranges,
 sums and other terms (`10-15`, `5 + 3`, `2x`, `5\\pi`, `2\\sqrt{3}`, `f(3)`), dates, times, ratios, versions, digits in
-names (`H2O`, `7B`), unclear commas and points (`1,5`, `1.000,50`, `1,2,3`), an unclear minus (`total - 5`), and very
-long numbers; in a box also inequalities, intervals that end at infinity, and `3!`. Numbers in words are ignored.
+names (`H2O`, `7B`), unclear commas and points (`1,5`, `1.000,50`, `1,2,3`), an unclear minus (`total - 5`, `minus 5`),
+and very long numbers; in a box also inequalities, absolute values, intervals that end at infinity, and `3!`. Numbers
+in words are ignored.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ ATOM = r"(?:⟨[^⟩]*⟩|\.?\d[\dA-Za-z]*)"
 JOINT = r"(?:[.,:'_，、…]+|[ \t]*(?:[-−+*/^×±—&][ \t]*)+|[ \t]+(?:[xX:][ \t]+)?|(?=⟨))"
 RUN = re.compile(rf"{ATOM}(?:{JOINT}{ATOM})*")
 TERM = re.compile(r"[ \t]*(?:[\\π√^&₀-₉百千万萬億亿兆]|(?:pi|[inxyz])\b)")  # a number before it is part of a term
-# A box with one number is more than that number if it has an order, infinity, another equation or a factorial.
-MORE = re.compile(r"[<>≤≥≠∞]|=[^=\d]*\d[^=]*[^\w=](?:[A-Za-z]\w*|\\)[\s&]*=[^=]*$|\d *[!'′](?!\d)")
-SCALE = re.compile(rf"[ \t-]?({'|'.join(WORDS)})s?\b", re.IGNORECASE)
+# A box with one number is more than that number if it has an order, infinity, bars, another equation or a factorial.
+MORE = re.compile(r"[<>≤≥≠∞|]|=[^=\d]*\d[^=]*[^\w=](?:[A-Za-z]\w*|\\)[\s&]*=[^=]*$|\d *[!'′](?!\d)")
+SCALE = re.compile(rf"(?:[ \t]{{0,3}}|-)({'|'.join(WORDS)})s?\b", re.IGNORECASE)
 
 
 def _fraction(match: re.Match) -> str:
@@ -140,6 +141,8 @@ def last_number(text: str, alone: bool = False) -> Fraction | None:
     text = text.translate(CHARACTERS)
     for pattern, to in REWRITES:
         text = pattern.sub(to, text)
+    if alone:
+        text = re.sub(r"^\s*([-−])[ \t]+(?=[.\d⟨])", r"\1", text)  # no list begins in a box
     if alone and MORE.search(text):
         return None
     runs = [run.span() for run in RUN.finditer(text, text.rfind("=") + 1 if alone else 0)]
@@ -197,7 +200,7 @@ def _may_begin(line: str) -> bool:
         return not spaced and (
             len(head) == 1 or not (head[-2].isalnum() or head[-2] in ")]}")
         )  # after the mark of emphasis
-    if last and last in "-−+/^×±&√\\{⟩" or head.lower().endswith(tuple(WORDS)):
+    if last and last in "-−+/^×±&√\\{⟩" or head.lower().endswith((*WORDS, "minus", "negative")):
         return False
     if spaced or not last:
         return True

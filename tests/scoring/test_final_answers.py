@@ -46,6 +46,9 @@ WORDS = "Is it?\nOptions:\n- Yes\n- No \n- not valid"
         ("Answer: A, B", None),
         ("Answer: A B", None),
         ("Answer: B. -1", None),  # the letter of one, the text of another
+        ("Answer: D. a dog", "D"),
+        ("Answer: B. the dog", None),
+        ("Answer: A is the right option", "A"),
         ("Answer: E. a cat", "E"),
         ("Answer: a cat", None),  # two options have this text
         ("Answer: F", None),
@@ -78,6 +81,12 @@ def test_words(text, choice):
     assert final_choice(text, WORDS) == choice
 
 
+def test_the_last_list_of_a_question_has_its_options():
+    facts = "- Tom is tall\n- Bob is short"
+    assert final_choice("Answer: B", f"{facts}\nWho is?\nA. Tom\nB. Bob") == "B"
+    assert final_choice("Answer: B", f"A. Tom\nB. Bob\nSay:\n{facts}") is None
+
+
 def test_a_question_without_options():
     assert [final_choice(f"Answer: {said}", "Well?") for said in ("True", "(C)", "maybe")] == ["true", "C", None]
 
@@ -88,6 +97,30 @@ def test_spans():
     assert final_span("Answer: The") == "the"
     assert final_span("1983") is final_span("Answer: ") is None
     assert normalised("The  U.S. a b") == "us b"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("-5", "5"),
+        ("$1.50", "$150"),
+        ("1/2", "12"),
+        ("19-20", "1920"),
+        ("C++", "C"),
+        ("x < 5", "x > 5"),
+        ("10:30", "1030"),
+    ],
+)
+def test_spans_that_differ_in_punctuation_alone(one, other):
+    assert len({final_span(f"Answer: {said}") for said in (one, other)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1,345,596", "1345596"), ("19–20", "19-20"), ("about 27%.", "about 27 %"), ("−5", "-5"), ("co-op", "coop")],
+)
+def test_spans_that_do_not(one, other):
+    assert final_span(f"Answer: {one}") == final_span(f"Answer: {other}") is not None
 
 
 @pytest.mark.parametrize(
@@ -124,6 +157,10 @@ def test_values(text, value):
 )
 def test_values_that_cannot_be_read(text):
     assert final_value(f"Answer: {text}") is None
+
+
+def test_what_is_not_a_number_equals_itself():
+    assert final_value("Answer: NaN") == final_value("Answer: `NaN`") is not None
 
 
 def test_values_that_differ():

@@ -66,6 +66,32 @@ def test_code_that_fails_its_tests_may_compute_the_same(second, same):
         assert computes_the_same(*pair, tests, seconds=2.0) is same
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "x = [2]\nassert double(x[0]) == 4",
+        "import math\nassert math.isclose(double(2), 4)",
+        "assert 4 == double(2)",
+        "assert [4] == [double(2)]",
+        "assert double(2) == 4 and double(0) == 0",
+        "assert double(2) in (4, 5)",
+        "assert all(double(x) == y for x, y in [(2, 4)])",
+        "assert str(double(2)).startswith('4')",
+        "assert (double(2) == 4) is True",
+    ],
+)
+def test_what_tests_are_about_is_compared(tests):
+    other = "def double(x):\n    return 5 * x"
+    assert computes_the_same(TRIPLE, other, tests, seconds=2.0) is False
+    assert computes_the_same(TRIPLE, f"{TRIPLE}\n\ny = 1", tests, seconds=2.0) is True
+
+
+def test_objects_are_compared_without_their_addresses():
+    one, other = (f"class A:\n    pass\n\ndef double(x):\n    return A(), {n}" for n in (1, 2))
+    assert computes_the_same(one, f"{one}\n\ny = 1", "assert double(2) == 4") is True
+    assert computes_the_same(one, other, "assert double(2) == 4") is False
+
+
 def test_errors_are_compared_by_their_kind():
     wrong_name, divides = "def twice(x):\n    return 2 * x", "def double(x):\n    return x / 0"
     assert computes_the_same(wrong_name, "x = 5", "assert double(2) == 4") is True

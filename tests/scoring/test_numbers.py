@@ -21,12 +21,14 @@ READ = r"""
 5 ¦ 5% ¦ 5 % ¦ \boxed{5\%} ¦ 5° ¦ 5^\circ ¦ 5€ ¦ €5 ¦ US$5 ¦ {"answer": 5} ¦ 4 $5 bills ¦ 10 (5 more)
 -5 ¦ -5 ¦ −5 ¦ it falls to -5 ¦ ﹣5 ¦ －5 ¦ –5 ¦ -$5 ¦ $-5 ¦ -\$5 ¦ -US$5 ¦ $-5$ ¦ (-5) ¦ x=-5 ¦ x = - 5 ¦ x = − 5
 -5 ¦ -$ 5 ¦ **-5** ¦ *-5* ¦ - -5 ¦ 答案是-5
+-5 ¦ \boxed{- 5} ¦ \boxed{-\,5} ¦ \boxed{-~5} ¦ \boxed{- \$5} ¦ \boxed{x = - 5}
 4 ¦ GPT-4 ¦ 48/2 = $<<48/12=4>>4 ¦ 8 / 2 ¦ 8 ÷ 2 ¦ 5 - 1 = 4
 18 ¦ \boxed{{18}} ¦ \boxed 18 ¦ 1.5 dozen
 18 ¦ **18** ¦ *18* ¦ _18_ ¦ __18__ ¦ `18` ¦ **$18** ¦ $**18** ¦ #### 18 ¦ １８ ¦ ١٨ ¦ 𝟏𝟖
 1000 ¦ 1,000 ¦ 1{,}000 ¦ 1,\!000 ¦ 1\,000 ¦ 1~000 ¦ 1 000 ¦ 1'000 ¦ 1’000 ¦ 1_000 ¦ 1\_000 ¦ 1٬000 ¦ 1k ¦ 1 thousand
 1000 ¦ \boxed{\$1{,}000} ¦ 1e3 ¦ 1E+03 ¦ 10^3 ¦ 10^{3} ¦ 10³ ¦ 10**3 ¦ 10<sup>3</sup> ¦ 1.0x10^3 ¦ 1.0 \times 10^{3}
 100000 ¦ 1,00,000 ¦ 100 000 ¦ 1 lakh ¦ 100,000. ¦ $0.1m
+5000000 ¦ 5\text{ million} ¦ $5 \text{ million}$ ¦ \boxed{5 \text{ million}} ¦ \boxed{5~\text{million}}
 3000000000 ¦ $3 bn ¦ $3 B ¦ $3B ¦ $3bn
 1500000 ¦ 1.5 million ¦ $1.5M ¦ $1.5 M ¦ $1.5m ¦ 1,500,000 ¦ 1 500 000 ¦ 1.5-million-dollar ¦ 1.5 × 10⁶ ¦ 1.5\cdot10^6
 1/2 ¦ .5 ¦ 0.50 ¦ $.50 ¦ ½ ¦ ½ cup ¦ 1/2 ¦ 1⁄2 ¦ 1∕2 ¦ \frac{1}{2} ¦ \frac12 ¦ \tfrac 12 ¦ 5e-1 ¦ 2^-1
@@ -41,6 +43,7 @@ no number ¦ twelve
 \boxed{none} 5 ¦ 5 \boxed{1 ¦ \boxed{\frac{1}{2} ¦ 5 \boxed{\pi} ¦ \boxed{5, 6} ¦ \boxed{(5, 6)}
 \boxed{x^2} ¦ \boxed{5 \text{ or } 6} ¦ \boxed{2\text{ h }30\text{ min}}
 \boxed{x=2\text{ or }x=3} ¦ \boxed{x=2, y=3} ¦ \boxed{x<3} ¦ \boxed{x \le 3} ¦ \boxed{[3,\infty)} ¦ \boxed{(-\infty,3]}
+\boxed{|-5|} ¦ \boxed{\text{negative } 5} ¦ minus 5
 \boxed{3!} ¦ \boxed{3e} ¦ \boxed{3'} ¦ \boxed{\sin(3)} ¦ \boxed{\max(3)} ¦ \boxed{f(3)} ¦ sqrt(3)
 \log_{10} 100 ¦ \log_2 8 ¦ \begin{pmatrix} 1 \\ 2 \end{pmatrix} ¦ \boxed{\begin{aligned}x&=2\\y&=3\end{aligned}}
 Room 7B ¦ 7B ¦ 1.5M ¦ \boxed 1, 2 ¦ \sqrt {3} ¦ \frac{x} {2}

@@ -127,6 +127,27 @@ def test_same_result(check, first, second, same):
     assert check_of(asked, allow_code=True).same(asked, *answers) is same
 
 
+def test_tests_of_which_only_changes_would_be_known():
+    """What failing code computes in them cannot be compared, so that it is never known to be unchanged."""
+    asked = Prompt("p", "?", check="tests", tests="def check(y):\n    assert y == 2\ncheck(x)")
+    passes, fails = CheckedAnswer(PASSES, True), CheckedAnswer(FAILS, True)
+    check = check_of(asked, allow_code=True)
+    assert [check.same(asked, *pair) for pair in ((fails, fails), (fails, passes), (passes, fails))] == [
+        None,
+        None,
+        False,
+    ]
+
+
+def test_no_call_may_be_the_right_answer():
+    asked = Prompt("p", "?", check="call", references=["[]"])
+    scores = [
+        CHECKS["call"].score(asked, CheckedAnswer(text, True))
+        for text in ("None fits.", '{"name": "f", "arguments": {}}')
+    ]
+    assert scores == [1, 0]
+
+
 def test_every_check_is_known_where_prompts_are_read():
     assert list(rows.CHECK_COLUMNS) == [*CHECKS]
 
