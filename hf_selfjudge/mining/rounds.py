@@ -162,6 +162,8 @@ class _Draft:
         """All candidates of a round, and the draft's logits for each. Call it for the last round first."""
         end = start + common_prefix(self.begin(start), self.answer.tokens[start:].tolist()) + 1
         tokens = self.begin(start)[: end - start]
+        if not tokens:  # the draft's context ends before
+            return [], []
         logits = [row.clone() for row in self.logits[start:end][: self.length]]  # frees the rest
         place = self.answer.prompt_length + start + len(tokens) - 1  # of the last of them
         self.cache.crop(place - self.cache.get_seq_length())

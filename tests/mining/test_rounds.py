@@ -115,6 +115,19 @@ def test_rounds_are_written_beside_their_answers(llama, tokenizer, tmp_path):
     assert rows.select_columns(columns).to_dict() == again.select_columns(columns).to_dict()
 
 
+@torch.no_grad()
+def test_rounds_beyond_the_context_of_the_draft(case):
+    """There is no draft any more."""
+    pair, config, all_ids = case
+    if pair.draft is None:
+        pytest.skip("prompt lookup has no context")
+    pair.draft.config.max_position_embeddings = 32
+    (answer,) = target_answers(pair.target, PROMPTS[:1], all_ids[:1], 24)
+    parts = label_rounds(pair.target, pair, answer, config)
+    assert {24 + round.start >= 32 for round, _ in parts} == {False, True}
+    assert all(not round.tokens and not rows for round, rows in parts if 24 + round.start > 32)
+
+
 @pytest.mark.parametrize("given", ["answer", "judge"])
 def test_rounds_need_the_targets_own_answers(llama, tokenizer, tmp_path, given):
     prompts = [replace(PROMPTS[0], answer="because")] if given == "answer" else PROMPTS
