@@ -143,7 +143,10 @@ def summarise_quality(
     known = {name: grid.known(name) for name in CHANGES if name in grid.scores}
     by = max(known, key=lambda name: len(known[name].categories), default=None)
     ending = known.get("unchanged")
-    of_ending = {} if ending is None else {"unchanged": ending.mean("unchanged"), "speed": ending.speed()}
+    if ending is None or not len(ending.categories):
+        of_ending = {}
+    else:
+        of_ending = {"unchanged": ending.mean("unchanged"), "speed": ending.speed()}
     if by is not None and (answers := len(known[by].categories)):
         changes = {"by": by, "answers": answers}
         of_changes = {

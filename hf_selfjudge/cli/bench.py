@@ -86,11 +86,12 @@ def bench_command(options: BenchOptions, config: BenchConfig) -> None:
         scorer = Scorer(asked, options.output, options.allow_code, options.ask, options.embeddings)
         results = summarise_quality(grid_of(records, prompts, methods, scorer), records, methods, judges)
         results["dataset"] = None if local or options.split != "test" else options.prompts.partition(":")[0]
-        plot_tradeoff(results, options.output / "curve.png")
     else:
         results = summarise_timing(records, prompts, methods)
     name = Path(options.prompts).name if local else f"{options.prompts} ({options.split})"
     text = write_results(options.output, config.mode, results, name, left_out)
+    if config.mode == "quality":
+        plot_tradeoff(results, options.output / "curve.png")
     if options.spec_bench:
         write_spec_bench(records, prompts, pair.tokenizer, options.output / "spec-bench")
     console.print(Markdown(text))

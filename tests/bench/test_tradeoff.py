@@ -190,13 +190,16 @@ def test_rules_are_compared_at_equal_shares_of_unchanged_numbers_too(tmp_path, m
     found = summarise_quality(alone, records[:1], methods[:1], {})
     assert found["settings"][0]["final_answers"] == {"unchanged": (1, 1, 1), "speed": (1, 1, 1)}
     assert found["comparisons_unchanged"] == []
-    del made.scores["unchanged"]
-    found = summarise_quality(made, records, methods, judges)
-    assert found["comparisons_unchanged"] == []
-    assert "unchanged final answers" not in quality_tables(found)
-    drawn.clear()
-    plot_tradeoff(found, tmp_path / "one.png")
-    assert len(drawn) == 2
+    for nowhere in (True, False):  # known of no prompt, or not asked for
+        made.scores["unchanged"][0] = np.nan
+        if not nowhere:
+            del made.scores["unchanged"]
+        found = summarise_quality(made, records, methods, judges)
+        assert found["comparisons_unchanged"] == []
+        assert "unchanged final answers" not in quality_tables(found)
+        drawn.clear()
+        plot_tradeoff(found, tmp_path / "one.png")
+        assert len(drawn) == 2
 
 
 def test_names_are_text_in_tables_and_plots(tmp_path, monkeypatch):
