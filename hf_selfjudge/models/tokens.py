@@ -48,7 +48,8 @@ def until_eos(tokens: torch.LongTensor, eos: list[int]) -> tuple[torch.LongTenso
 
 def common_prefix(tokens: list[int], others: list[int]) -> int:
     """How many tokens come before the first that differs from that of `others` in its place."""
-    return next((i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(tokens), len(others)))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -19,11 +19,14 @@ def shipped(name: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path to write to, which is renamed to `path` if nothing fails."""
+    """A temporary path to write to, which is renamed to `path` if nothing fails, and else removed."""
     path = Path(path)
     incomplete = path.with_name(f"{path.stem}.incomplete{path.suffix}")
-    yield incomplete
-    incomplete.replace(path)
+    try:
+        yield incomplete
+        incomplete.replace(path)
+    finally:
+        incomplete.unlink(missing_ok=True)
 
 
 def lines_of(path: str | os.PathLike, name: str | None = None) -> Iterator[str]:

@@ -12,8 +12,9 @@ def test_half_a_file_is_no_file(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     with pytest.raises(TypeError), atomic_write(tmp_path / "a.json") as incomplete:
-        incomplete.write_text(b"{")
+        incomplete.write_text(b"{")  # creates the file first
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_claim(tmp_path):
