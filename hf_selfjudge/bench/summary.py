@@ -142,10 +142,8 @@ def summarise_quality(
     means = {measure: grid.mean(measure) for measure in grid.scores}
     known = {name: grid.known(name) for name in CHANGES if name in grid.scores}
     by = max(known, key=lambda name: len(known[name].categories), default=None)
-    ending = known.get("unchanged")
-    if ending is None or not len(ending.categories):
-        of_ending = {}
-    else:
+    ending, of_ending = known.get("unchanged"), {}
+    if ending is not None and len(ending.categories):
         of_ending = {"unchanged": ending.mean("unchanged"), "speed": ending.speed()}
     if by is not None and (answers := len(known[by].categories)):
         changes = {"by": by, "answers": answers}
