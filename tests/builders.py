@@ -254,7 +254,7 @@ def labels_dataset(answers: list[dict], rows: list[dict], hidden_size: int, **re
         columns = {name: [row.get(name) for row in part] for name in features}
         tables.append(datasets.Dataset.from_dict(columns, features=features))
     pair = {"target": "tiny/llama", "target_fingerprint": "f" * 16, "draft": "tiny/llama-draft", "layer": None}
-    sizes = {"hidden_size": hidden_size, "vocab_size": VOCAB, "special_tokens": [1]}
+    sizes = {"hidden_size": hidden_size, "vocab_size": VOCAB, "special_tokens": [1], "end_tokens": [1]}
     return join_answers(tables[0], tables[1].data.table, {"source": "labels", **pair, **sizes, **record})
 
 
@@ -264,7 +264,14 @@ LABELS_HIDDEN = 24  # of `write_labels`
 MINING_RECORD = {
     **{"format": FORMAT, "target": "tiny/llama", "target_fingerprint": "f" * 16, "draft": "tiny/draft"},
     **{"draft_fingerprint": "e" * 16, "layer": None, "hidden_size": LABELS_HIDDEN, "vocab_size": VOCAB},
-    **{"special_tokens": [1], "dtype": "float32", "prompts": 40, "prompts_sha256": "0" * 64, "max_new_tokens": 8},
+    **{
+        "special_tokens": [1],
+        "end_tokens": [1],
+        "dtype": "float32",
+        "prompts": 40,
+        "prompts_sha256": "0" * 64,
+        "max_new_tokens": 8,
+    },
     **{"per_answer": 6, "seed": 0, "prompts_name": "prompts.jsonl", "answer_batch": 4, "rewrite_batch": 8},
 }
 

@@ -84,28 +84,31 @@ def read_rounds(labels: datasets.Dataset, answers: pyarrow.Table) -> list[Record
     """
     if labels.data.column(STATES[0]).null_count:
         raise ValueError("`labels` have no hidden states. Add them: `hf-selfjudge add-layer LABELS --layer …`.")
-    columns = ["source", "answer", "prompt_id", "position", "round_flipped"]
-    found, known = defaultdict(list), set()
-    for place, row in enumerate(labels.select_columns(columns)):
+    found = defaultdict(list)
+    for place, row in enumerate(labels.select_columns(["source", "answer", "position", "round_flipped"])):
         found[row["source"], row["answer"]].append((row["position"], row["round_flipped"], place))
-        if row["round_flipped"] is not None:
-            known.add((row["source"], row["prompt_id"]))
-    rounds, vocab_size = [], mining_of(labels)["vocab_size"]
+    rounds, mining = [], mining_of(labels)
     rows = labels.select_columns([*COLUMNS]).with_format("numpy")
-    columns = ["source", "answer", "prompt_id", "category", "drafted", "answer_ids"]
-    for answer in answers.select(columns).to_pylist():
+    columns = ["source", "answer", "prompt_id", "category", "drafted", "answer_ids", "known"]
+    answers = answers.select(columns).to_pylist()
+    known = {(answer["source"], answer["prompt_id"]) for answer in answers if answer["known"]}
+    for answer in answers:
         if answer["drafted"] is None or (answer["source"], answer["prompt_id"]) not in known:
             continue
         end = len(answer["answer_ids"])
+        ends_text = bool({*answer["answer_ids"][-1:]} & {*mining["end_tokens"]})
         mismatches = sorted(found[answer["source"], answer["answer"]])
         positions, flipped, places = zip(*mismatches, strict=True) if mismatches else ((), (), ())
         reached = [*positions, end]
+        # After the candidates that are kept, the target adds a token, but none after the end of the text.
+        added = [place + 1 - (end - answer["drafted"]) for place in positions]
+        added.append(answer["drafted"] + (not ends_text))
         rounds.append(
             RecordedRound(
                 answer["prompt_id"],
                 answer["category"],
-                _recorded(rows[[*places]], reached, vocab_size) if places else None,
-                [place + 1 - (end - answer["drafted"]) for place in reached],
+                _recorded(rows[[*places]], reached, mining["vocab_size"]) if places else None,
+                added,
                 [True, *(changed is False for changed in flipped)],  # one that can no longer be read has changed
             )
         )

@@ -35,7 +35,7 @@ from ..utils.progress import progress_bar
 from .answers import Answer, read_answers, target_answers
 from .config import MiningConfig
 from .label_files import FORMAT, load_labels, shards_of, too_large, write_shard
-from .labels import answers_at_once, label_answer, label_rounds
+from .labels import answers_at_once, has_result, label_answer, label_rounds
 
 
 # Options that decide how much is computed at a time, not what: they may change when a run continues.
@@ -130,6 +130,7 @@ def _settings(
         "hidden_size": text_config.hidden_size,
         "vocab_size": text_config.vocab_size,
         "special_tokens": pair.special_tokens,
+        "end_tokens": pair.end_tokens,
         "dtype": precision(pair.target),
         "packed": packs(pair.target),
         "prompts": len(prompts),
@@ -158,12 +159,13 @@ def _mine_shard(
 
     def label(model: PreTrainedModel, answer: Answer, number: int) -> list[tuple[dict, list[dict]]]:
         """Rows of answers, which are numbered from `number`, and for each those of its labels."""
+        whole = answer.row(number) | {"known": has_result(model, pair, answer, config)}
         if config.rounds:
             rounds = label_rounds(model, pair, answer, config)
             rows = [(round.row(answer, number + i), labels) for i, (round, labels) in enumerate(rounds, start=1)]
-            rows = [(answer.row(number), []), *rows]
+            rows = [(whole, []), *rows]
         else:
-            rows = [(answer.row(number), label_answer(model, pair, answer, config))]
+            rows = [(whole, label_answer(model, pair, answer, config))]
         answer.cache.clear()
         advance(1 - ANSWERING)
         return rows

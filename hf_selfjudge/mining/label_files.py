@@ -21,7 +21,7 @@ from ..utils.names import public_mining
 from ..utils.transfer import first_line
 
 
-FORMAT = 3  # of a folder of labels
+FORMAT = 4  # of a folder of labels
 # Scores of a substitution that need no rewrite, nats; see `feature_row` in `labels.py`.
 CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_draft_target")
 _STRING, _INT, _BOOL, _FLOAT = map(datasets.Value, ("string", "int32", "bool", "float32"))
@@ -29,13 +29,14 @@ _TOKENS = datasets.List(_INT)
 # Columns of the files of answers. `answer` is the answer's number, by which its substitutions refer to it. A round of
 # decoding is an answer, too, which ends with the `drafted` tokens of the round; that is null for whole answers.
 # `choice_logprobs` and `entropies` have a value for each token of the answer, nats: the log-probability of the
-# target's choice there, and the entropy of its distribution.
+# target's choice there, and the entropy of its distribution. `known` is whether a whole answer has a result that those
+# of others can be compared with; null for rounds.
 ANSWER_FEATURES = datasets.Features(
     {
         **dict.fromkeys(("answer", "drafted"), _INT),
         **dict.fromkeys(("prompt_id", "category", "check"), _STRING),
         **dict.fromkeys(("prompt_ids", "answer_ids"), _TOKENS),
-        **dict.fromkeys(("own", "finished"), _BOOL),
+        **dict.fromkeys(("own", "finished", "known"), _BOOL),
         **dict.fromkeys(("choice_logprobs", "entropies"), datasets.List(datasets.Value("float16"))),
     }
 )
@@ -173,8 +174,8 @@ def mining_records(dataset: datasets.Dataset) -> list[dict]:
 def mining_of(dataset: datasets.Dataset) -> dict:
     """How labels were mined, as far as it is the same for all folders that they are from. `target`,
     `target_fingerprint`, `draft`, `layer` (whose input the hidden states are; `None`: the last states), `hidden_size`,
-    `vocab_size` and `special_tokens` are always there. A `ValueError` if the dataset does not carry it, or is of
-    different models or layers."""
+    `vocab_size`, `special_tokens` and `end_tokens` are always there. A `ValueError` if the dataset does not carry it,
+    or is of different models or layers."""
     records = mining_records(dataset)
     for name in COMMON:
         values = [*dict.fromkeys(public_mining(record).get(name) for record in records)]
@@ -183,7 +184,7 @@ def mining_of(dataset: datasets.Dataset) -> dict:
                 f"`labels` are of different models or layers ({name}: {values[0]!r} and {values[1]!r}). Use those of "
                 "one pair, with hidden states of one layer."
             )
-    always = (*COMMON, "hidden_size", "vocab_size", "special_tokens")
+    always = (*COMMON, "hidden_size", "vocab_size", "special_tokens", "end_tokens")
     same = {name for name in records[0] if all(record.get(name) == records[0][name] for record in records)}
     return {name: value for name, value in records[0].items() if name in {*always, *same}}
 

@@ -122,6 +122,13 @@ def label_rounds(
     return parts
 
 
+def has_result(model: PreTrainedModel, pair: Pair, answer: Answer, config: MiningConfig) -> bool:
+    """Whether an answer has a result that those of others can be compared with. `model` is as for [`label_answer`]."""
+    asked, prompt = Asked(model, pair.tokenizer), answer.prompt
+    own = CheckedAnswer(*_texts(asked, answer), answer.finished)
+    return check_of(prompt, config.allow_code, asked.replies).same(prompt, own, own) is not None
+
+
 def label_row(asked: Asked, continuation: Continuation, original: Answer | Continuation, config: MiningConfig) -> dict:
     """
     Compare a rewritten answer with the original one: the answer itself, or another continuation of it that has the

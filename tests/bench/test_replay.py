@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pyarrow
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -39,6 +40,8 @@ def test_replayed_rounds_are_those_of_decoding(llama, tokenizer, tmp_path):
     labels = mine(Pair(target, draft, tokenizer), PROMPTS, config, tmp_path)
     labels = labels.remove_columns("round_flipped").add_column("round_flipped", [False] * len(labels))
     answers, kept = load_answers(tmp_path), set()
+    known = pyarrow.array(answers["own"].to_pylist())
+    answers = answers.set_column(answers.column_names.index("known"), "known", known)
     rows = [row for row in answers.to_pylist() if row["drafted"] is not None]
     for each, row in zip(read_rounds(labels, answers), rows, strict=True):
         text = torch.tensor([row["prompt_ids"] + row["answer_ids"][: len(row["answer_ids"]) - row["drafted"]]])
@@ -77,9 +80,12 @@ def labels(tmp_path):
                         **dict.fromkeys(("hidden_before", "hidden_after"), [0.0] * LABELS_HIDDEN),
                     }
                 )
-    # One readable rewrite makes the final answer of `b` known.
+    answers[1]["answer_ids"] = [3] * 17 + [1]  # nothing follows the end token
     answers.append(answers[2] | {"answer": 4})
     rows.append(rows[2] | {"answer": 4, "position": 16, "round_flipped": False})
+    for prompt in places:
+        whole = {"answer": len(answers), "drafted": None, "own": True, "finished": True, "known": prompt != "c"}
+        answers.append(answers[0] | whole | {"prompt_id": prompt})
     return labels_folder(tmp_path / "labels", answers, rows)
 
 
@@ -87,7 +93,7 @@ def test_tokens_and_final_answers_of_rounds(labels):
     rounds = read_rounds(load_labels(labels), load_answers(labels))
     assert [(each.prompt_id, each.tokens, each.unchanged) for each in rounds] == [
         ("a", [3, 6, 9], [True, True, False]),
-        ("a", [9], [True]),
+        ("a", [8], [True]),
         ("b", [5, 9], [True, False]),  # a final answer that can no longer be read is another one
         ("b", [7, 9], [True, True]),
     ]
@@ -98,14 +104,14 @@ def test_tokens_and_final_answers_of_rounds(labels):
     names, curves = zip(*((method.name, method.curve) for method in methods), strict=True)
     grid = replay(rounds, [Lossless(), Margin(1.5), Margin(2.5)], names, curves)
     assert grid.methods == ["lossless", "margin=1.5", "margin=2.5", "oracle"]
-    assert grid.tokens.tolist() == [[12, 12], [15, 18], [18, 18], [15, 14]]
+    assert grid.tokens.tolist() == [[11, 12], [14, 18], [17, 18], [14, 14]]
     assert grid.rounds.tolist() == [[2, 2]] * 4
     assert grid.scores["unchanged"].tolist() == [[1, 1], [1, 0.5], [0.5, 0.5], [1, 1]]
     results = summarise_replay(grid, methods)
     assert (results["rounds"], results["prompts"]) == (4, 2)
     second = results["settings"][1]
-    assert (second["speed"].value, second["unchanged"].value) == (33 / 24, 0.75)
-    assert "| margin=1.5 | 8.25 [" in replay_tables(results)
+    assert (second["speed"].value, second["unchanged"].value) == (32 / 23, 0.75)
+    assert "| margin=1.5 | 8.00 [" in replay_tables(results)
 
 
 def test_the_command(labels, tmp_path, capsys, monkeypatch):
