@@ -101,7 +101,7 @@ def shortened(model: GPT2LMHeadModel, context: int) -> GPT2LMHeadModel:
     return short
 
 
-def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), seed: int = 0) -> Judge:
+def random_judge(target: torch.nn.Module, special_tokens: tuple[int, ...] = (), seed: int = 3) -> Judge:
     config = target.config.get_text_config()
     judge = Judge(
         JudgeInfo(

@@ -41,8 +41,8 @@ class Mismatches:
             likeliest tokens.
         last (`torch.BoolTensor` of shape `(n,)`): Which are the last of their round.
         scalars (`torch.FloatTensor` of shape `(n, len(SCALARS))`): See [`candidate_scalars`].
-        hidden (`torch.Tensor` of shape `(n, len(STATES), hidden_size)`): The target's hidden states before and after
-            it.
+        hidden (`torch.Tensor` of shape `(n, len(STATES), hidden_size)`): The target's hidden states around
+            each; see [`round_states`].
         ranks (`torch.LongTensor` of shape `(n,)`): How many tokens are as likely as it under the target, or more.
         divergence (`torch.FloatTensor` of shape `(n,)`): KL(target ‖ draft) where it is chosen, nats; only for drafts
             with logits.

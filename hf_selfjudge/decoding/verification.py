@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator
 
 from ..forward.tap import LayerInput
-from ..judge.features import candidate_scalars
+from ..judge.features import candidate_scalars, round_states
 from ..judge.layers import LayerStates
 from ..judge.lora import ReplaySession
 from .auto_length import AutoLength
@@ -117,10 +117,17 @@ class Verification:
         decided = itertools.takewhile(lambda pair: pair[1][0] == pair[1][1] or not special_tokens & {*pair[1]}, pairs)
         return [place for place, (token, choice) in decided if token != choice]
 
-    def verified(self, rows: list[int], final_scores: torch.FloatTensor) -> Verified:
+    def decided(self, special_tokens: set[int]) -> int:
+        """How many candidates come before the first where the draft or, by its raw logits, the target has a special
+        token: no rule decides there, and the text may end."""
+        pairs = enumerate(zip(self.tokens, self.choices, strict=True))
+        return next((place for place, pair in pairs if special_tokens & {*pair}), len(self.tokens))
+
+    def verified(self, rows: list[int], final_scores: torch.FloatTensor, end: int) -> Verified:
         """What a rule gets to see of candidates. The first of them has the scores `self.scores` and `final_scores`;
-        those of later ones are not known yet, and the raw logits stand for them."""
+        those of later ones are not known yet, and the raw logits stand for them. `end` is that of [`decided`]."""
         device = self.candidates.device
+        in_forward = torch.tensor(rows, device=self.hidden.device)
         later = self.logits[rows[1:]].float().to(device)
         matches = [token == choice for token, choice in zip(self.tokens, self.choices, strict=True)]
         after = [sum(itertools.takewhile(bool, matches[row + 1 :])) for row in rows]
@@ -129,7 +136,7 @@ class Verification:
             positions=torch.tensor(rows, device=device) + (self.start - self.prompt_length),
             matches_after=torch.tensor(after, device=device),
             last=torch.tensor([False] * (len(rows) - 1) + [True], device=device),
-            hidden=torch.stack([self.hidden[row : row + 2] for row in rows]),
+            hidden=round_states(self.hidden, in_forward, torch.full_like(in_forward, end)),
             scores=torch.cat([self.scores[None], later]),
             final_scores=torch.cat([final_scores[None], later]),
             logits_after=self.logits[[row + 1 for row in rows]].to(device),
@@ -238,12 +245,13 @@ class Call:
         """What the rule says about candidate `row`. Under greedy decoding it decides about all mismatches of the round
         at once, and again only where processors made the scores others than it was told."""
         round = self.round
+        end = round.decided(self.special_tokens)
         if self.do_sample:
-            return bool(self.rule.keep(round.verified([row], final_scores)))
+            return bool(self.rule.keep(round.verified([row], final_scores, end)))
         known = row in round.plan
         if not known or not (self.by_logits or torch.equal(round.scores, round.logits[row].to(round.scores))):
             rows = [row, *round.mismatches_after(row, self.special_tokens)]
-            round.plan = dict(zip(rows, self.rule.keep(round.verified(rows, final_scores)).tolist(), strict=True))
+            round.plan = dict(zip(rows, self.rule.keep(round.verified(rows, final_scores, end)).tolist(), strict=True))
         return round.plan[row]
 
     def end_round(self, kept: list[int]) -> None:

@@ -1,8 +1,8 @@
-"""The scalar features of a candidate, from one verification forward.
+"""The features of a candidate, from one verification forward.
 
-In: the target's logits at the candidate's place and after it. Out: a few scalars for each candidate. Mining and
-decoding call the same function, so that a judge sees in use what it saw in training. The hidden states, which it sees
-too, are read by `forward/tap.py`, or at another layer by `layers.py`.
+In: the target's logits at the candidate's place and after it, and its hidden states, which are read by
+`forward/tap.py`, or at another layer by `layers.py`. Out: a few scalars and states for each candidate. Mining and
+decoding call the same functions, so that a judge sees in use what it saw in training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 
 
 SCALARS = ("margin", "candidate_logprob", "entropy", "log_rank", "entropy_after", "top_logprob_after", "log_position")
-STATES = ("hidden_before", "hidden_after")  # the target's hidden state before the candidate, and after it
+# The target's hidden state before the candidate, after it, and ahead of it: see `round_states`.
+STATES = BEFORE, AFTER, AHEAD = ("hidden_before", "hidden_after", "hidden_ahead")
 
 
 def candidate_scalars(
@@ -48,6 +49,44 @@ def candidate_scalars(
         ],
         dim=-1,
     )
+
+
+def round_states(hidden: torch.Tensor, rows: torch.LongTensor, ends: torch.LongTensor) -> torch.Tensor:
+    """
+    The hidden states named in `STATES`, for each candidate:
+
+    - `hidden_before`, `hidden_after`: before and after it;
+    - `hidden_ahead`: the mean of those after the candidates that follow it in its draft, up to the first special
+      token; `hidden_after` if none follows.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(length, hidden_size)`): Of a forward over one or several drafts.
+        rows (`torch.LongTensor` of shape `(n,)`): The row before each candidate.
+        ends (`torch.LongTensor` of shape `(n,)`): The row after the last candidate of its draft that counts.
+
+    Returns:
+        `torch.Tensor` of shape `(n, len(STATES), hidden_size)`.
+    """
+    index, after = torch.arange(len(hidden), device=hidden.device), hidden[rows + 1]
+    follows = (index > rows[:, None] + 1) & (index <= ends[:, None])
+    return torch.stack([hidden[rows], after, means(hidden[None], follows[None], after[None])[0]], dim=1)
+
+
+def means(hidden: torch.Tensor, chosen: torch.BoolTensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """
+    Means of some rows of a text.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(batch, length, hidden_size)`): The rows.
+        chosen (`torch.BoolTensor` of shape `(batch, n, length)`): Which of them belong to each mean.
+        otherwise (`torch.Tensor` of shape `(batch, n, hidden_size)`): The result where there are none.
+    """
+    text, mean, row = chosen.nonzero(as_tuple=True)
+    # Only rows that belong to it touch a mean, and they are summed in fp32.
+    sums = torch.zeros_like(otherwise, dtype=torch.float).flatten(0, 1)
+    sums = sums.index_add(0, text * chosen.shape[1] + mean, hidden[text, row].float()).view_as(otherwise)
+    count = chosen.sum(-1, keepdim=True)
+    return torch.where(count > 0, (sums / count.clamp(min=1)).to(otherwise.dtype), otherwise)
 
 
 def entropy(logprobs: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The judge: features of a substitution -> the probability that it changes the meaning.
 
-In: the scalars of [`candidate_scalars`] and the target's hidden states before and after the candidate. Out: one
-number for each candidate. Knows nothing of generation. Saved as `config.json` and `model.safetensors`, with an adapter
-beside them as PEFT saves it.
+In: the scalars of [`candidate_scalars`] and the hidden states of [`round_states`]. Out: one number for each
+candidate. Knows nothing of generation. Saved as `config.json` and `model.safetensors`, with an adapter beside them as
+PEFT saves it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Judge(torch.nn.Module):
         """
         Args:
             scalars (`torch.Tensor` of shape `(candidates, len(SCALARS))`): See [`candidate_scalars`].
-            hidden (`torch.Tensor` of shape `(candidates, len(STATES), hidden_size)`): The target's hidden states
-                before and after each candidate: those that enter `info.layer`, or the last ones.
+            hidden (`torch.Tensor` of shape `(candidates, len(STATES), hidden_size)`): See [`round_states`]; of
+                those that enter `info.layer`, or the last ones.
 
         Returns:
             `torch.FloatTensor` of shape `(candidates,)`: log-odds that accepting the candidate changes the meaning.

@@ -175,7 +175,7 @@ def _mine_shard(
     parts = run_in_lockstep([pair.target], calls, at_once=answers_at_once(config, packs(pair.target)), tally=tally)
     answer_rows = [row for part in parts for row, _ in part]
     labels = [label | {"answer": row["answer"]} for part in parts for row, rows in part for label in rows]
-    if not all(np.isfinite(row[name]).all() for row in labels for name in STATES):
+    if not all(np.isfinite(row[name]).all() for row in labels for name in STATES if name in row):
         raise too_large(config.layer)
     counts = {
         "prompts": len(prompts) - len(left_out),

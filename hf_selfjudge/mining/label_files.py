@@ -21,7 +21,7 @@ from ..utils.names import public_mining
 from ..utils.transfer import first_line
 
 
-FORMAT = 4  # of a folder of labels
+FORMAT = 5  # of a folder of labels
 # Scores of a substitution that need no rewrite, nats; see `feature_row` in `labels.py`.
 CHEAP_SCORES = ("margin", "likelihood", "confidence", "kl_target_draft", "kl_draft_target")
 _STRING, _INT, _BOOL, _FLOAT = map(datasets.Value, ("string", "int32", "bool", "float32"))
@@ -45,7 +45,8 @@ COMMON = ("target", "target_fingerprint", "draft", "layer")
 
 
 def labels_features(hidden_size: int) -> datasets.Features:
-    """Columns of the files of labels, for a target with this `hidden_size`; see `feature_row` and `label_row`."""
+    """Columns of the files of labels, for a target with this `hidden_size`; see `feature_row` and `label_row`.
+    `hidden_ahead` is null outside of rounds."""
     return datasets.Features(
         {
             "answer": _INT,

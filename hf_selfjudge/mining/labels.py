@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forward.branches import packs
-from ..judge.features import SCALARS, STATES, candidate_scalars
+from ..judge.features import AFTER, AHEAD, BEFORE, SCALARS, candidate_scalars
 from ..judge.layers import LayerStates
 from ..models.pair import Pair
 from ..scoring.asking import Asked
@@ -88,7 +88,8 @@ def label_rounds(
 
     Returns:
         `list[tuple[Round, list[dict]]]`: each round, and the rows of its mismatches: [`feature_row`], [`label_row`],
-        and as `round_flipped` what `flipped` would be if compared with the answer itself.
+        `hidden_ahead` ([`round_states`](../judge/features.py)), and as `round_flipped` what `flipped` would be if
+        compared with the answer itself.
     """
     packed = packs(pair.target)
 
@@ -96,10 +97,10 @@ def label_rounds(
         return sample(starts, config.rounds, config.seed, answer.prompt.id)
 
     length = config.lookup or config.round_length
-    rounds = find_rounds(model, pair.draft, answer, pair.special_tokens, length, choose, packed)
+    layer_states = None if config.layer is None else LayerStates(pair.target, config.layer)
+    rounds = find_rounds(model, pair.draft, answer, pair.special_tokens, length, choose, packed, layer_states)
     found = {each: each.mismatches() for each in rounds}
     room = max(1, config.forward_tokens // answers_at_once(config, packed))
-    layer_states = None if config.layer is None else LayerStates(pair.target, config.layer)
     every = [substitution for mismatches in found.values() for substitution in mismatches]
     rewritten = continue_substitutions(model, answer, every, config.window, room, packed, layer_states)
     done = {continuation.substitution: continuation for continuation in rewritten}
@@ -118,6 +119,9 @@ def label_rounds(
             suffix = {"original_suffix": original.text[position + 1 :]}
             rows.append(row | suffix | {"mismatches": len(mismatches), "round_flipped": flipped})
             original = continuation
+        for row in rows:  # the round has its end now
+            ahead = round.ahead(row["position"] - round.start)
+            row[AHEAD] = row[AFTER] if ahead is None else ahead.half().cpu().numpy()
         parts.append((round, rows))
     return parts
 
@@ -208,7 +212,7 @@ def feature_row(continuation: Continuation, reference: Continuation | None = Non
         "likelihood": _mean(logprobs - continuation.logprobs),
         "confidence": _mean(best - continuation.best),
         **_draft_scores(logits[0].log_softmax(-1), substitution),
-        **dict(zip(STATES, continuation.hidden.half().cpu().numpy(), strict=True)),
+        **dict(zip((BEFORE, AFTER), continuation.hidden.half().cpu().numpy(), strict=True)),
     }
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,14 +23,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..data.prompts import Prompt
 from ..forward.branches import additive_masks, attention_windows, packs
 from ..forward.tap import ForwardTap
-from ..judge.features import STATES
+from ..judge.features import AHEAD, STATES, means
 from ..judge.layers import LayerStates
 from ..models.cpu import precision
 from ..models.load import fingerprint
+from ..models.tokens import before_special
 from ..utils.files import atomic_write, check_or_write_settings
 from ..utils.progress import progress_bar
 from .compact import with_prompts
-from .label_files import answers_beside, join_answers, load_labels, read_mining, shards_of, too_large
+from .label_files import answers_beside, join_answers, load_labels, mining_of, read_mining, shards_of, too_large
 
 
 IGNORED = -100.0  # label of padding
@@ -36,7 +39,7 @@ IGNORED = -100.0  # label of padding
 
 class StateReader(torch.nn.Module):
     """
-    Reads the hidden states before and after substitutes, in batches of [`DataCollatorForJudge`].
+    Reads the hidden states around substitutes, in batches of [`DataCollatorForJudge`].
 
     Args:
         layer (`int`, *optional*): The layer whose input is read, without a gradient. By default the last hidden
@@ -58,11 +61,13 @@ class StateReader(torch.nn.Module):
             )
         self.windows = attention_windows(target.config.get_text_config())
 
-    def forward(self, input_ids: torch.LongTensor, places: torch.LongTensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.LongTensor, places: torch.LongTensor, ends: torch.LongTensor) -> torch.Tensor:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length + substitutes)`): Answers, and then the substitutes.
             places (`torch.LongTensor` of shape `(batch, substitutes)`): Positions of the replaced tokens.
+            ends (`torch.LongTensor` of shape `(batch, substitutes)`): Position up to which the answer has the
+                candidates that follow in the draft. 0 if these are not known: the state ahead is then that after it.
 
         Returns:
             `torch.Tensor` of shape `(batch, substitutes, len(STATES), hidden_size)`.
@@ -84,7 +89,9 @@ class StateReader(torch.nn.Module):
             hidden = self.layer_states(inputs[0], 0)
         places = places.to(hidden.device)  # of several
         before = hidden.gather(1, (places - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
-        return torch.stack([before, hidden[:, -places.shape[1] :]], 2)
+        after, index = hidden[:, -places.shape[1] :], index[:length].to(hidden.device)
+        follows = (index > places[..., None]) & (index < ends.to(hidden.device)[..., None])
+        return torch.stack([before, after, means(hidden[:, :length], follows, after)], 2)
 
 
 def add_layer_states(
@@ -141,8 +148,12 @@ def add_layer_states(
                 states = _states(reader, labels, batch, bar.update)
             if not np.isfinite(states).all():
                 raise too_large(layer)
+            known = np.isin(table["answer"], answers.filter(pyarrow.compute.is_valid(answers["drafted"]))["answer"])
             for side, name in enumerate(STATES):
-                column = pyarrow.FixedSizeListArray.from_arrays(states[:, side].ravel(), states.shape[-1])
+                unknown = None if name != AHEAD else pyarrow.array(~known)  # outside of rounds
+                column = pyarrow.FixedSizeListArray.from_arrays(
+                    states[:, side].ravel(), states.shape[-1], mask=unknown
+                )
                 table = table.set_column(table.column_names.index(name), name, column)
             shutil.copyfile(shard.with_suffix(".json"), output / shard.with_suffix(".json").name)
             for path, rows in ((answers_beside(shard), answers), (shard, table)):  # the labels make it complete
@@ -160,7 +171,7 @@ def _states(reader: StateReader, labels: datasets.Dataset, batch: int, advance: 
     for begin in range(0, len(answers), batch):
         some = answers[begin : begin + batch]
         inputs = DataCollatorForJudge(0)(some)
-        read = reader(*(inputs[name].to(reader.target.device) for name in ("input_ids", "places")))
+        read = reader(*(inputs[name].to(reader.target.device) for name in ("input_ids", "places", "ends")))
         for answer, found in zip(some, read.half().cpu().numpy(), strict=True):
             states[answer["rows"]] = found[: len(answer["rows"])]  # what follows is padding
             advance(len(answer["rows"]))
@@ -183,6 +194,7 @@ class DataCollatorForJudge:
     >>> collator = DataCollatorForJudge(pad_token_id=0)
     >>> two = {"input_ids": [5, 6, 7], "places": [1, 2], "substitutes": [8, 9], "scalars": [[0.5], [1]]}
     >>> one = {"input_ids": [5, 6], "places": [1], "substitutes": [4], "scalars": [[0.2]]}
+    >>> two, one = two | {"ends": [0, 0]}, one | {"ends": [0]}
     >>> batch = collator([two | {"labels": [1, 0]}, one | {"labels": [0.5]}])
     >>> batch["input_ids"]
     tensor([[5, 6, 7, 8, 9],
@@ -204,6 +216,7 @@ class DataCollatorForJudge:
         return {
             "input_ids": torch.cat(tokens, 1),
             "places": padded("places"),
+            "ends": padded("ends"),
             "scalars": padded("scalars", dtype=torch.float),
             "labels": padded("labels", IGNORED, torch.float),
         }
@@ -220,17 +233,25 @@ def answers_of(labels: datasets.Dataset, known: np.ndarray) -> datasets.Dataset:
         raise ValueError(
             "`labels` come without the tokens of their prompts. Add them: `hf-selfjudge add-layer LABELS --prompts …`."
         )
-    rows = labels.select_columns(["prompt_ids", "answer_ids", "position", "substitute", "scalars"])
+    rows = labels.select_columns(["prompt_ids", "answer_ids", "drafted", "position", "substitute", "scalars"])
     answers: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    special = mining_of(labels)["special_tokens"]
     for index in np.flatnonzero(~np.isnan(known)).tolist():
         row = rows[index]
         answer = answers[*row["prompt_ids"], *row["answer_ids"]]
         answer["rows"].append(index)
         answer["places"].append(len(row["prompt_ids"]) + row["position"])
+        answer["ends"].append(0 if row["drafted"] is None else _end_of_round(row, special))
         answer["substitutes"].append(row["substitute"])
         answer["scalars"].append(row["scalars"])
         answer["labels"].append(float(known[index]))
-    # Nothing sees what follows the last replaced token.
+    # Of what follows the last replaced token only the rest of a draft is read.
     return datasets.Dataset.from_list([
-        {"input_ids": ids[: max(answer["places"])], **answer} for ids, answer in answers.items()
+        {"input_ids": ids[: max(*answer["places"], *answer["ends"])], **answer} for ids, answer in answers.items()
     ])  # fmt: skip
+
+
+def _end_of_round(row: dict, special_tokens: Collection[int]) -> int:
+    """Where the candidates end that count for the state ahead, in the text of a row."""
+    start = len(row["answer_ids"]) - row["drafted"]
+    return len(row["prompt_ids"]) + start + before_special(row["answer_ids"][start:], special_tokens)

@@ -14,7 +14,8 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from ..forward.branches import Alone, Branches
 from ..judge.features import entropy
-from ..models.tokens import common_prefix, context_of, eos_tokens
+from ..judge.layers import LayerStates
+from ..models.tokens import before_special, common_prefix, context_of, eos_tokens
 from .answers import Answer
 from .substitutions import Substitution
 
@@ -32,6 +33,8 @@ class Round:
         choices (`list[int]`): What the target chooses in the place of each candidate, with those before it kept.
         best, entropies (`list[float]`): Log-probability of each choice, and entropy of the target's distribution,
             nats.
+        states (`torch.Tensor` of shape `(n, hidden_size)`, *optional*): The target's hidden states after the
+            candidates from the first mismatch on, if there is one.
     """
 
     start: int
@@ -41,6 +44,13 @@ class Round:
     choices: list[int]
     best: list[float]
     entropies: list[float]
+    states: torch.Tensor | None = None
+
+    def ahead(self, place: int) -> torch.Tensor | None:
+        """The mean of the hidden states after the candidates that follow that at `place`, of shape `(hidden_size,)`;
+        `None` if none follows. See [`round_states`](../judge/features.py)."""
+        states = self.states[place + 1 - self.matched : len(self.tokens) - self.matched]
+        return states.float().mean(0) if len(states) else None
 
     def mismatches(self) -> list[Substitution]:
         """A substitution, to be rewritten, for each candidate that is not the target's choice."""
@@ -86,6 +96,7 @@ def find_rounds(
     length: int,
     choose: Callable[[list[int]], Iterable[int]],
     packed: bool = True,
+    layer_states: LayerStates | None = None,
 ) -> list[Round]:
     """
     Rounds of lossless decoding of the target's own answer. They end at a mismatch with a special token, which no rule
@@ -97,6 +108,8 @@ def find_rounds(
         length (`int`): Candidates of a round.
         choose (`Callable`): Gets where the answer's rounds start, and returns those to draft.
         packed (`bool`): Whether rounds share a forward of the target ([`packs`]).
+        layer_states ([`LayerStates`], *optional*): Reads the [`Round`]'s states inside the target. By default the last
+            ones are read.
     """
     drafter = _Lookup(answer, length) if draft is None else _Draft(draft, answer, length)
     text, starts, start = answer.tokens.tolist(), [], 0
@@ -106,28 +119,38 @@ def find_rounds(
     special, rounds = {*special_tokens}, []
     for start in sorted(choose(starts), reverse=True):  # a draft's cache is cut to one after another
         tokens, logits = drafter.finish(start)
+        if (context := context_of(model)) is not None:
+            tokens = tokens[: context - answer.prompt_length - start]
         matched = min(common_prefix(tokens, text[start:]), len(text) - start)
         if start + matched == len(text) or special & {text[start + matched], *tokens[matched : matched + 1]}:
             tokens = tokens[:matched]
         known = slice(start, start + min(matched + 1, len(tokens)))
         seen = answer.choices[known, 0].tolist(), answer.best[known].tolist(), answer.entropies[known].tolist()
         rounds.append(Round(start, tokens, matched, logits, *seen))
-    _verify(model, answer, [each for each in rounds if len(each.tokens) > each.matched + 1], special, packed)
+    _verify(model, answer, [each for each in rounds if len(each.tokens) > each.matched], special, packed, layer_states)
     return rounds[::-1]
 
 
-def _verify(model: PreTrainedModel, answer: Answer, rounds: list[Round], special: set[int], packed: bool) -> None:
-    """Add what the target chooses beyond the first mismatch, and cut the rounds where no rule decides any more."""
+def _verify(
+    model: PreTrainedModel,
+    answer: Answer,
+    rounds: list[Round],
+    special: set[int],
+    packed: bool,
+    layer_states: LayerStates | None,
+) -> None:
+    """Add what the target computes beyond the first mismatch, and cut the rounds where no rule decides any more."""
     end_tokens = eos_tokens(model)
-    shared = Branches(model, answer.cache) if packed else None
+    shared = Branches(model, answer.cache, layer_states) if packed else None
     for part in [rounds] if packed else [[each] for each in rounds]:
         if not part:
             continue
-        branches = shared or Alone(model, answer.cache)
+        branches = shared or Alone(model, answer.cache, layer_states)
         starts = [branches.branch(answer.prompt_length + each.start + each.matched) for each in part]
-        outputs = branches.feed(starts, [answer.ids.new_tensor(each.tokens[each.matched : -1]) for each in part])
-        for each, (logits, _) in zip(part, outputs, strict=True):
-            logprobs = logits.float().log_softmax(-1)
+        outputs = branches.feed(starts, [answer.ids.new_tensor(each.tokens[each.matched :]) for each in part])
+        for each, (logits, states) in zip(part, outputs, strict=True):
+            each.states = states[: max(0, before_special(each.tokens, special) - each.matched)]
+            logprobs = logits[:-1].float().log_softmax(-1)  # nothing is chosen after the last candidate
             each.choices += logprobs.argmax(-1).tolist()
             each.best += logprobs.amax(-1).tolist()
             each.entropies += entropy(logprobs).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -50,6 +51,11 @@ def common_prefix(tokens: list[int], others: list[int]) -> int:
     """How many tokens come before the first that differs from that of `others` in its place."""
     pairs = enumerate(zip(tokens, others, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(tokens), len(others)))
+
+
+def before_special(tokens: Sequence[int], special_tokens: Collection[int]) -> int:
+    """How many tokens come before the first special one."""
+    return next((i for i, token in enumerate(tokens) if token in special_tokens), len(tokens))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

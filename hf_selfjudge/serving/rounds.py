@@ -17,6 +17,7 @@ import torch
 
 from ..decoding.rules import Lossless, Rule
 from ..decoding.verification import Verified
+from ..judge.features import round_states
 
 
 ROWS = 512  # mismatches that a rule is asked about at a time: a row of logits may have a megabyte
@@ -71,9 +72,8 @@ class Rounds:
             those before it in its round are kept; and about which mismatches a rule was asked.
         """
         sampled, decides = self._each(self.sampled), self._each([not isinstance(rule, Lossless) for rule in rules])
-        tokens, choices = self.tokens.clamp(min=0), self.scores.argmax(-1)
-        mismatch, fixed = choices != self.tokens, self._fixed(tokens, choices)
-        blocking = torch.cat([self.tokens.new_zeros(1), (mismatch & fixed).cumsum(0)])
+        mismatch, fixed = self._choices != self.tokens, self._fixed()
+        blocking = _sums(mismatch & fixed)
         blocked = blocking[1:] > blocking[self._starts]
         asked = decides & torch.where(sampled, ~fixed, mismatch & ~blocked)
         kept = torch.zeros_like(asked)
@@ -88,7 +88,7 @@ class Rounds:
         for rule, slices in by_rule.items():
             for places in slices:
                 own = rows[places]
-                kept[own] = rule.keep(self._verified(own, tokens, mismatch, sampled))
+                kept[own] = rule.keep(self._verified(own, mismatch, sampled))
         return kept, asked & mismatch
 
     @functools.cached_property
@@ -105,27 +105,57 @@ class Rounds:
         """A value of each request, for each of its candidates: of shape `(n,)`."""
         return torch.from_numpy(np.repeat(np.array([*values]), self.counts)).to(self.tokens.device)
 
-    def _fixed(self, tokens: torch.LongTensor, choices: torch.LongTensor) -> torch.BoolTensor:
+    @functools.cached_property
+    def _tokens(self) -> torch.LongTensor:
+        """The candidates, with 0 for padding, of shape `(n,)`."""
+        return self.tokens.clamp(min=0)
+
+    @functools.cached_property
+    def _choices(self) -> torch.LongTensor:
+        """The target's choices, of shape `(n,)`."""
+        return self.scores.argmax(-1)
+
+    def _fixed(self) -> torch.BoolTensor:
         """Where no rule decides, of shape `(n,)`: the candidate is padding, a constraint or a filter has masked it or
         forces another token, or it or the target's choice is a protected token."""
-        chosen = self.final_scores.gather(-1, tokens[:, None]).squeeze(-1)
+        chosen = self.final_scores.gather(-1, self._tokens[:, None]).squeeze(-1)
         masked = (chosen - self.final_scores.logsumexp(-1)).exp() == 0
         forced = self.scores.amax(-1) >= FORCED
-        before = torch.cat([tokens.new_zeros(1), (tokens != 0).cumsum(0)])
-        counts = self._each(self.counts)
-        padding = (self.tokens < 0) | ((counts > 1) & (before[self._starts + counts] == before[self._starts]))
-        fixed = padding | masked | forced | self.special[tokens] | self.special[choices]
+        return self._padding | masked | forced | self._protected
+
+    @functools.cached_property
+    def _padding(self) -> torch.BoolTensor:
+        """Which candidates are padding, of shape `(n,)`."""
+        before, counts = _sums(self._tokens != 0), self._each(self.counts)
+        return (self.tokens < 0) | ((counts > 1) & (before[self._starts + counts] == before[self._starts]))
+
+    @functools.cached_property
+    def _protected(self) -> torch.BoolTensor:
+        """Where the candidate or the target's choice is a protected token, of shape `(n,)`."""
+        protected = self.special[self._tokens] | self.special[self._choices]
         for number, stops in enumerate(self.stops):
             if stops:
-                own, stops = self._request == number, torch.tensor([*stops], device=tokens.device)
-                fixed |= own & (torch.isin(tokens, stops) | torch.isin(choices, stops))
-        return fixed
+                own, stops = self._request == number, self.tokens.new_tensor([*stops])
+                protected |= own & (torch.isin(self._tokens, stops) | torch.isin(self._choices, stops))
+        return protected
+
+    @functools.cached_property
+    def _counted(self) -> torch.LongTensor:
+        """For each candidate, of shape `(n,)`, the end of those of its request that the state ahead is of: before the
+        first protected token, and without padding."""
+        count = len(self.tokens)
+        places = torch.where(self._padding | self._protected, torch.arange(count, device=self.tokens.device), count)
+        first = places.new_full((len(self.counts),), count).scatter_reduce(0, self._request, places, "amin")
+        return torch.minimum(first[self._request], self._starts + self._each(self.counts))
 
     def _verified(
-        self, rows: torch.LongTensor, tokens: torch.LongTensor, mismatch: torch.BoolTensor, sampled: torch.BoolTensor
+        self,
+        rows: torch.LongTensor,
+        mismatch: torch.BoolTensor,
+        sampled: torch.BoolTensor,
     ) -> Verified:
         """What a rule gets to see of the candidates `rows`."""
-        order, count = torch.arange(len(tokens), device=rows.device), len(tokens)
+        order, count = torch.arange(len(self.tokens), device=rows.device), len(self.tokens)
         # The next mismatch after each candidate, which may be in another request.
         following = torch.where(mismatch, order, count).flip(0).cummin(0).values.flip(0)
         following = torch.cat([following[1:], following.new_tensor([count])])
@@ -135,13 +165,18 @@ class Rounds:
         last = torch.ones_like(rows, dtype=torch.bool)
         last[:-1] = sampled[rows[:-1]] | (request[:-1] != request[1:])
         return Verified(
-            tokens=tokens[rows],
+            tokens=self._tokens[rows],
             positions=self.places[in_forward] + 1 - self._each(self.prompt_lengths)[rows],
             matches_after=(torch.minimum(following, ends) - order - 1)[rows],
             last=last,
-            hidden=torch.stack([self.hidden[in_forward], self.hidden[in_forward + 1]], dim=1),
+            hidden=round_states(self.hidden, in_forward, (self._request + self._counted)[rows]),
             scores=self.scores[rows],
             final_scores=self.final_scores[rows],
             logits_after=self.logits[in_forward + 1],
             draft_logits=None,
         )
+
+
+def _sums(counted: torch.BoolTensor) -> torch.LongTensor:
+    """How many of `n` are counted before each, and of all: of shape `(n + 1,)`."""
+    return torch.cat([counted.new_zeros(1, dtype=torch.long), counted.cumsum(0)])

@@ -57,7 +57,11 @@ class JudgeConfig(TrainingArguments):
         None, "For 'likelihood' and 'confidence': a score above it counts as changed, nats. By default their median."
     )
     scalars: list[str] = option(SCALARS, "Scalar features that the judge uses; 'none' for none.")
-    states: list[str] = option(STATES, "Hidden states that the judge uses; 'none' for none.")
+    states: list[str] | None = option(
+        None,
+        "Hidden states that the judge uses; 'none' for none. By default those before and after the substitute and, if "
+        "all labels are of rounds, those ahead of it.",
+    )
     components: int = option(64, "Principal components kept of each hidden state, at most its dimensions.")
     prior: float = option(
         0.01,
@@ -86,12 +90,14 @@ class JudgeConfig(TrainingArguments):
             raise ValueError(f"`label_names`: the label is chosen by `label`, got {self.label_names}. Leave it out.")
         for name, known in (("scalars", SCALARS), ("states", STATES)):
             value = getattr(self, name)
+            if value is None and name == "states":
+                continue
             names = [value] if isinstance(value, str) else value
             names = [] if names == NONE else names
             valid = isinstance(names, list | tuple) and all(part in known for part in names)
             check(valid, name, f"'none' or a list of {', '.join(known)}", repr(value))
             setattr(self, name, list(names))
-        if not self.scalars and not self.states:
+        if not self.scalars and self.states == []:
             raise ValueError("`scalars` and `states` are both empty. Give the judge at least one feature.")
         whole = type(self.components) is int
         check(whole and self.components >= 1, "components", "a whole number, 1 or more", repr(self.components))

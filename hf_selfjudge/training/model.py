@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import StackDataset
 from transformers import PreTrainedModel
 
+from ..judge.features import AFTER, BEFORE
 from ..judge.info import JudgeInfo
 from ..judge.judge import Judge
 from ..judge.lora import Adapter
@@ -28,12 +29,13 @@ UNCHOSEN = Threshold(0.5)  # until one is chosen on held-out prompts
 
 
 def new_judge(mining: Mapping, args: JudgeConfig) -> Judge:
-    """A judge that is not trained yet, for labels that were mined as `mining` says ([`mining_of`])."""
+    """A judge that is not trained yet, for labels that were mined as `mining` says ([`mining_of`]). Without
+    `args.states` it uses the `states` that are named there, or else those before and after a candidate."""
     mining = public_mining(mining)
     names = ("target", "target_fingerprint", "hidden_size", "vocab_size", "draft", "special_tokens", "layer")
     chosen = {
         "scalars": args.scalars,
-        "states": args.states,
+        "states": mining.get("states", [BEFORE, AFTER]) if args.states is None else args.states,
         "components": min(args.components, mining["hidden_size"]),
     }
     return Judge(JudgeInfo(**{name: mining[name] for name in names}, **chosen, threshold=UNCHOSEN))
@@ -115,7 +117,7 @@ class TargetWithJudge(torch.nn.Module):
         Args:
             scalars (`torch.Tensor` of shape `(batch, substitutes, len(SCALARS))`): Of the target without an adapter.
             places (`torch.LongTensor` of shape `(batch, substitutes)`): Which tokens are replaced.
-            text: `input_ids` of [`StateReader.forward`].
+            text: `input_ids` and `ends` of [`StateReader.forward`].
 
         Returns:
             `torch.FloatTensor` of shape `(batch, substitutes)`: log-odds that the meaning changes.

@@ -28,7 +28,7 @@ from ..mining.label_files import load_labels, mining_of, mining_records
 from ..models.load import load_model
 from ..utils.names import public_mining
 from .config import BY_LENGTH, NONE, SCORES, JudgeConfig, check, option, with_options
-from .data import soft_labels
+from .data import soft_labels, states_of
 from .evaluation import calibrate, evaluate, training_free
 from .model import TargetWithJudge
 from .trainer import JudgeTrainer
@@ -113,6 +113,8 @@ def main(script_args: ScriptArguments, training_args: JudgeConfig) -> Judge:
     """
     _check_no_evaluation(training_args)
     labels = load_labels(script_args.labels)
+    if training_args.states is None:
+        training_args.states = states_of(labels)  # the same for all folds
     if training_args.label in SCORES and training_args.label_threshold is None:
         # One for all folds.
         training_args.label_threshold = float(np.nanmedian(np.array(labels[training_args.label][:], dtype=float)))
@@ -259,7 +261,8 @@ def _card_options(script_args: ScriptArguments, args: JudgeConfig) -> dict:
     chosen = {}
     for name, value in sorted(args.to_dict().items()):
         value, default = json.dumps(value) if isinstance(value, dict) else value, defaults[name]
-        unset = not default and (value is False or value == [])  # what transformers makes of `None` and ""
+        # What transformers makes of `None` and "". But no states are a choice.
+        unset = not default and (value is False or (value == [] and name != "states"))
         if unset or value == default or not isinstance(value, bool | int | float | str | list):
             continue
         if not name.startswith(NOT_ON_THE_CARD):

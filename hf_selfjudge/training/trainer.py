@@ -26,7 +26,7 @@ from ..mining.layers import IGNORED, DataCollatorForJudge, answers_of
 from ..models.load import fingerprint, load_model
 from ..utils.names import public_name
 from .config import JudgeConfig, check_options, check_steps
-from .data import features, soft_labels
+from .data import check_ahead, features, soft_labels, states_of
 from .evaluation import agreement, judge_metrics
 from .model import UNCHOSEN, TargetWithJudge, adapter_of, add_adapter, fit_projection, new_judge
 
@@ -101,7 +101,7 @@ class JudgeTrainer(Trainer):
         if preprocess_logits_for_metrics is not None and compute_metrics is None:
             raise ValueError("`preprocess_logits_for_metrics` needs a `compute_metrics` that takes what it returns.")
         self.through_model = not isinstance(model, Judge | None)
-        mining = mining_of(train_dataset)
+        mining = mining_of(train_dataset) | {"states": states_of(train_dataset)}
         if args is None:
             options = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 5e-4}
             target_name = public_name(mining["target"]).split("/")[-1]
@@ -129,7 +129,7 @@ class JudgeTrainer(Trainer):
         self.label_count = int(has_label.sum())
         check_steps(args, len(rows), known[has_label])
         if not self.judge.projection.any() and not self.judge.scalar_mean.any():
-            fit_projection(self.judge, features(train_dataset, known, self.judge.info.layer), args.seed)
+            fit_projection(self.judge, features(train_dataset, known, self.judge.info), args.seed)
         if isinstance(eval_dataset, dict):
             parts = eval_dataset.items()
             eval_dataset = {name: self._prepare_dataset(part, soft_labels(part, args)) for name, part in parts}
@@ -154,7 +154,8 @@ class JudgeTrainer(Trainer):
         _check_optimizer(self.optimizer, self.model)
 
     def _prepare_dataset(self, labels: datasets.Dataset, known: np.ndarray) -> Dataset:
-        return answers_of(labels, known) if self.through_model else features(labels, known, self.judge.info.layer)
+        check_ahead(labels, self.judge.info.states)
+        return answers_of(labels, known) if self.through_model else features(labels, known, self.judge.info)
 
     def train(self, *args, **kwargs):
         """
@@ -194,7 +195,7 @@ class JudgeTrainer(Trainer):
         return self.accelerator.reduce(count, "mean") if self.args.average_tokens_across_devices else count
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "places", "substitutes", "scalars", "hidden", "labels"]
+        self._signature_columns = ["input_ids", "places", "ends", "substitutes", "scalars", "hidden", "labels"]
 
     def compute_loss(
         self,

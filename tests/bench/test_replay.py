@@ -13,7 +13,7 @@ from hf_selfjudge.bench.replay import read_rounds, replay
 from hf_selfjudge.bench.report import replay_tables
 from hf_selfjudge.bench.summary import summarise_replay
 from hf_selfjudge.cli.replay import ReplayOptions, replay_command
-from hf_selfjudge.judge.features import SCALARS
+from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.mining.label_files import load_answers, load_labels
 from hf_selfjudge.models.pair import Pair
 from hf_selfjudge.rules import LookAhead, Lossless, Margin, TopK
@@ -77,7 +77,7 @@ def labels(tmp_path):
                     {
                         **{"answer": answer, "kind": "mismatch", "position": 10 + place, "token": 3, "substitute": 4},
                         **{"scalars": scalars, "round_flipped": flipped[prompt][number][nth], "kl_target_draft": 0.1},
-                        **dict.fromkeys(("hidden_before", "hidden_after"), [0.0] * LABELS_HIDDEN),
+                        **dict.fromkeys(STATES, [0.0] * LABELS_HIDDEN),
                     }
                 )
     answers[1]["answer_ids"] = [3] * 17 + [1]  # nothing follows the end token

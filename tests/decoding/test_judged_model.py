@@ -74,7 +74,7 @@ def test_stats_add_up(pair, prompt, threshold):
     assert stats.logprob_given_up >= 0
 
 
-def test_judge_sees_rows_before_and_after_the_candidate(pair, prompt):
+def test_judge_sees_rows_around_the_candidate(pair, prompt):
     """The features of a judged row are those of a plain forward over the text up to the candidate."""
     target, draft = pair
     judge = random_judge(target)
@@ -85,7 +85,12 @@ def test_judge_sees_rows_before_and_after_the_candidate(pair, prompt):
     first = prompt.shape[1] + judged.stats.sources.index("judged")
     full = target(output[:, : first + 1], output_hidden_states=True)
     scalars, hidden = seen[0]
-    torch.testing.assert_close(hidden[0], full.hidden_states[-1][0, -2:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(hidden[0, :2], full.hidden_states[-1][0, -2:], atol=1e-4, rtol=1e-4)
+    # All candidates are kept, up to the bonus token.
+    end = prompt.shape[1] + judged.stats.sources.index("target", first - prompt.shape[1])
+    ahead = target(output[:, :end], output_hidden_states=True).hidden_states[-1][0, first + 1 :]
+    expected = ahead.mean(0) if len(ahead) else hidden[0, 1]
+    torch.testing.assert_close(hidden[0, 2], expected, atol=1e-4, rtol=1e-4)
     logprobs = full.logits[0, -2].log_softmax(-1)
     torch.testing.assert_close(scalars[0, 0], logprobs.max() - logprobs[output[0, first]], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(scalars[0, -1], torch.tensor(first - prompt.shape[1]).float().log1p())

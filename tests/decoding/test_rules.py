@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hf_selfjudge import JudgedModel
 from hf_selfjudge.decoding.rules import JudgeRule
 from hf_selfjudge.decoding.verification import Verified
-from hf_selfjudge.judge.features import candidate_scalars
+from hf_selfjudge.judge.features import STATES, candidate_scalars
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.models.tokens import special_tokens
 from hf_selfjudge.models.wheels import PINNED, PinnedWheels, wheels_folder
@@ -29,7 +29,7 @@ def mismatch(probabilities, token=1, draft=None, matches_after=0, position=0) ->
         scores=scores,
         final_scores=scores,
         logits_after=scores,
-        hidden=torch.zeros(1, 2, 4),
+        hidden=torch.zeros(1, len(STATES), 4),
         matches_after=torch.tensor([matches_after]),
         last=torch.tensor([True]),
         draft_logits=None if draft is None else torch.tensor([draft]).log(),

@@ -35,8 +35,8 @@ def test_forward_normalises_projects_and_adds(saved):
     judge.scalar_mean.fill_(1.0)
     judge.scalar_scale.fill_(2.0)
     judge.hidden_mean.fill_(0.5)
-    scalars, hidden = torch.randn(3, 7), torch.randn(3, 2, 32)
-    parts = [(scalars - 1) / 2, (hidden[:, 0] - 0.5) @ judge.projection[0], (hidden[:, 1] - 0.5) @ judge.projection[1]]
+    scalars, hidden = torch.randn(3, 7), torch.randn(3, 3, 32)
+    parts = [(scalars - 1) / 2, *((hidden[:, side] - 0.5) @ judge.projection[side] for side in range(3))]
     expected = torch.cat(parts, dim=1) @ judge.head.weight[0] + judge.head.bias
     torch.testing.assert_close(judge(scalars, hidden), expected)
 

@@ -77,7 +77,7 @@ def test_the_judge_sees_the_adapted_states_of_the_text(architecture, prompt):
     for position, candidate, hidden in seen:
         text = torch.cat([output[:, : prompt.shape[1] + position], torch.tensor([[candidate]])], 1)
         expected = last_hidden(adapted, text)[0, -2:]
-        torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(hidden[:2], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_batches_and_threads_of_text_give_what_each_gives_alone(llama, prompt):

@@ -7,7 +7,7 @@ import pytest
 
 from hf_selfjudge import JudgeConfig, JudgeTrainer, load_labels, mine
 from hf_selfjudge.data.prompts import Prompt
-from hf_selfjudge.judge.features import STATES
+from hf_selfjudge.judge.features import AFTER, BEFORE, STATES
 from hf_selfjudge.mining.compact import compact_labels
 from hf_selfjudge.mining.label_files import mining_of
 from hf_selfjudge.mining.layers import add_layer_states, answers_of
@@ -37,7 +37,7 @@ def test_states_and_prompts_are_added_again(llama, tokenizer, labels, tmp_path):
     assert sizes[1] < sizes[0]
     again = add_layer_states(llama[0], tmp_path / "small", LAYER, tmp_path / "again", 4, PROMPTS, tokenizer)
     assert again["prompt_ids"][:] == whole["prompt_ids"][:]
-    for name in STATES:
+    for name in (BEFORE, AFTER):
         np.testing.assert_allclose(again[name][:], whole[name][:], atol=2e-3, rtol=2e-3)
 
 

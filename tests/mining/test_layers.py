@@ -14,13 +14,14 @@ from peft import LoraConfig
 from hf_selfjudge import Judge, JudgeConfig, JudgedModel, JudgeTrainer, load_labels, mine
 from hf_selfjudge.data.prompts import Prompt
 from hf_selfjudge.decoding.rules import JudgeRule
-from hf_selfjudge.judge.features import STATES
+from hf_selfjudge.judge.features import AFTER, AHEAD, BEFORE, STATES
 from hf_selfjudge.mining import job
 from hf_selfjudge.mining import labels as labels_module
 from hf_selfjudge.mining.label_files import mining_of
 from hf_selfjudge.mining.layers import add_layer_states
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import Pair
+from hf_selfjudge.models.tokens import before_special
 from hf_selfjudge.training.model import TargetWithJudge, new_judge
 from hf_selfjudge.training.script import ScriptArguments, main
 from tests.builders import MINING, PROMPTS, build, midway_judge, perturbed
@@ -53,7 +54,8 @@ def test_each_row_gets_the_states_of_its_text(architecture, tokenizer, tmp_path)
     for row in after:
         text = [*row["prompt_ids"], *row["answer_ids"][: row["position"]], row["substitute"]]
         expected = states(target, text)[-2:].half().numpy()
-        found = np.array([row[name] for name in STATES])
+        found = np.array([row[name] for name in (BEFORE, AFTER)])
+        assert row[AHEAD] is None  # it is no round
         np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
     assert not np.allclose(before["hidden_after"][:], after["hidden_after"][:], atol=1e-2)
 
@@ -70,8 +72,17 @@ def test_states_of_a_layer_are_mined_at_once(architecture, rounds, tokenizer, tm
     assert mining_of(at_once)["layer"] == LAYER
     others = (*STATES, "source")
     assert at_once.remove_columns(others).to_dict() == after.remove_columns(others).to_dict()
-    for name in STATES:
+    for name in STATES if rounds else (BEFORE, AFTER):
         np.testing.assert_allclose(at_once[name][:], after[name][:], atol=2e-3, rtol=2e-3)
+    if rounds:
+        for row in at_once:
+            start = len(row["answer_ids"]) - row["drafted"]
+            end = start + before_special(row["answer_ids"][start:], mining_of(at_once)["special_tokens"])
+            text = [*row["prompt_ids"], *row["answer_ids"][:end]]
+            ahead = states(target, text)[len(row["prompt_ids"]) + row["position"] + 1 :]
+            expected = ahead.mean(0) if len(ahead) else np.array(row[AFTER])
+            np.testing.assert_allclose(row[AHEAD], expected, atol=2e-3, rtol=2e-3)
+        assert np.any(np.array(at_once[AHEAD][:]) != np.array(at_once[AFTER][:]))
     with pytest.raises(ValueError, match="`layer` must be above 0 and below 2"):
         mined(target, tmp_path / "other", tokenizer, layer=2)
 
@@ -83,7 +94,7 @@ def test_a_layer_of_a_model_that_does_not_pack(tokenizer, tmp_path, monkeypatch)
     for module in (job, labels_module):
         monkeypatch.setattr(module, "packs", lambda model: False)
     alone = mined(target, tmp_path / "alone", tokenizer, layer=LAYER)
-    for name in STATES:
+    for name in (BEFORE, AFTER):
         np.testing.assert_allclose(packed[name][:], alone[name][:], atol=2e-3, rtol=2e-3)
 
 
@@ -102,13 +113,15 @@ def test_a_run_that_was_cut_off_goes_on(llama, tokenizer, tmp_path):
     assert {path.name for path in output.glob("labels-*.json")} == {path.name for path in folder.glob("labels-*.json")}
 
 
-def test_a_judge_of_these_labels_looks_there(llama, tokenizer, tmp_path):
+@pytest.mark.parametrize(("rounds", "states_used"), [(0, (BEFORE, AFTER)), (3, STATES)])
+def test_a_judge_of_these_labels_looks_there(rounds, states_used, llama, tokenizer, tmp_path):
     """Trained on labels that were read again, in a file and back, and through the model on the same text."""
     target, folder = llama[0], tmp_path / "midway"
-    mined(target, tmp_path / "labels", tokenizer)
+    mined(target, tmp_path / "labels", tokenizer, rounds=rounds)
     labels = add_layer_states(target, tmp_path / "labels", LAYER, folder)
     args = JudgeConfig(str(tmp_path / "judge"), components=2, max_steps=3, use_cpu=True, disable_tqdm=True)
-    trainer = JudgeTrainer(new_judge(mining_of(labels), args), args, train_dataset=labels)
+    trainer = JudgeTrainer(args=args, train_dataset=labels)
+    assert trainer.judge.info.states == [*states_used]
     trainer.train()
     trainer.save_model()
     judge = Judge.from_pretrained(tmp_path / "judge")
@@ -142,7 +155,7 @@ def test_the_judge_sees_the_states_of_the_text(architecture, how, prompt):
     assert len(seen) > 2
     for position, candidate, hidden in seen:
         text = torch.cat([output[0, : prompt.shape[1] + position], torch.tensor([candidate])])
-        torch.testing.assert_close(hidden, states(target, text)[-2:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(hidden[:2], states(target, text)[-2:], atol=1e-4, rtol=1e-4)
 
 
 def test_batches_give_what_each_gives_alone(llama, prompt):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_selfjudge import JudgedModel, MiningConfig, mine
-from hf_selfjudge.judge.features import SCALARS
+from hf_selfjudge.judge.features import SCALARS, STATES
 from hf_selfjudge.mining import labels as labels_module
 from hf_selfjudge.mining.answers import target_answers
 from hf_selfjudge.mining.label_files import both_answers, load_answers
@@ -26,12 +26,13 @@ class Keep(Rule):
     special_tokens = ()
 
     def __init__(self, *kept):
-        self.kept, self.asked = kept, []
+        self.kept, self.asked, self.states = kept, [], {}
 
     def keep(self, mismatches):
         places = [*zip(mismatches.positions.tolist(), mismatches.tokens.tolist(), strict=True)]
         kept = [place in self.kept for place in places]
         self.asked += places[: [*kept, False].index(False) + 1]
+        self.states |= zip([(places[0], place) for place in places], mismatches.hidden.half().numpy(), strict=True)
         return torch.tensor(kept)
 
 
@@ -66,6 +67,11 @@ def test_each_round_is_what_decoding_meets(case):
         assert text[: len(answer.text)] == answer.text
         first = [(rows[0]["position"], rows[0]["substitute"]) for _, rows in parts if rows]
         assert first == [place for place in lossless.asked if place[0] < len(answer.text)]
+        for _, rows in parts:
+            places = [(row["position"], row["substitute"]) for row in rows]
+            for row, place in zip(rows, places, strict=True):
+                seen = lossless.states[places[0], place]
+                np.testing.assert_allclose([row[name] for name in STATES], seen, atol=2e-3, rtol=1e-2)
         assert first
         assert len(parts) <= stats.rounds
         several = sorted(parts, key=lambda part: -len(part[1]))[:3]
@@ -126,6 +132,15 @@ def test_rounds_beyond_the_context_of_the_draft(case):
     parts = label_rounds(pair.target, pair, answer, config)
     assert {24 + round.start >= 32 for round, _ in parts} == {False, True}
     assert all(not round.tokens and not rows for round, rows in parts if 24 + round.start > 32)
+
+
+@torch.no_grad()
+def test_rounds_end_with_the_context_of_the_target(case):
+    pair, config, all_ids = case
+    (answer,) = target_answers(pair.target, PROMPTS[:1], all_ids[:1], 24)
+    pair.target.config.max_position_embeddings = context = len(answer.ids) + 1
+    ends = [24 + round.start + len(round.tokens) for round, _ in label_rounds(pair.target, pair, answer, config)]
+    assert max(ends) == context if pair.draft else max(ends) < context
 
 
 @pytest.mark.parametrize("given", ["answer", "judge"])

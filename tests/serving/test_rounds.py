@@ -13,7 +13,7 @@ from tests.builders import VOCAB, midway_judge, random_judge
 SPECIAL = (0, 4, 9, 11)
 RULES = {
     "judge": lambda target: JudgeRule(random_judge(target), 0.5),
-    "judge of a layer": lambda target: JudgeRule(midway_judge(target), 0.2),
+    "judge of a layer": lambda target: JudgeRule(midway_judge(target), 0.5),
     "judge, for each token": lambda target: JudgeRule(random_judge(target), "0.15/token"),
     "margin": lambda target: Margin(0.1),
     "top-k": lambda target: TopK(3),
@@ -158,7 +158,7 @@ def test_what_the_rules_see(monkeypatch):
     assert one.positions.tolist() == [0 + 1 - 4, 4 + 1 - 4]  # the third request begins in row 4
     assert one.matches_after.tolist() == [1, 2]
     assert one.last.tolist() == [True, True]
-    assert one.hidden.flatten(1).tolist() == [[0, 1], [4, 5]]
+    assert one.hidden.flatten(1).tolist() == [[0, 1, 2], [4, 5, 6.5]]
     assert one.logits_after[:, 0].tolist() == [1, 5]
 
 

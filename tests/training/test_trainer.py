@@ -16,7 +16,7 @@ import torch
 from hf_selfjudge import Judge, JudgeConfig, JudgeTrainer, load_labels
 from hf_selfjudge.forward.tap import ForwardTap
 from hf_selfjudge.hub.results import add_results
-from hf_selfjudge.judge.features import SCALARS, STATES
+from hf_selfjudge.judge.features import AFTER, AHEAD, BEFORE, SCALARS, STATES
 from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
 from hf_selfjudge.judge.threshold import Threshold
 from hf_selfjudge.mining.label_files import mining_of, mining_records
@@ -105,7 +105,7 @@ def test_training_again_gives_the_same(fitted, tmp_path):
 def test_features_are_whitened(fitted):
     folder, judge, _ = fitted
     rows = load_labels(folder).with_format("torch")
-    hidden = torch.stack([torch.stack(list(rows[name][:])) for name in STATES], 1).float()
+    hidden = torch.stack([torch.stack(list(rows[name][:])) for name in judge.info.states], 1).float()
     scalars = (torch.stack(list(rows["scalars"][:])) - judge.scalar_mean) / judge.scalar_scale
     parts = torch.einsum("nsh,shc->nsc", hidden - judge.hidden_mean, judge.projection)
     for values in (scalars, *parts.unbind(1)):
@@ -118,7 +118,7 @@ def test_features_are_whitened(fitted):
 def test_a_judge_uses_only_its_features(fitted, tmp_path, looks_at):
     folder, _, _ = fitted
     judge = main(script(folder, resamples=2), config(tmp_path, **looks_at))
-    full = {"scalars": list(SCALARS), "states": list(STATES)} | looks_at
+    full = {"scalars": list(SCALARS), "states": [BEFORE, AFTER]} | looks_at
     assert judge.head.in_features == len(full["scalars"]) + 20 * len(full["states"])
     scalars, hidden = torch.randn(5, len(SCALARS)), torch.randn(5, len(STATES), LABELS_HIDDEN)
     before = Judge.from_pretrained(tmp_path)(scalars, hidden)
@@ -293,7 +293,7 @@ def test_substitutes_see_what_they_would_see_alone(target, answers, tmp_path):
             text, alone = [*rows[i]["input_ids"][:place], token], []
             with ForwardTap(target, lambda hidden, _, alone=alone: alone.append(hidden[0, -2:])):
                 target(input_ids=torch.tensor([text]))
-            torch.testing.assert_close(states[i, s], alone[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(states[i, s, :2], alone[0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_collator_gives_what_its_docstring_says():
@@ -591,6 +591,14 @@ def test_a_launcher_cannot_shard_a_judge(fitted, tmp_path, monkeypatch):
         on_features(fitted[0], tmp_path)
 
 
+def test_what_is_ahead_is_known_for_rounds_only(fitted, target, answers, tmp_path):
+    known = "`states`: what is ahead of a candidate is known for rounds only"
+    with pytest.raises(ValueError, match=known):
+        on_features(fitted[0], tmp_path, states=[BEFORE, AHEAD])
+    with pytest.raises(ValueError, match=known):
+        through(target, answers, tmp_path, states=[BEFORE, AHEAD])
+
+
 def test_labels_that_tell_nothing_are_refused(fitted, tmp_path):
     labels = load_labels(fitted[0])
     judge = new_judge(mining_of(load_labels(fitted[0])), config(tmp_path))
@@ -658,7 +666,7 @@ def test_training_goes_on_from_its_own_checkpoints_only(fitted, target, answers,
     for folder in (bare, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint`: .* has no optimizer.pt"):
             on_features(fitted[0], tmp_path / "x").train(resume_from_checkpoint=str(folder))
-    other = on_features(fitted[0], tmp_path / "x", states=STATES[::-1])
+    other = on_features(fitted[0], tmp_path / "x", states=[AFTER, BEFORE])
     with pytest.raises(ValueError, match="of another judge, whose states is"):
         other.train(resume_from_checkpoint=str(here))
     through(target, answers, tmp_path / "lora", lora(lora_alpha=8), save_strategy="steps", save_steps=3).train()
@@ -848,7 +856,7 @@ def test_card(fitted, tmp_path):
     assert "240 substitutions from 40 prompts have a label" in text
     assert "Measured in decoding" not in text
     assert "--prompts prompts.jsonl --limit 40 --max-new-tokens 8 --per-answer 6 --answer-batch 4" in text
-    options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0"
+    options = "--components 20 --learning_rate 0.03 --max_steps 200 --prior 1.0 --states hidden_before hidden_after"
     assert f"train --labels labels/1 --folds 5 --accept_share 0.5 {options} --output my-judge" in text
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
