@@ -50,9 +50,10 @@ def compact_labels(folder: str | os.PathLike, output: str | os.PathLike) -> data
     for shard in shards_of(folder):
         if (output / shard.name).is_file():
             continue
-        digest = _digest(pyarrow.parquet.read_table(answers_beside(shard), columns=[PROMPT]))
-        counts = output / shard.with_suffix(".json").name
-        write_json(counts, read_json(shard.with_suffix(".json")) | {DIGEST: digest})
+        counts = read_json(shard.with_suffix(".json"))
+        if DIGEST not in counts:  # a shard may be small already, in a folder that was kept and mined on
+            counts[DIGEST] = _digest(pyarrow.parquet.read_table(answers_beside(shard), columns=[PROMPT]))
+        write_json(output / shard.with_suffix(".json").name, counts)
         for path, columns in ((answers_beside(shard), [PROMPT]), (shard, STATES)):  # the labels make it complete
             table = pyarrow.parquet.read_table(path)
             for name in columns:

@@ -65,6 +65,10 @@ def test_mining_goes_on_after_compact_shards(llama, tokenizer, labels, tmp_path)
     assert {*missing} == {True, False}
     columns = ["prompt_id", "position", "substitute", "rewritten_suffix"]
     assert rows.select_columns(columns).to_dict() == load_labels(labels).select_columns(columns).to_dict()
+    # And be kept once more.
+    compact_labels(tmp_path / "small", tmp_path / "again")
+    states = add_layer_states(llama[0], tmp_path / "again", LAYER, tmp_path / "states", 4, PROMPTS, tokenizer)
+    assert states["prompt_ids"][:] == load_labels(labels)["prompt_ids"][:]
 
 
 def test_a_run_that_was_cut_off_goes_on(labels, tmp_path):
