@@ -264,14 +264,8 @@ LABELS_HIDDEN = 24  # of `write_labels`
 MINING_RECORD = {
     **{"format": FORMAT, "target": "tiny/llama", "target_fingerprint": "f" * 16, "draft": "tiny/draft"},
     **{"draft_fingerprint": "e" * 16, "layer": None, "hidden_size": LABELS_HIDDEN, "vocab_size": VOCAB},
-    **{
-        "special_tokens": [1],
-        "end_tokens": [1],
-        "dtype": "float32",
-        "prompts": 40,
-        "prompts_sha256": "0" * 64,
-        "max_new_tokens": 8,
-    },
+    **{"special_tokens": [1], "end_tokens": [1], "dtype": "float32", "max_new_tokens": 8},
+    **{"prompts": 40, "prompts_sha256": "0" * 64},
     **{"per_answer": 6, "seed": 0, "prompts_name": "prompts.jsonl", "answer_batch": 4, "rewrite_batch": 8},
 }
 

@@ -123,9 +123,9 @@ class Verification:
         pairs = enumerate(zip(self.tokens, self.choices, strict=True))
         return next((place for place, pair in pairs if special_tokens & {*pair}), len(self.tokens))
 
-    def verified(self, rows: list[int], final_scores: torch.FloatTensor, end: int) -> Verified:
+    def verified(self, rows: list[int], final_scores: torch.FloatTensor, special_tokens: set[int]) -> Verified:
         """What a rule gets to see of candidates. The first of them has the scores `self.scores` and `final_scores`;
-        those of later ones are not known yet, and the raw logits stand for them. `end` is that of [`decided`]."""
+        those of later ones are not known yet, and the raw logits stand for them."""
         device = self.candidates.device
         in_forward = torch.tensor(rows, device=self.hidden.device)
         later = self.logits[rows[1:]].float().to(device)
@@ -136,7 +136,7 @@ class Verification:
             positions=torch.tensor(rows, device=device) + (self.start - self.prompt_length),
             matches_after=torch.tensor(after, device=device),
             last=torch.tensor([False] * (len(rows) - 1) + [True], device=device),
-            hidden=round_states(self.hidden, in_forward, torch.full_like(in_forward, end)),
+            hidden=round_states(self.hidden, in_forward, torch.full_like(in_forward, self.decided(special_tokens))),
             scores=torch.cat([self.scores[None], later]),
             final_scores=torch.cat([final_scores[None], later]),
             logits_after=self.logits[[row + 1 for row in rows]].to(device),
@@ -245,13 +245,13 @@ class Call:
         """What the rule says about candidate `row`. Under greedy decoding it decides about all mismatches of the round
         at once, and again only where processors made the scores others than it was told."""
         round = self.round
-        end = round.decided(self.special_tokens)
         if self.do_sample:
-            return bool(self.rule.keep(round.verified([row], final_scores, end)))
+            return bool(self.rule.keep(round.verified([row], final_scores, self.special_tokens)))
         known = row in round.plan
         if not known or not (self.by_logits or torch.equal(round.scores, round.logits[row].to(round.scores))):
             rows = [row, *round.mismatches_after(row, self.special_tokens)]
-            round.plan = dict(zip(rows, self.rule.keep(round.verified(rows, final_scores, end)).tolist(), strict=True))
+            kept = self.rule.keep(round.verified(rows, final_scores, self.special_tokens))
+            round.plan = dict(zip(rows, kept.tolist(), strict=True))
         return round.plan[row]
 
     def end_round(self, kept: list[int]) -> None:

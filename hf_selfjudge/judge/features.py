@@ -56,8 +56,8 @@ def round_states(hidden: torch.Tensor, rows: torch.LongTensor, ends: torch.LongT
     The hidden states named in `STATES`, for each candidate:
 
     - `hidden_before`, `hidden_after`: before and after it;
-    - `hidden_ahead`: the mean of those after the candidates that follow it in its draft, up to the first special
-      token; `hidden_after` if none follows.
+    - `hidden_ahead`: the mean of those after the candidates that follow it in its draft, before the first
+      special token; `hidden_after` if none follows.
 
     Args:
         hidden (`torch.Tensor` of shape `(length, hidden_size)`): Of a forward over one or several drafts.

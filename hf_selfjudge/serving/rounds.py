@@ -141,8 +141,8 @@ class Rounds:
 
     @functools.cached_property
     def _counted(self) -> torch.LongTensor:
-        """For each candidate, of shape `(n,)`, the end of those of its request that the state ahead is of: before the
-        first protected token, and without padding."""
+        """For each candidate, of shape `(n,)`, the end of its request's candidates that count for `hidden_ahead`:
+        those before the first protected token and before padding."""
         count = len(self.tokens)
         places = torch.where(self._padding | self._protected, torch.arange(count, device=self.tokens.device), count)
         first = places.new_full((len(self.counts),), count).scatter_reduce(0, self._request, places, "amin")

@@ -56,7 +56,6 @@ def features(labels: datasets.Dataset, known: np.ndarray, info: JudgeInfo) -> St
             f"The labels have hidden states of layer {mined}, the judge looks at layer {info.layer} (None: the last "
             "ones). Leave out `model`: then the judge is made for the labels."
         )
-    check_ahead(labels, info.states)
     if any(labels.data.column(name).null_count for name in info.states):
         raise ValueError("`labels` have no hidden states. Add them: `hf-selfjudge add-layer LABELS --layer …`.")
     keep = np.flatnonzero(~np.isnan(known))
