@@ -65,17 +65,21 @@ def quality_tables(quality: dict) -> str:
         "accepted": ".0%", "unfinished": "",
     }  # fmt: skip
     keys = ("setting", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
-    in_category = {"× lossless / retention": ""} | dict.fromkeys(categories, "")
     measures = {"mean of": ""} | dict.fromkeys(rows[0]["measures"], ".3f")
     separation = {"measure": "", "prompts": ""}
     separation |= {f"lossless − {key}": ".2f" if key.endswith("standardised") else ".3f" for key in gaps}
     parts = [
         _table(main, [[row[key] for key in keys] for row in rows]),
         in_markdown(f"Retention of {', '.join(kept_by)}, prompts in brackets."),
-        _table(in_category, [(row["setting"], *map(_values, row["by_category"].values())) for row in rows]),
+        *_in_categories(rows),
         _table(measures, [(row["setting"], *row["measures"].values()) for row in rows]),
         *_comparisons("retention", quality["comparisons"], RETENTION_LEVELS),
         *_comparisons("unchanged final answers", quality["comparisons_unchanged"], UNCHANGED_LEVELS),
+        *(
+            table
+            for name, of_category in quality["comparisons_by_category"].items()
+            for table in _comparisons(f"unchanged final answers, {name}", of_category, UNCHANGED_LEVELS)
+        ),
         *_paired(quality["paired"]),
         _table(
             separation,
@@ -121,6 +125,16 @@ def replay_tables(results: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _in_categories(rows: Sequence[dict]) -> list[str]:
+    """A table for each category, if there are several."""
+    categories = rows[0]["by_category"]
+    tables = []
+    for name, measures in categories.items() if len(categories) > 1 else ():
+        columns = {name: ""} | {"× lossless" if key == "speed" else key: ".2f" for key in measures}
+        tables.append(_table(columns, [(row["setting"], *row["by_category"][name].values()) for row in rows]))
+    return tables
+
+
 def _comparisons(measure: str, comparisons: Sequence[dict], levels: Sequence[float]) -> list[str]:
     """A table of pairs of rules at equal shares of a measure; empty if there are no pairs."""
     columns = {f"tokens a round (thresholds) at {measure}": ""} | {f"{level:.0%}": ".2f" for level in levels}
@@ -162,17 +176,26 @@ def _values(category: dict) -> str:
 
 
 def plot_tradeoff(quality: dict, path: Path) -> None:
-    """Draw speed against retention and, if prompts have final answers, against unchanged ones, from
-    [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
+    """Draw speed against retention and, if prompts have final answers, against unchanged ones, also in each of several
+    categories, from [`summarise_quality`]: a line for each rule, with the intervals as crosses."""
     rows = [row for row in quality["settings"] if row["speed"] and row["retention"]]
     panels = {"retention (lossless = 1)": [(row["retention"], row["speed"]) for row in rows]}
     if rows[0]["final_answers"]:
         panels["final answers unchanged"] = [
             (row["final_answers"]["unchanged"], row["final_answers"]["speed"]) for row in rows
         ]
+    ending = [name for name, measures in rows[0]["by_category"].items() if measures.get("unchanged")]
+    for name in ending if len(ending) > 1 else ():
+        in_category = [row["by_category"][name] for row in rows]
+        panels[f"unchanged, {in_plot(name)}"] = [(each["unchanged"], each["speed"]) for each in in_category]
     judged = {row["family"]: row["rule"] == "judge" for row in rows if FAMILIES[row["rule"]].defaults}
-    figure = Figure(figsize=(8 * len(panels), 5.5))
-    for axis, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(8 * columns, 5.5 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (name, points) in zip(axes, panels.items(), strict=False):
         for family, is_judge in judged.items():
             on_curve = [point for row, point in zip(rows, points, strict=True) if row["family"] in (family, BASE)]
             x, y = np.array(sorted(on_curve, key=lambda point: point[1][0])).transpose(1, 0, 2)

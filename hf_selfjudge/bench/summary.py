@@ -36,6 +36,8 @@ UNCHANGED_LEVELS = (0.95, 0.9, 0.8, 0.7)
 ROUND_LEVELS = (0.99, 0.98, 0.97, 0.95)  # the same of single rounds
 # What says whether an answer still says what the lossless one says: the one of these that is known of more answers.
 CHANGES = ("unchanged", "same")
+# What is shown of each category, beside speed and retention.
+IN_CATEGORY = ("unchanged", "task", "lost", "gained")
 # Shares of changed answers for which [`operating_points`] looks for thresholds.
 RISKS = (0.05, 0.1, 0.2)
 
@@ -132,10 +134,11 @@ def summarise_quality(
     Summarise a bench in mode quality: `settings` (a row for each method), `categories`, `separation` of the measures,
     `comparisons` of each judge with every other rule at equal retention, and `paired`, each setting of a judge with
     each of another rule ([`paired_differences`]). If prompts have final answers, `comparisons_unchanged` compares
-    rules at equal shares of unchanged ones, among prompts whose lossless answer has one; `final_answers` in a row are
-    that share and the speed there. `changes` says of how many `answers`, and `by` which of `CHANGES`, it is known
-    whether they say the same as the lossless ones; in a row it is the share `changed` of them, and the speed there.
-    `judges` maps the curve of each judge that decoded with the draft length of the bench to its fingerprint.
+    rules at equal shares of unchanged ones, among prompts whose lossless answer has one; `comparisons_by_category`
+    does so in each of several categories; `final_answers` in a row are that share and the speed there. `changes` says
+    of how many `answers`, and `by` which of `CHANGES`, it is known whether they say the same as the lossless ones; in
+    a row it is the share `changed` of them, and the speed there. `judges` maps the curve of each judge that decoded
+    with the draft length of the bench to its fingerprint.
     """
     preference = [name for name in RETENTION if name in grid.scores]
     rate, speed, retention = grid.ratio(grid.tokens, grid.rounds), grid.speed(), grid.retention(preference)
@@ -155,9 +158,7 @@ def summarise_quality(
     else:
         changes, of_changes = None, {}
     categories = sorted(set(grid.categories))
-    in_category = {
-        name: {"speed": grid.speed(name), "retention": grid.retention(preference, name)} for name in categories
-    }
+    in_category = {name: _in_category(grid, name, preference) for name in categories}
     rows = [
         {
             **_row(method, [record for record in records if record.method == method.name], judges),
@@ -188,6 +189,11 @@ def summarise_quality(
         "comparisons_unchanged": [
             compare_rules(ending, of_ending["unchanged"], UNCHANGED_LEVELS, *two) for two in compared if of_ending
         ],
+        "comparisons_by_category": {
+            name: [compare_rules(part, part.mean("unchanged"), UNCHANGED_LEVELS, *two) for two in compared]
+            for name in categories
+            if of_ending and len(categories) > 1 and len((part := ending.within(name)).categories)
+        },
         "paired": [
             paired_differences(grid, first.name, second.name)
             for first, second in product(methods, methods)
@@ -197,6 +203,12 @@ def summarise_quality(
             curve: fingerprint(judges[method.judge]) for curve in own if (method := curves[curve]).length is None
         },
     }
+
+
+def _in_category(grid: Grid, category: str, preference: Sequence[str]) -> dict[str, np.ndarray]:
+    """Samples of what is shown of a category, each of shape `(1 + resamples, M)`."""
+    samples = {"speed": grid.speed(category), "retention": grid.retention(preference, category)}
+    return samples | {name: grid.mean(name, category) for name in IN_CATEGORY if name in grid.scores}
 
 
 def summarise_replay(grid: Grid, methods: Sequence[Method]) -> dict:

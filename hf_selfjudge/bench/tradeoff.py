@@ -100,7 +100,13 @@ class Grid:
 
     def known(self, measure: str) -> Grid:
         """The grid of those prompts to which a measure applies for every method."""
-        here = np.isfinite(self.scores[measure]).all(0)
+        return self._of(np.isfinite(self.scores[measure]).all(0))
+
+    def within(self, category: str) -> Grid:
+        """The grid of the prompts of one category."""
+        return self._of(self.among(category))
+
+    def _of(self, here: np.ndarray) -> Grid:
         scores = {name: values[:, here] for name, values in self.scores.items()}
         categories, tokens, rounds = self.categories[here], self.tokens[:, here], self.rounds[:, here]
         return replace(self, categories=categories, tokens=tokens, rounds=rounds, scores=scores)

@@ -15,7 +15,10 @@ from ..utils.names import public_name, public_text
 
 
 # What a card shows of each setting of a bench.
-SHOWN = ("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished")
+SHOWN = (
+    *("setting", "family", "tokens_per_round", "speed", "retention", "judged_share", "accepted_share", "unfinished"),
+    *("final_answers", "by_category"),
+)
 
 
 def add_results(
@@ -64,9 +67,13 @@ def _bench_results(bench: Path, weights: str) -> dict[str, Any]:
         for row in quality["settings"]
         if row["family"] in shown
     ]
-    for key in ("comparisons", "comparisons_unchanged"):
-        results[key] = [row for row in quality[key] if row["first"] == family and row["second"] in shown]
-    return results
+
+    def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if row["first"] == family and row["second"] in shown]
+
+    results |= {key: compared(quality[key]) for key in ("comparisons", "comparisons_unchanged")}
+    by_category = quality["comparisons_by_category"]
+    return results | {"comparisons_by_category": {name: compared(rows) for name, rows in by_category.items()}}
 
 
 def read_quality(bench: str | os.PathLike) -> dict[str, Any]:

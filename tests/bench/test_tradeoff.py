@@ -152,6 +152,34 @@ def test_rules_are_compared_where_they_keep_the_same():
     assert same["area_between"] == (0, 0, 0)
 
 
+def test_each_category_has_figures_of_its_own(tmp_path, monkeypatch):
+    """In `a` the judge leaves all answers unchanged and the margin half of them, in `b` the other way round."""
+    methods = [Method("lossless"), Method("margin", (1,)), Method("judge", (Threshold(0.5),), "j")]
+    unchanged = np.array([[1.0] * 6, [1, 0, 1, 1, np.nan, np.nan], [1, 1, 1, 0, np.nan, np.nan]])
+    task = np.array([[1.0] * 6, [1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
+    rounds = np.array([[10.0] * 6, [5] * 6, [5] * 6])
+    scores = {"unchanged": unchanged, "task": task, "lost": 1 - task}
+    made = grid_of_methods(methods, list("aabbcc"), rounds, scores)
+    records = [AnswerRecord(method.name, "p", 0, None, [1], True, None, -1.0, [1], 1) for method in methods]
+    found = summarise_quality(made, records, methods, {"j": random_judge(build("llama"))})
+    margin = found["settings"][1]["by_category"]
+    assert [margin[name]["unchanged"] and margin[name]["unchanged"][0] for name in "abc"] == [0.5, 1, None]
+    assert [margin[name]["lost"][0] for name in "abc"] == [0.5, 0, 0]
+    of_category = {name: rows for name, (rows,) in found["comparisons_by_category"].items()}
+    # At 0.9 a rule that keeps half at twice the speed is used for a fifth of the prompts: 0.9 of the rounds.
+    assert of_category["a"]["speed_ratio"]["0.9"][0] == pytest.approx(0.9 / 0.5)
+    assert of_category["b"]["speed_ratio"]["0.9"][0] == pytest.approx(0.5 / 0.9)
+    assert list(of_category) == ["a", "b"]
+    tables = quality_tables(found)
+    assert "| a | × lossless | retention | unchanged | task | lost |" in tables
+    assert "tokens a round (thresholds) at unchanged final answers, b |" in tables
+    assert "at unchanged final answers, c |" not in tables
+    drawn = []
+    monkeypatch.setattr(Axes, "set_xlabel", lambda axis, label: drawn.append(label))
+    plot_tradeoff(found, tmp_path / "curve.png")
+    assert drawn == ["retention (lossless = 1)", "final answers unchanged", "unchanged, a", "unchanged, b"]
+
+
 def test_rules_are_compared_at_equal_shares_of_unchanged_numbers_too(tmp_path, monkeypatch):
     """Both rules keep the wording; the judge leaves all numbers unchanged, the margin half of them. On prompts without
     numbers the margin is ten times as fast, which must not change the comparison of numbers."""

@@ -41,6 +41,13 @@ from tests.hub_server import Fault, Hub
 
 
 REPO = "me/tiny-judge"
+# What a bench says of a setting, beside its name.
+SETTING = {
+    **dict.fromkeys(("tokens_per_round", "speed", "retention"), [1.5, 1.4, 1.6]), "judged_share": 0.1,
+    "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
+    "final_answers": {"unchanged": [0.8, 0.7, 0.9], "speed": [1.4, 1.3, 1.5]},
+    "by_category": {"sums": {"speed": [1.45, 1, 2], "retention": [1, 1, 1], "unchanged": [0.75, 0.7, 0.8]}},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -119,15 +126,11 @@ def test_the_trainer_publishes(hub, tmp_path):
 def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     judge, bench = Judge.from_pretrained(folder), tmp_path / "gsm8k"
     bench.mkdir()
-    row = {
-        **dict.fromkeys(("tokens_per_round", "speed", "retention"), [1.5, 1.4, 1.6]), "judged_share": 0.1,
-        "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
-    }  # fmt: skip
     quality = {
         **{"heading": "so it was measured", "prompts": 3, "dataset": "openai/gsm8k", "categories": {}},
         "judges": {"judge:j": fingerprint(judge), "judge:other": "-"},
         "settings": [
-            {"setting": f"{name}=0.5", "family": name, "judge": judge_curve, **row}
+            {"setting": f"{name}=0.5", "family": name, "judge": judge_curve, **SETTING}
             for name, judge_curve in (
                 ("margin", None),
                 ("judge:j", "judge:j"),
@@ -143,6 +146,12 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
             {"first": "judge:j", "second": second, "speed_ratio": {"0.8": [1.3, 1.2, 1.4]}}
             for second in ("margin", "coin like judge:other")
         ],
+        "comparisons_by_category": {
+            "sums": [
+                {"first": "judge:j", "second": second, "speed_ratio": {"0.9": [1.05, 1.0, 1.1]}}
+                for second in ("margin", "coin like judge:other")
+            ]
+        },
     }
     (bench / "quality-results.json").write_text(json.dumps({"quality": quality}))
     (bench / "curve.png").write_bytes(b"a picture")
@@ -157,6 +166,9 @@ def test_results_go_with_the_weights_that_they_are_of(hub, folder, tmp_path):
     numbers = card.text.partition("share of final answers")[2]
     assert "| against | 80 % |" in numbers
     assert "| margin | 1.30 [1.20, 1.40] |" in numbers
+    assert f"| judge:j=0.5 |{3 * ' 1.50 [1.40, 1.60] |'} 0.80 [0.70, 0.90] |" in card.text
+    assert "| decoding | sums | \n|---|---|\n| margin=0.5 | 1.45 / 0.75 | \n" in card.text
+    assert "| category | margin | \n|---|---|\n| sums | 1.05 [1.00, 1.10] | \n" in numbers
     assert "![curve](curve-gsm8k.png)" in card.text
     assert files["curve-gsm8k.png"] == b"a picture"
     assert {result.metric_type for result in card.data.eval_results} == {"tokens_per_round", "retention"}
@@ -318,10 +330,6 @@ def labels_of_private(folder, private):
 
 def bench_of_private(folder, private, judge):
     folder.mkdir()
-    row = {
-        **dict.fromkeys(("tokens_per_round", "speed", "retention"), [1.5, 1.4, 1.6]), "judged_share": 0.1,
-        "accepted_share": 0.4, "unfinished": 0, "measures": {"task": [0.5, 0.4, 0.6]},
-    }  # fmt: skip
     made = {
         **{"target": private[0], "target_dtype": "float32", "draft": private[1], "draft_dtype": "float32"},
         "draft_length": 5,
@@ -331,7 +339,8 @@ def bench_of_private(folder, private, judge):
     quality = {
         **{"heading": heading(folder / "quality.json", "p.jsonl", 3), "prompts": 3, "dataset": "openai/gsm8k"},
         **{"judges": {"judge:j": fingerprint(judge)}, "comparisons": [], "comparisons_unchanged": []},
-        **{"settings": [{"setting": "judge:j=0.5", "family": "judge:j", "judge": "judge:j", **row}], "categories": {}},
+        **{"comparisons_by_category": {}, "categories": {}},
+        "settings": [{"setting": "judge:j=0.5", "family": "judge:j", "judge": "judge:j", **SETTING}],
     }
     quality["heading"] += f" By an earlier version: {private[0]}."
     (folder / "quality-results.json").write_text(json.dumps({"quality": quality}))
