@@ -876,6 +876,12 @@ def test_card(fitted, tmp_path):
     assert arguments[arguments.index("--system") + 1] == "Don't ramble."
     assert arguments[arguments.index("--judge") + 1] == "me/first judge"
     assert arguments.count("--limit") == arguments.count("--shuffle") == 1
+    judge.info.training["mining"][0] |= {"rounds": 3, "round_length": 16}
+    text = card_of(judge, tmp_path / "my-judge").read_text()
+    assert "all mismatches of 3 rounds of 16 drafted tokens in each, seed 0" in text
+    assert "labelled together with those before them in the same round" in text
+    assert " --max-new-tokens 8 --rounds 3 --round-length 16 --" in text
+    assert "--per-answer" not in text
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of `hf-selfjudge quickstart --json`"):
         add_results(tmp_path / "my-judge", fingerprint(judge), tmp_path / "results.json")
