@@ -189,11 +189,7 @@ def summarise_quality(
         "comparisons_unchanged": [
             compare_rules(ending, of_ending["unchanged"], UNCHANGED_LEVELS, *two) for two in compared if of_ending
         ],
-        "comparisons_by_category": {
-            name: [compare_rules(part, part.mean("unchanged"), UNCHANGED_LEVELS, *two) for two in compared]
-            for name in categories
-            if of_ending and len(categories) > 1 and len((part := ending.within(name)).categories)
-        },
+        "comparisons_by_category": _compared_in(ending if len(categories) > 1 and of_ending else None, compared),
         "paired": [
             paired_differences(grid, first.name, second.name)
             for first, second in product(methods, methods)
@@ -209,6 +205,15 @@ def _in_category(grid: Grid, category: str, preference: Sequence[str]) -> dict[s
     """Samples of what is shown of a category, each of shape `(1 + resamples, M)`."""
     samples = {"speed": grid.speed(category), "retention": grid.retention(preference, category)}
     return samples | {name: grid.mean(name, category) for name in IN_CATEGORY if name in grid.scores}
+
+
+def _compared_in(ending: Grid | None, compared: Sequence[tuple[str, str]]) -> dict[str, list[dict]]:
+    """[`compare_rules`] for pairs of curves at equal shares of unchanged answers, in each category of `ending`."""
+    parts = {} if ending is None else {name: ending.within(name) for name in sorted(set(ending.categories))}
+    return {
+        name: [compare_rules(part, part.mean("unchanged"), UNCHANGED_LEVELS, *two) for two in compared]
+        for name, part in parts.items()
+    }
 
 
 def summarise_replay(grid: Grid, methods: Sequence[Method]) -> dict:
