@@ -8,7 +8,7 @@ import pytest
 
 import hf_selfjudge
 from hf_selfjudge import Judge, rules
-from hf_selfjudge.judge.shipped import HUB_CARDS, SHIPPED, shipped_judge
+from hf_selfjudge.judge.shipped import HUB_CARDS, OTHERS, SHIPPED, shipped_judge
 from hf_selfjudge.models.load import fingerprint
 from hf_selfjudge.models.pair import PAIRS
 
@@ -39,7 +39,7 @@ def test_python_dash_m(tmp_path):
 
 
 def test_every_shipped_judge_is_listed():
-    assert {shipped_judge(*key) for key in SHIPPED} == {*JUDGE_FOLDERS}
+    assert {shipped_judge(*key) for key in SHIPPED} | {HUB_CARDS / name for name in OTHERS} == {*JUDGE_FOLDERS}
 
 
 @pytest.mark.parametrize("folder", JUDGE_FOLDERS, ids=lambda folder: folder.name)

@@ -10,16 +10,18 @@ from ..utils.files import shipped
 
 
 HUB_CARDS = shipped("hub_cards")
-# (pair, what drafts) -> folder in `hub_cards/`.
+# (pair, what drafts) -> folder in `hub_cards/` of the judge that is used unless another one is named.
 SHIPPED = {
     ("qwen2.5-coder", DRAFT_MODEL): "qwen2.5-coder-1.5b-selfjudge",
     ("qwen2.5-coder", LOOKUP): "qwen2.5-coder-1.5b-lookup-selfjudge",
 }
+# Judges that have to be named.
+OTHERS = ("qwen2.5-coder-1.5b-gsm8k-selfjudge",)  # of final numbers
 
 
 def find_judge(reference: str | os.PathLike) -> str | os.PathLike:
     """The folder of a shipped judge, by the judge's name; any other reference, and a folder of that name, as it is."""
-    is_name = str(reference) in SHIPPED.values() and not Path(reference).is_dir()
+    is_name = str(reference) in (*SHIPPED.values(), *OTHERS) and not Path(reference).is_dir()
     return HUB_CARDS / reference if is_name else reference
 
 
