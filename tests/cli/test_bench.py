@@ -49,9 +49,8 @@ def test_bench_and_calibrate(succeed, fail, judge, bench, tmp_path):
     assert "answers of at most 24 tokens to 6 prompts of questions.jsonl" in tables
     assert "| coin like judge:j=0.3 |" in tables
     assert "| judge:j (3) ÷ margin (2) |" in tables
-    assert [f"\n| {name} | × lossless | retention |" in tables for name in ("math_reasoning", "mt_bench", "rag")] == [
-        True
-    ] * 3
+    for category in ("math_reasoning", "mt_bench", "rag"):
+        assert f"\n| {category} | × lossless | retention |" in tables
     assert tables.count("| lossless | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |") == 3
     assert (tmp_path / "b" / "curve.png").stat().st_size > 10_000
     assert quality["heading"] in tables
